@@ -1,0 +1,23 @@
+"""The built-in families, one file each; a family is a layout of blocks, not a model name.
+
+Installed as `residual_steer.backbones`. Every family registers itself with the call that anybody uses. The package can
+be called: `residual_steer.backbones()` lists every registered backbone, those of installed packages included.
+"""
+
+import sys
+import types
+
+from residual_steer import registry
+from residual_steer.backbones import gpt2, mamba, vit
+
+__all__ = ["gpt2", "mamba", "vit"]
+
+
+class _Families(types.ModuleType):
+    """A module that is also the public function `residual_steer.backbones()`."""
+
+    def __call__(self) -> tuple[str, ...]:
+        return registry.backbones()
+
+
+sys.modules[__name__].__class__ = _Families

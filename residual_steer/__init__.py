@@ -1,0 +1,28 @@
+"""Residual-stream steering for frozen networks, whatever their architecture (H-Res, arXiv 2606.24396)."""
+
+from typing import TYPE_CHECKING
+
+from .backbone import Backbone
+from .errors import SteerError
+from .field import HRes
+from .registry import find_backbone, register_backbone
+from .steering import parameters, steer, summary, unsteer, use
+
+if TYPE_CHECKING:
+    from .registry import backbones
+else:
+    from . import backbones  # the package of families, which can be called: backbones()
+
+__all__ = [
+    "Backbone",
+    "HRes",
+    "SteerError",
+    "backbones",
+    "find_backbone",
+    "parameters",
+    "register_backbone",
+    "steer",
+    "summary",
+    "unsteer",
+    "use",
+]

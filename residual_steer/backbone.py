@@ -1,0 +1,181 @@
+"""Where the residual stream of a frozen network is found.
+
+Glossary, code to paper (arXiv 2606.24396):
+
+=============  ==================================================================================
+`z`            the residual stream, `(batch, length, width)`, or `(batch, channels, height, width)`
+`width`        d, the number of features of the stream
+`block`        one residual layer l, which maps z_l to z_{l+1}
+`mixer`        the part of a block that moves information along the sequence: attention or an SSM
+`mlp`          the feed-forward part of a block
+`field`        H, the zero-initialised bottleneck of eq. 2 (`residual_steer.field.HRes`)
+`scale`        λ of eq. 1
+`point`        a module beside which fields run
+`site`         which point of a block: `block` (eq. 1), `mixer` (lemma 2), `mlp`, or `input` (§4.2)
+=============  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import SteerError
+
+__all__ = ["SITES", "Backbone", "read_stream", "replace_stream", "write_stream"]
+
+SITES = ("block", "mixer", "mlp", "input")
+
+Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
+Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
+Prepare = Callable[[Sequence[nn.Module]], Sequence[RemovableHandle]]
+
+
+def _locate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    """Say where the stream stands in a call: a position, or the keyword `hidden_states`.
+
+    Raises:
+        SteerError: it has no tensor in either place.
+    """
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return position
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    received = [type(value).__name__ for value in args] + [f"{key}=" for key in kwargs]
+    raise SteerError(
+        "the stream is the first positional tensor of a block's call, or `hidden_states=`; "
+        f"this call had ({', '.join(received)}). Give the Backbone a `read` that finds it."
+    )
+
+
+def read_stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the stream that enters a module: its first positional tensor, or `hidden_states`."""
+    where = _locate(args, kwargs)
+    stream: Tensor = args[where] if isinstance(where, int) else kwargs[where]
+    return stream
+
+
+def replace_stream(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], f: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the same call with its stream z replaced by f(z)."""
+    where = _locate(args, kwargs)
+    if isinstance(where, int):
+        return (*args[:where], f(args[where]), *args[where + 1 :]), dict(kwargs)
+    return args, {**kwargs, where: f(kwargs[where])}
+
+
+def write_stream(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """Return a module's output with its stream z, the tensor itself or the first of a tuple, replaced by f(z).
+
+    Raises:
+        SteerError: the output is neither.
+    """
+    if isinstance(output, Tensor):
+        return f(output)
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        rest = (f(output[0]), *output[1:])
+        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+    raise SteerError(
+        f"a block returns its stream as a tensor or first in a tuple; this one returned {type(output).__name__}. "
+        "Give the Backbone a `write` that replaces it."
+    )
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where the residual stream of a model is found.
+
+    Attributes:
+        blocks: the residual blocks, in the order of the stream.
+        width: the width d of the stream; one number, or one per block where it changes.
+        mixer: attribute path of the attention or SSM inside a block (`"attn"`), if there is one.
+        mlp: attribute path of the feed-forward inside a block, if there is one.
+        read: `(args, kwargs) -> z`, the stream that enters a block, from the block's call.
+        write: `(output, f) -> output`, a block's output with its stream z replaced by f(z).
+        channels: which dimension of the stream is the width: -1, or 1 in a ConvNet.
+        prepare: called with the blocks when steering begins; the hook handles it returns are removed by `unsteer`.
+            For what a family needs besides fields, such as a faster path for training. It must not change what the
+            model computes in evaluation mode.
+        name: the registered name (the registry fills it in).
+        path: where in the model the backbone stands, "" for the model itself (the registry fills it in).
+
+    Raises:
+        SteerError: no blocks, a width below 1, one width too few or too many, or another `channels`.
+    """
+
+    blocks: Sequence[nn.Module]
+    width: int | Sequence[int]
+    mixer: str | None = None
+    mlp: str | None = None
+    read: Read = read_stream
+    write: Write = write_stream
+    channels: int = -1
+    prepare: Prepare | None = None
+    name: str = ""
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        if not len(self.blocks):
+            raise SteerError("a Backbone has at least one block; `blocks` is empty.")
+        for index, block in enumerate(self.blocks):
+            if not isinstance(block, nn.Module):
+                raise SteerError(f"every block is a torch.nn.Module; block {index} is a {type(block).__name__}.")
+        widths = self.widths
+        if len(widths) != len(self.blocks) or any(not isinstance(d, int) or d < 1 for d in widths):
+            raise SteerError(
+                f"`width` is a positive integer, or one per block ({len(self.blocks)} blocks); received {self.width!r}."
+            )
+        if self.channels not in (-1, 1):
+            raise SteerError(f"`channels` is -1 (width last) or 1 (ConvNets); received {self.channels!r}.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of the stream at every block."""
+        if isinstance(self.width, int):
+            return (self.width,) * len(self.blocks)
+        return tuple(self.width)
+
+    def point(self, index: int, site: str) -> nn.Module | None:
+        """Return the module of block `index` beside which fields of `site` run, None where it has no such part."""
+        block = self.blocks[index]
+        if site == "block":
+            return block
+        path = self.mlp if site == "mlp" else self.mixer
+        if path is None:
+            return None
+        module: Any = block
+        for part in path.split("."):
+            module = getattr(module, part, None)
+        return module if isinstance(module, nn.Module) and not isinstance(module, nn.Identity) else None
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that at least one block has."""
+        return tuple(s for s in SITES if any(self.point(i, s) is not None for i in range(len(self.blocks))))
+
+    def __str__(self) -> str:
+        """Describe the backbone as a short tree."""
+        widths = sorted(set(self.widths))
+        width = str(widths[0]) if len(widths) == 1 else f"{self.widths[0]} … {self.widths[-1]}"
+        kinds = list(dict.fromkeys(type(block).__name__ for block in self.blocks))
+        parts = [f"{site}: .{path}" for site, path in (("mixer", self.mixer), ("mlp", self.mlp)) if path]
+        lines = [
+            f"{self.name or 'unregistered'} at {self.path or 'the model itself'}",
+            f"├─ blocks: {len(self.blocks)} × {', '.join(kinds)}",
+            f"├─ width:  {width}" + (" (channels first)" if self.channels == 1 else ""),
+            f"└─ sites:  {', '.join(self.sites)}" + (f"  ({'; '.join(parts)})" if parts else ""),
+        ]
+        return "\n".join(lines)
+
+
+def bulk_dtype(module: nn.Module) -> torch.dtype:
+    """Return the floating dtype of the largest parameter of `module`, which is the dtype it computes in."""
+    floating = [p for p in module.parameters() if p.is_floating_point()]
+    return max(floating, key=lambda p: p.numel()).dtype if floating else torch.get_default_dtype()

@@ -1,0 +1,144 @@
+"""H-Res, one steering field: a zero-initialised bottleneck over the residual stream.
+
+"Parallel Manifold Steering" (arXiv 2606.24396), eq. 2 and 5; the same map as the parallel adapter of He et al. 2022
+(arXiv 2110.04366), read from and written to the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import SteerError
+
+__all__ = ["ACTIVATIONS", "HRes"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": torch.Tensor.clone,
+}
+
+
+class HRes(nn.Module):
+    """The vector field H(z) = W_up · σ(W_down · z + b_down) + b_up, with W_up = 0 and b_up = 0 at the start (eq. 2, 5).
+
+    It has `2·rank·width` weights and, with biases, `rank + width` more: 1,096 at width 64 and rank 8, which with a
+    linear head for two classes gives the 1,226 of the paper's Table 2.
+
+    Args:
+        width: d, the features of the stream.
+        rank: r, the width of the bottleneck, from 1 to `width`.
+        scale: λ of eq. 1, used by `add_to`.
+        activation: σ; one of `ACTIVATIONS`.
+        bias: whether both projections have biases.
+        dropout: probability with which a hidden unit is dropped in training mode.
+        channels: which dimension of the stream is the width, -1 or 1.
+        device: where the parameters are made.
+        dtype: their type. Keep fp32 beside a bf16 backbone: updates smaller than bf16 resolves are not lost.
+
+    Raises:
+        SteerError: an argument outside the ranges above.
+
+    >>> field = HRes(width=64, rank=8)
+    >>> field(torch.randn(2, 5, 64)).abs().max()        # (batch, length, width); zero until trained
+    tensor(0., grad_fn=<MaxBackward1>)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        activation: str = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        channels: int = -1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not _is_int(width) or width < 1:
+            raise SteerError(f"`width` is a positive integer; received {width!r}.")
+        if not _is_int(rank) or not 1 <= rank <= width:
+            raise SteerError(f"`rank` is an integer from 1 to the width, here {width}; received {rank!r}.")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise SteerError(f"`scale` is a finite number; received {scale!r}.")
+        if activation not in ACTIVATIONS:
+            raise SteerError(f"`activation` is one of {', '.join(ACTIVATIONS)}; received {activation!r}.")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise SteerError(f"`dropout` is a probability in [0, 1); received {dropout!r}.")
+        if channels not in (-1, 1):
+            raise SteerError(f"`channels` is -1 or 1; received {channels!r}.")
+        self.width, self.rank, self.scale = width, rank, float(scale)
+        self.activation, self.dropout, self.channels = activation, float(dropout), channels
+        self.down = nn.Linear(width, rank, bias=bool(bias), device=device, dtype=dtype)
+        self.up = nn.Linear(rank, width, bias=bool(bias), device=device, dtype=dtype)
+        self.reset()
+
+    def reset(self) -> None:
+        """Return to the start: W_down as in `torch.nn.Linear`, everything else zero (eq. 5)."""
+        self.down.reset_parameters()
+        with torch.no_grad():
+            for tensor in (self.down.bias, self.up.weight, self.up.bias):
+                if tensor is not None:
+                    tensor.zero_()
+
+    def hidden(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return σ(W_down · z + b_down), `(..., width) -> (..., rank)`, in `dtype` (None: the weights')."""
+        dtype = dtype or self.down.weight.dtype
+        bias = None if self.down.bias is None else self.down.bias.to(dtype)
+        hidden = ACTIVATIONS[self.activation](F.linear(z.to(dtype), self.down.weight.to(dtype), bias))
+        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return H(z), of z's shape and in the weights' dtype."""
+        z = z.movedim(self.channels, -1)
+        steered: Tensor = self.up(self.hidden(z))
+        return steered.movedim(-1, self.channels)
+
+    def add_to(self, y: Tensor, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return y + λ·H(z) in y's own dtype, computing H in `dtype` (eq. 1).
+
+        The sum is folded into the second matrix product, and b_up takes the place of the copy that such a product
+        would begin with, so that the stream is passed over as rarely as it can be.
+
+        Args:
+            y: the stream that leaves, `(batch, length, width)` or `(batch, width, height, width)`.
+            z: the stream that entered, of the same shape.
+            dtype: what the frozen block computes in.
+        """
+        moved = y.movedim(self.channels, -1)
+        hidden = self.hidden(z.movedim(self.channels, -1), dtype)
+        if hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
+            return self._add_mixed(moved, hidden).movedim(-1, self.channels)
+        flat = moved.reshape(-1, self.width)
+        hidden, weight = hidden.reshape(-1, self.rank), self.up.weight.to(y.dtype).t()
+        if self.up.bias is None:
+            flat = torch.addmm(flat, hidden, weight, alpha=self.scale)
+        else:
+            flat = torch.add(flat, self.up.bias.to(y.dtype), alpha=self.scale)
+            flat = flat.addmm_(hidden, weight, alpha=self.scale)
+        return flat.view(moved.shape).movedim(-1, self.channels)
+
+    def _add_mixed(self, y: Tensor, hidden: Tensor) -> Tensor:
+        """Add across dtypes: an fp32 stream beside a bf16 block, or under autocast."""
+        bias = None if self.up.bias is None else self.up.bias.to(hidden.dtype)
+        return torch.add(y, F.linear(hidden, self.up.weight.to(hidden.dtype), bias), alpha=self.scale).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Show what the sub-modules' own lines do not."""
+        return f"scale={self.scale:g}, activation={self.activation}, dropout={self.dropout:g}"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

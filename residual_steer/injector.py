@@ -1,0 +1,90 @@
+"""The module that sits on a point: it holds the point's fields and adds the acting one to the stream.
+
+It is a registered child of the module it serves, and its hooks are its own bound methods: so the base keys of the state
+dict stay as they are, and `copy.deepcopy` and pickling carry it along without a reference back to the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .backbone import Backbone, bulk_dtype, read_stream, replace_stream, write_stream
+from .errors import SteerError
+from .field import HRes
+
+__all__ = ["Injector"]
+
+
+class Injector(nn.Module):
+    """Attach fields to one point of a backbone.
+
+    With no field acting, the hooks hand the module's own tensors through untouched, so the frozen model's output
+    comes back bit for bit.
+
+    Args:
+        backbone: says how the stream is read and written where the point is a whole block.
+        index: which block.
+        site: `"block"`, `"mixer"`, `"mlp"` or `"input"`.
+    """
+
+    def __init__(self, backbone: Backbone, index: int, site: str) -> None:
+        super().__init__()
+        host = backbone.point(index, site)
+        if host is None:
+            raise SteerError(f"block {index} has no {site!r}.")
+        self.site = site
+        self.read = backbone.read if site == "block" else read_stream
+        self.write = backbone.write if site == "block" else write_stream
+        self.acting: str | None = None
+        self.fields = nn.ModuleDict()
+        self._compute_dtype = bulk_dtype(host)
+        self._handle: RemovableHandle
+        host.add_module(self.key, self)
+        self.train(host.training)
+        if site == "input":
+            self._handle = host.register_forward_pre_hook(self._before, with_kwargs=True)
+        else:
+            # First in line: transformers captures hidden states with hooks of its own, and must see the steered stream.
+            self._handle = host.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+
+    @property
+    def key(self) -> str:
+        """The name under which the injector is registered in its host."""
+        return f"steering_{self.site}"
+
+    def detach_from(self, host: nn.Module) -> None:
+        """Take away the child and the hook that were added to `host`, and nothing else."""
+        self._handle.remove()
+        delattr(host, self.key)
+
+    def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """M(z) + λ·H(z): eq. 1 with M the whole block, the mixer or the mlp."""
+        if self.acting is None:
+            return output
+        field = cast(HRes, self.fields[self.acting])
+        return self.write(output, partial(field.add_to, z=self.read(args, kwargs), dtype=self._compute_dtype))
+
+    def _before(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """M(x + λ·H(x)): the control input u(t) of §4.2."""
+        if self.acting is None:
+            return args, kwargs
+        field = cast(HRes, self.fields[self.acting])
+        return replace_stream(args, kwargs, lambda x: field.add_to(x, x, self._compute_dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Injector:
+        """Follow the backbone when it is cast: a model moved to bf16 computes its fields there too."""
+        probe = fn(torch.empty(0, dtype=self._compute_dtype))
+        if probe.is_floating_point():
+            self._compute_dtype = probe.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the site and the acting field."""
+        return f"site={self.site}, acting={self.acting}"

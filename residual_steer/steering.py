@@ -1,0 +1,287 @@
+"""steer, unsteer, use, summary and parameters: what a user does to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+from torch import nn
+
+from .errors import SteerError
+from .injector import Injector
+from .registry import find_backbone
+from .spec import FieldSpec, check_name, check_ranks, check_site, match_train
+from .state import ATTRIBUTE, Steering, base_tensors, steering_of
+
+__all__ = ["Selection", "Summary", "begin", "install", "parameters", "steer", "summary", "unsteer", "use"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; printed, it is a short text.
+
+    Attributes:
+        backbone: registered name of the backbone.
+        path: where in the model it stands.
+        blocks: number of blocks.
+        width: width of the stream; a tuple where it changes.
+        fields: the fields.
+        acting: name of the selected field, or None.
+        trainable: parameters that train at present.
+        total: all parameters, fields included.
+    """
+
+    backbone: str
+    path: str
+    blocks: int
+    width: int | tuple[int, ...]
+    fields: tuple[FieldSpec, ...]
+    acting: str | None
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters, from 0 to 1."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        """Print as a few aligned lines."""
+        width = str(self.width) if isinstance(self.width, int) else ", ".join(map(str, self.width))
+        where = self.path or "the model itself"
+        lines = [f"backbone   {self.backbone} at {where}, {self.blocks} blocks, width {width}"]
+        for spec in self.fields:
+            ranks = sorted(set(spec.ranks.values()))
+            rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            opened = f", trains {', '.join(spec.train)}" if spec.train else ""
+            lines.append(
+                f"field      {spec.name}: rank {rank} beside the {spec.site} of {_ranges(sorted(spec.ranks))}, "
+                f"scale {spec.scale:g}{opened}{'' if spec.name == self.acting else ' (off)'}"
+            )
+        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})")
+        return "\n".join(lines)
+
+
+class Selection:
+    """A selection made by `use`. As a context manager it restores, on leaving, what was selected before."""
+
+    def __init__(self, model: nn.Module, before: str | None) -> None:
+        self._model, self._before = model, before
+
+    def __enter__(self) -> None:
+        """Enter; the selection is in effect already."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore what was selected before, also after an exception."""
+        use(self._model, self._before)
+
+
+def steer(
+    model: Model,
+    arch: str | None = None,
+    *,
+    rank: int | Mapping[int, int] = 32,
+    scale: float = 1.0,
+    layers: Sequence[int] | None = None,
+    site: str = "block",
+    activation: str = "gelu",
+    bias: bool = True,
+    dropout: float = 0.0,
+    name: str = "default",
+    train: Sequence[str] | str = (),
+) -> Model:
+    """Freeze `model` and add a steering field to its residual stream (eq. 1, 2 and 5 of arXiv 2606.24396).
+
+    At every steered block the stream that leaves becomes M(z) + λ·H(z). H starts at zero: until it is trained, the
+    model's output stays the same to the last bit. Another call with another `name` adds a field, selects it, and
+    freezes the others.
+
+    Args:
+        model: a model of any size around one known backbone; it is changed in place.
+        arch: a registered backbone's name (`residual_steer.backbones()` lists them); None finds it.
+        rank: r, for all blocks, or `{block index: rank}`, which then says which blocks are steered.
+        scale: λ.
+        layers: indices of the blocks to steer, negative ones from the end; None is all of them.
+        site: `"block"` beside the whole block (eq. 1), `"mixer"` beside its attention or SSM, `"mlp"` beside its
+            feed-forward, or `"input"`: what the mixer receives becomes x + λ·H(x), the control input of §4.2.
+        activation: σ: gelu, gelu_tanh, relu, silu, tanh or identity.
+        bias: whether both projections have biases, as the paper's parameter counts imply.
+        dropout: of the field's hidden units, in training mode.
+        name: what `use` and `save` call the field: letters, digits, `_` and `-`.
+        train: names or globs of base modules or parameters that train with the field, such as a new head. Their
+            values belong to the field: they are saved with it, and `use(model, None)` and `unsteer` bring the
+            original ones back.
+
+    Returns:
+        The same object, frozen and steered.
+
+    Raises:
+        SteerError: a rank outside 1 … width, an unknown site, activation, layer or backbone, a name in use, a `train`
+            pattern that matches nothing, no known backbone or several, a compiled or wrapped model. Nothing changed.
+    """
+    _refuse_wrapped(model)
+    state: Steering | None = getattr(model, ATTRIBUTE, None)
+    if state is None:
+        state = _begin(model, arch)
+    elif arch is not None and arch != state.backbone.name:
+        raise SteerError(f"this model is steered as {state.backbone.name!r}; received arch={arch!r}. Leave `arch` out.")
+    check_name(name, state.specs)
+    spec = FieldSpec(
+        name=name,
+        site=check_site(site, state.backbone),
+        ranks=check_ranks(rank, layers, len(state.backbone.blocks)),
+        scale=scale,
+        activation=activation,
+        bias=bias,
+        dropout=dropout,
+        train=match_train(model, base_tensors(model), (train,) if isinstance(train, str) else tuple(train)),
+    )
+    install(model, state, spec)
+    return model
+
+
+def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
+    """Check the field of `spec` against the model, then add it.
+
+    Raises:
+        SteerError: it does not fit; nothing was changed.
+    """
+    for index in spec.ranks:
+        spec.build(index, state.backbone, device="meta")  # refuses what HRes refuses, before anything is changed
+        if state.backbone.point(index, spec.site) is None:
+            raise SteerError(
+                f"site {spec.site!r} is not there in block {index} ({type(state.backbone.blocks[index]).__name__}); "
+                f"choose another site or leave the block out with `layers`."
+            )
+    points = [state.backbone.point(index, spec.site) for index in spec.ranks]
+    if len({id(point) for point in points}) < len(points):
+        raise SteerError(f"some blocks share one module at site {spec.site!r}; steer the site 'block' instead.")
+    if not state.specs:
+        setattr(model, ATTRIBUTE, state)
+        if state.backbone.prepare is not None:
+            state.handles.extend(state.backbone.prepare(state.backbone.blocks))
+    state.add(model, spec)
+
+
+def unsteer(model: Model) -> Model:
+    """Take every field away, and give back every hook, key, value and `requires_grad` as it was before `steer`.
+
+    Raises:
+        SteerError: the model is not steered.
+    """
+    base, state = steering_of(model)
+    state.remove(base)
+    return model
+
+
+def use(model: nn.Module, mix: str | None) -> Selection:
+    """Select which field acts, at once; in a `with` statement, until the block is left.
+
+    The selected field is also the one that trains.
+
+    Args:
+        model: a steered model.
+        mix: a field's name, or None for the frozen model, bit for bit.
+
+    Raises:
+        SteerError: no such field, or the model is not steered.
+    """
+    base, state = steering_of(model)
+    if mix is not None and (not isinstance(mix, str) or mix not in state.specs):
+        raise SteerError(f"`use` takes None or the name of a field ({', '.join(state.specs)}); received {mix!r}.")
+    before = state.acting
+    state.select(base, mix)
+    return Selection(base, before)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Say which backbone was found, what steers it, and how many parameters train.
+
+    Raises:
+        SteerError: the model is not steered.
+    """
+    base, state = steering_of(model)
+    widths = state.backbone.widths
+    every = list(base.parameters())
+    return Summary(
+        backbone=state.backbone.name,
+        path=state.backbone.path,
+        blocks=len(widths),
+        width=widths[0] if len(set(widths)) == 1 else widths,
+        fields=tuple(state.specs.values()),
+        acting=state.acting,
+        trainable=sum(p.numel() for p in every if p.requires_grad),
+        total=sum(p.numel() for p in every),
+    )
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """Return the parameters of a field, ready for an optimizer, with the base parameters that it trains.
+
+    Args:
+        model: a steered model.
+        name: which field; None is the selected one.
+
+    Raises:
+        SteerError: no such field, none selected, or the model is not steered.
+    """
+    base, state = steering_of(model)
+    name = name if name is not None else state.acting
+    if name is None or name not in state.specs:
+        raise SteerError(f"`name` is one of the fields {', '.join(state.specs)}; received {name!r}.")
+    found = [p for module in state.fields(name).values() for p in module.parameters()]
+    tensors = base_tensors(base)
+    opened = {id(tensors[key]): tensors[key] for key in state.specs[name].train}
+    return found + [tensor for tensor in opened.values() if isinstance(tensor, nn.Parameter)]
+
+
+def begin(model: nn.Module, arch: str | None = None) -> Steering:
+    """Return the steering a model has, or a fresh one that is not installed yet."""
+    _refuse_wrapped(model)
+    state = model.__dict__.get(ATTRIBUTE)
+    return state if isinstance(state, Steering) else _begin(model, arch)
+
+
+def _begin(model: nn.Module, arch: str | None) -> Steering:
+    backbone = find_backbone(model, arch)
+    for path, module in model.named_modules():
+        if ATTRIBUTE in module.__dict__:
+            raise SteerError(f"a part of this model, {path!r}, is steered already; unsteer it first.")
+    if any(isinstance(module, Injector) for block in backbone.blocks for module in block.modules()):
+        raise SteerError("this model is part of a steered one; work on the model that was given to `steer`.")
+    return Steering(backbone, {name: p.requires_grad for name, p in model.named_parameters()})
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise SteerError(
+                f"a compiled model cannot be steered, since hooks added now would be ignored: {path or 'the model'} is "
+                "compiled. Steer first, compile after."
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel) or kind.startswith(("FSDP", "FullyShardedData")):
+            raise SteerError(
+                f"a model that is wrapped in {kind} cannot be steered, since new parameters would not be "
+                "synchronised. Steer first, wrap after."
+            )
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Write indices briefly: `blocks 0–3, 7`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+    return f"block{'s' if len(indices) > 1 else ''} {text}"
