@@ -7,6 +7,7 @@ from .errors import SteerError
 from .field import HRes
 from .registry import find_backbone, register_backbone
 from .steering import parameters, steer, summary, unsteer, use
+from .storage import load, save
 
 if TYPE_CHECKING:
     from .registry import backbones
@@ -19,8 +20,10 @@ __all__ = [
     "SteerError",
     "backbones",
     "find_backbone",
+    "load",
     "parameters",
     "register_backbone",
+    "save",
     "steer",
     "summary",
     "unsteer",

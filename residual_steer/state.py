@@ -54,6 +54,22 @@ class Steering:
                 found[index] = module
         return found
 
+    def values(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """Return the base tensors that one field trains, with that field's values."""
+        if name != self.acting:
+            return self.trained[name]
+        tensors = base_tensors(model)
+        return {key: tensors[key] for key in self.specs[name].train}
+
+    def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """Return every tensor of a field: its own, by block, and those of the base that it trains."""
+        own = {
+            f"blocks.{index}.{key}": tensor
+            for index, module in self.fields(name).items()
+            for key, tensor in module.state_dict().items()
+        }
+        return own | self.values(model, name)
+
     def add(self, model: nn.Module, spec: FieldSpec) -> None:
         """Make the field of `spec` and select it. Every check has been made before."""
         made = {}
