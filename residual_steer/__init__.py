@@ -8,6 +8,7 @@ from .field import HRes
 from .registry import find_backbone, register_backbone
 from .steering import parameters, steer, summary, unsteer, use
 from .storage import load, save
+from .training import fit
 
 if TYPE_CHECKING:
     from .registry import backbones
@@ -20,6 +21,7 @@ __all__ = [
     "SteerError",
     "backbones",
     "find_backbone",
+    "fit",
     "load",
     "parameters",
     "register_backbone",

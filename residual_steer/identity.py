@@ -82,7 +82,7 @@ class Identity:
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
         return dict(config.to_dict())
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

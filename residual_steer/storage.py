@@ -253,8 +253,8 @@ def _parse(described: Any, source: str) -> tuple[FieldSpec, Identity]:
             )
     if described["format"] != FORMAT or described["format_version"] != FORMAT_VERSION:
         raise SteerError(
-            f"{source} is of format {described['format']!r}, version {_short(described['format_version'])}; this library "
-            f"reads {FORMAT!r}, version {FORMAT_VERSION}."
+            f"{source} is of format {described['format']!r}, version {_short(described['format_version'])}; "
+            f"this library reads {FORMAT!r}, version {FORMAT_VERSION}."
         )
     told, stands = described["field"], described["backbone"]
     widths = stands["widths"]
@@ -287,7 +287,7 @@ def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

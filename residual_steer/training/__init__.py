@@ -1,1 +1,8 @@
 """One training loop for every architecture and every method."""
+
+from .history import History
+from .loop import evaluate, fit
+from .losses import next_token_loss
+from .options import FitOptions
+
+__all__ = ["FitOptions", "History", "evaluate", "fit", "next_token_loss"]

@@ -1,0 +1,93 @@
+"""The settings of a run that most users leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from residual_steer.errors import SteerError
+
+__all__ = ["FitOptions"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What `fit` takes beside model, data, steps and learning rate.
+
+    Attributes:
+        weight_decay: decoupled weight decay of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+        warmup: steps over which the learning rate rises linearly from 0; a fraction of all steps if below 1.
+        schedule: `"cosine"` falls to 0 at the last step, `"constant"` stays.
+        accumulate: batches whose gradients are averaged for one step.
+        clip: largest norm of the gradient; None never clips.
+        precision: `"no"`, `"bf16"` or `"fp16"` autocast; None takes what `accelerate launch` was told.
+        eval_every: steps between evaluations on `valid`; None evaluates at the end only.
+        checkpoint_every: steps between checkpoints in `save_to`; None writes ten in a run.
+        log_every: steps between records.
+        seed: of the data order, dropout and all else that is random; None leaves the generators alone.
+        resume: go on from the newest checkpoint in `save_to`, if there is one.
+        trackers: accelerate's trackers, such as `("tensorboard",)`.
+        progress: show a progress bar.
+
+    Raises:
+        SteerError: a value outside its range.
+    """
+
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    accumulate: int = 1
+    clip: float | None = 1.0
+    precision: str | None = None
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    log_every: int = 10
+    seed: int | None = 0
+    resume: bool = False
+    trackers: Sequence[str] = ()
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "constant"):
+            raise SteerError(f"`schedule` is 'cosine' or 'constant'; received {self.schedule!r}.")
+        if self.precision not in (None, "no", "bf16", "fp16"):
+            raise SteerError(f"`precision` is 'no', 'bf16', 'fp16' or None; received {self.precision!r}.")
+        for name in ("accumulate", "log_every", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is None and name in ("eval_every", "checkpoint_every"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SteerError(f"`{name}` is a positive integer; received {value!r}.")
+        for name in ("weight_decay", "warmup", "clip"):
+            value = getattr(self, name)
+            if value is None and name == "clip":
+                continue
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise SteerError(f"`{name}` is a number from 0 upwards; received {value!r}.")
+        if isinstance(self.trackers, str):
+            raise SteerError(f"`trackers` is a list of names; received the string {self.trackers!r}.")
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> FitOptions:
+        """Make options from keywords.
+
+        Raises:
+            SteerError: there is no such option.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise SteerError(f"`fit` has no option {name!r}; it has {', '.join(known)}.")
+        return cls(**options)
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return what the learning rate is multiplied by at `step`, counted from 0, of `steps`."""
+        warmup = round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
