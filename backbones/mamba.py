@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -55,7 +56,8 @@ def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
     """Train transformers' Mamba without CUDA kernels through mambapy's parallel scan, in linear time and memory.
 
     The fallback of transformers walks the sequence step by step, and its backward pass grows with the square of the
-    length. In evaluation mode the model's own path is kept, so that its output stays the same to the last bit.
+    length. In evaluation mode the model's own path is kept, so that its output stays the same to the last bit; and in a
+    model with half-precision weights too, since transformers' call of mambapy fails on those.
     """
     mixers = [m for m in (block.mixer for block in blocks) if getattr(m, "use_mambapy", None) is False]
     if not mixers:  # Mamba2 scans in chunks, and who set the flag wants the scan everywhere
@@ -76,7 +78,10 @@ def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
 
 
 def _enter_scan(mixer: nn.Module, args: tuple[Any, ...]) -> None:
-    if mixer.training:
+    if mixer.training and mixer.in_proj.weight.dtype not in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # which that path cannot mix
         mixer.use_mambapy = True
 
 
