@@ -337,7 +337,7 @@ def _accelerator(options: FitOptions, folder: Path | None) -> Accelerator:
     return Accelerator(
         mixed_precision=options.precision,
         dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=options.seed
+            split_batches=True, dispatch_batches=False, use_seedable_sampler=True, data_seed=options.seed
         ),
         log_with=list(options.trackers) or None,
         project_dir=None if folder is None else str(folder),

@@ -1,0 +1,37 @@
+"""A run of `fit` that is the same on any number of processes: no dropout, shuffled data, accumulation, evaluation.
+
+Usage: fit_two.py FOLDER
+"""
+
+import sys
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import residual_steer as rs
+
+
+def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    ids = torch.stack([row[0] for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+
+def main(folder: str) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = GPT2Config(
+        n_layer=2, n_embd=16, n_head=2, n_positions=12, vocab_size=20, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    model = rs.steer(GPT2LMHeadModel(config), rank=4)
+    data = TensorDataset(torch.randint(0, 20, (48, 12)))
+    train = DataLoader(data, 8, shuffle=True, collate_fn=collate)
+    valid = DataLoader(TensorDataset(torch.randint(0, 20, (21, 12))), 6, collate_fn=collate)  # does not divide evenly
+    rs.fit(
+        model, train, valid, steps=8, lr=1e-2, accumulate=2, save_to=folder, eval_every=4, log_every=1, progress=False
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,383 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import residual_steer as rs
+from residual_steer.training import FitOptions, evaluate, next_token_loss
+from residual_steer.training.losses import measure
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def classifier(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
+
+
+def pairs(rows=24, batch=8, shuffle=True):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0)), batch, shuffle=shuffle)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def fit(model, train, *args, **options):
+    return rs.fit(model, train, *args, **{"steps": 6, "progress": False, **options})
+
+
+def test_it_learns_and_reports():
+    model, data = classifier(), pairs()
+    before = evaluate(model, data)
+    history = fit(model, data, data, steps=60, lr=3e-2, log_every=20, eval_every=30)
+    after = evaluate(model, data)
+    assert after["loss"] < before["loss"] / 2
+    assert after["accuracy"] > before["accuracy"] + 0.2
+    assert [record["step"] for record in history.train] == [20, 40, 60]
+    assert [record["step"] for record in history.valid] == [30, 60]
+    assert history.valid[-1]["loss"] == pytest.approx(after["loss"])
+    assert history.seconds_per_step > 0
+    assert history.train[0].keys() == {"step", "loss", "lr", "grad_norm", "samples_per_s", "seconds_per_step"}
+    assert "accuracy" in str(history)
+
+
+def test_only_what_requires_a_gradient_moves():
+    model = classifier()
+    model[0].requires_grad_(False)
+    before = weights(model)
+    fit(model, pairs())
+    after = weights(model)
+    assert all(torch.equal(before[key], after[key]) == key.startswith("0.") for key in before)
+
+
+def test_same_seed_same_weights_and_other_seed_others():
+    runs = []
+    for seed in (0, 0, 1):
+        model = classifier()
+        torch.rand(random.randrange(50))  # whatever happened before does not matter
+        fit(model, pairs(), seed=seed)
+        runs.append(weights(model))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_evaluation_does_not_change_the_run():
+    one, other = classifier(), classifier()
+    fit(one, pairs())
+    fit(other, pairs(), pairs(), eval_every=1)
+    assert same(weights(one), weights(other))
+
+
+def test_accumulated_batches_are_one_large_batch():
+    one, other = classifier().eval(), classifier().eval()
+    one[2].p = other[2].p = 0.0
+    for model, batch, accumulate in ((one, 8, 1), (other, 4, 2)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fit(model, pairs(batch=batch, shuffle=False), optimizer=optimizer, accumulate=accumulate, clip=None)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_step():
+    model = classifier()
+    before = weights(model)
+    fit(
+        model,
+        pairs(),
+        steps=1,
+        clip=1e-3,
+        warmup=0,
+        schedule="constant",
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+    )
+    moved = math.sqrt(sum(float((weights(model)[key] - before[key]).square().sum()) for key in before))
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_learning_rate_follows_warmup_and_cosine():
+    model = classifier()
+    history = fit(model, pairs(), steps=20, lr=0.1, warmup=4, log_every=1)
+    expected = [0.1 * (step + 1) / 5 for step in range(4)]
+    expected += [0.05 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert [record["lr"] for record in history.train] == pytest.approx(expected)
+
+
+@given(st.integers(1, 500), st.floats(0, 0.9), st.sampled_from(["cosine", "constant"]))
+def test_the_schedule_rises_then_never_rises(steps, warmup, schedule):
+    factors = [FitOptions(warmup=warmup, schedule=schedule).factor(step, steps) for step in range(steps)]
+    top = factors.index(max(factors))
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert all(0 <= factor <= 1 for factor in factors)
+
+
+def test_modes_and_forward_are_given_back():
+    model = classifier()
+    model[0].eval()
+    model[2].train()
+    modes = [module.training for module in model.modules()]
+    fit(model, pairs(), pairs(), precision="bf16")
+    assert [module.training for module in model.modules()] == modes
+    assert not {"forward", "_original_forward"} & set(model.__dict__)
+
+
+def test_a_loader_left_in_mid_epoch_is_let_go():
+    fit(classifier(), pairs(), steps=2)
+    assert GradientState().dataloader_references in ([None], [])
+
+
+def test_one_process_trains_in_several_precisions():
+    losses = [fit(classifier(), pairs(), precision=p, log_every=1).train[0]["loss"] for p in ("no", "bf16", "no")]
+    assert AcceleratorState().mixed_precision == "no"  # what `_accelerator` resets is this private state of accelerate
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+def test_evaluate_is_the_mean_over_rows_not_over_batches():
+    model, data = classifier(), pairs(rows=21, batch=8)
+    x, y = data.dataset.tensors
+    with torch.no_grad():
+        logits = model.eval()(x)
+    model.train()
+    found = evaluate(model, data)
+    assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-6)
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == y).float().mean()))
+    assert model.training
+
+
+def test_evaluate_weighs_labels_that_count():
+    class Constant(nn.Module):
+        def forward(self, input_ids, labels):
+            return {"loss": input_ids.float().mean()}
+
+    labels = [torch.full((1, 4), 1), torch.tensor([[1, -100, -100, -100]])]
+    batches = [{"input_ids": torch.full((1, 4), value), "labels": y} for value, y in zip((1, 6), labels, strict=True)]
+    assert evaluate(Constant(), batches)["loss"] == pytest.approx((4 * 1 + 1 * 6) / 5)
+
+
+def test_next_token_loss_is_transformers_own():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=11, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 11, (3, 8))
+    labels = torch.where(torch.rand(3, 8) < 0.3, -100, ids)
+    batch = {"input_ids": ids, "labels": labels}
+    torch.testing.assert_close(next_token_loss(model, batch), model(**batch).loss)
+
+
+def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    model = classifier()
+    kept = []
+
+    def loss(model, batch):
+        kept.append(weights(model))
+        value = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return value * float("nan") if len(kept) == 4 else value
+
+    with pytest.raises(rs.SteerError, match=r"loss became nan at step 4 of 6.*after step 3.*checkpoint-2"):
+        fit(model, pairs(), loss=loss, save_to=tmp_path, checkpoint_every=2)
+    assert same(weights(model), kept[3])
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    stored = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "shared.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in stored.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too():
+    model = classifier()
+    before = weights(model)
+
+    def loss(model, batch):
+        return model(batch[0]).sub(model(batch[0]).detach()).abs().sum().sqrt()  # 0 with an infinite slope
+
+    model.eval()
+    model[2].p = 0.0
+    with pytest.raises(rs.SteerError, match="gradient's norm became"):
+        fit(model, pairs(), loss=loss)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "`steps` is a positive integer; received 0"),
+        ({"lr": -1.0}, "`lr` is a positive number; received -1.0"),
+        ({"epochs": 3}, "no option 'epochs'; it has weight_decay"),
+        ({"schedule": "linear"}, "'cosine' or 'constant'; received 'linear'"),
+        ({"precision": "fp8"}, "received 'fp8'"),
+        ({"accumulate": 0}, "`accumulate` is a positive integer; received 0"),
+        ({"clip": -1.0}, "`clip` is a number from 0 upwards"),
+        ({"trackers": "tensorboard"}, "a list of names"),
+        ({"trackers": ["tensorboard"]}, "give it a folder"),
+        ({"resume": True}, "`resume` needs `save_to`"),
+    ],
+)
+def test_bad_options(options, message):
+    model = classifier()
+    before = weights(model)
+    with pytest.raises(rs.SteerError, match=message):
+        fit(model, pairs(), **options)
+    assert same(weights(model), before)
+
+
+def test_bad_data():
+    class Nothing(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(rs.SteerError, match="gave no batch"):
+        fit(classifier(), DataLoader(Nothing()))
+    with pytest.raises(rs.SteerError, match="nothing to evaluate"):
+        evaluate(classifier(), [])
+    with pytest.raises(rs.SteerError, match=r"a dict or a pair.*is a Tensor"):
+        measure(classifier(), torch.zeros(2, 4))
+    with pytest.raises(rs.SteerError, match="scalar tensor; received \\(2, 3\\)"):
+        measure(classifier(), torch.zeros(2, 4), lambda model, batch: model(batch))
+    with pytest.raises(rs.SteerError, match="Add 'labels'"):
+        measure(nn.Identity(), {"input": torch.zeros(2, 4)})
+    frozen = classifier().requires_grad_(False)
+    with pytest.raises(rs.SteerError, match="nothing to train"):
+        fit(frozen, pairs())
+
+
+def test_a_checkpoint_holds_only_what_trains(tmp_path):
+    model = classifier()
+    model[0].requires_grad_(False)
+    fit(model, pairs(), save_to=tmp_path)
+    (path,) = tmp_path.glob("checkpoint-*")
+    stored = safetensors.torch.load_file(path / "shared.safetensors")
+    trained = model[3].weight.numel() + model[3].bias.numel()
+    assert sum(tensor.numel() for tensor in stored.values()) == 3 * trained + 2  # values, two moments, two step counts
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_resume_refuses_what_does_not_belong(tmp_path):
+    run = tmp_path / "run"
+    fit(classifier(), pairs(), save_to=run)
+    with pytest.raises(rs.SteerError, match="holds a run already, at step 6"):
+        fit(classifier(), pairs(), save_to=run)
+    with pytest.raises(rs.SteerError, match=r"changed are lr 0.001 → 0.5"):
+        fit(classifier(), pairs(), save_to=run, resume=True, lr=0.5)
+    other = nn.Linear(4, 3)
+    before = weights(other)
+    with pytest.raises(rs.SteerError, match="trains other tensors"):
+        fit(other, pairs(), save_to=run, resume=True)
+    assert same(weights(other), before)
+    for file in ("shared.safetensors", "process-0.json"):
+        whole = (run / "checkpoint-6" / file).read_bytes()
+        (run / "checkpoint-6" / file).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(rs.SteerError, match="could not resume"):
+            fit(classifier(), pairs(), save_to=run, resume=True)
+        (run / "checkpoint-6" / file).write_bytes(whole)
+
+
+def test_a_finished_run_is_returned_as_it_was(tmp_path):
+    model = classifier()
+    history = fit(model, pairs(), pairs(), save_to=tmp_path)
+    again = classifier(seed=9)
+    assert fit(again, pairs(), pairs(), save_to=tmp_path, resume=True) == history
+    assert same(weights(model), weights(again))
+
+
+def test_metrics_are_json_lines_and_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = fit(classifier(), pairs(), pairs(), save_to=tmp_path, log_every=3, trackers=["tensorboard"])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line["kind"] == "train"] == [{"kind": "train", **r} for r in history.train]
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 6]
+    assert events.Scalars("valid/accuracy")[0].value == pytest.approx(history.valid[-1]["accuracy"])
+
+
+def test_an_unwritable_folder_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(rs.SteerError, match="could not make the folder"):
+        fit(classifier(), pairs(), save_to=tmp_path / "file" / "run")
+
+
+def start(program, *args):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(PROGRAMS / program), *map(str, args)], env=environment)
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    steps, whole, broken = 40, tmp_path / "whole", tmp_path / "broken"
+    reference = start("fit_run.py", whole, steps)
+    aims = random.Random(3)
+    moments = [  # in a step, while a checkpoint is filled, when one has just been put in place
+        lambda: any(broken.glob("checkpoint-*")) and time.sleep(aims.uniform(0, 0.05)) is None,
+        lambda: any(path.name not in seen for path in broken.glob(".checkpoint-*.partial")),
+        lambda: any(path.name not in seen for path in broken.glob("checkpoint-*")),
+    ]
+    reached = [0]
+    for moment in moments:
+        seen = {path.name for path in broken.glob("*checkpoint-*")}
+        process = start("fit_run.py", broken, steps)
+        deadline = time.monotonic() + 60
+        while not moment() and process.poll() is None and time.monotonic() < deadline:
+            pass
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        names = [path.name for path in broken.glob("checkpoint-*")]
+        reached.append(max((int(name.split("-")[1]) for name in names), default=0))
+    assert reached == sorted(reached)
+    assert 0 < reached[-1] < steps
+    assert start("fit_run.py", broken, steps).wait() == 0
+    assert reference.wait() == 0
+    files = [folder / "final" / "steering.safetensors" for folder in (whole, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    journals = []
+    for folder in (whole, broken):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        journals.append([(line["kind"], line["step"], line["loss"]) for line in lines])
+    assert journals[0] == journals[1]
+
+
+def test_two_processes_make_the_losses_of_one(tmp_path):
+    # `accelerate launch --cpu` starts one process only; its torchrun launcher, told to use CPUs, starts two on gloo.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    for folder, launcher in (("1", []), ("2", launch)):
+        finished = subprocess.run(
+            [sys.executable, *launcher, str(PROGRAMS / "fit_two.py"), str(tmp_path / folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("1", "2")
+    )
+    assert len(list((tmp_path / "2" / "checkpoint-8").glob("process-*.json"))) == 2
+    assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
