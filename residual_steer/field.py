@@ -119,8 +119,8 @@ class HRes(nn.Module):
         """
         moved = y.movedim(self.channels, -1)
         hidden = self.hidden(z.movedim(self.channels, -1), dtype)
-        if hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
-            return self._add_mixed(moved, hidden).movedim(-1, self.channels)
+        if self.channels == 1 or hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
+            return self._add_apart(moved, hidden).movedim(-1, self.channels)
         flat = moved.reshape(-1, self.width)
         hidden, weight = hidden.reshape(-1, self.rank), self.up.weight.to(y.dtype).t()
         if self.up.bias is None:
@@ -130,8 +130,11 @@ class HRes(nn.Module):
             flat = flat.addmm_(hidden, weight, alpha=self.scale)
         return flat.view(moved.shape).movedim(-1, self.channels)
 
-    def _add_mixed(self, y: Tensor, hidden: Tensor) -> Tensor:
-        """Add across dtypes: an fp32 stream beside a bf16 block, or under autocast."""
+    def _add_apart(self, y: Tensor, hidden: Tensor) -> Tensor:
+        """Add after the product: across dtypes (an fp32 stream beside a bf16 block, autocast), or in y's memory layout.
+
+        A convolution computes a stream of another layout with another kernel, which rounds differently.
+        """
         bias = None if self.up.bias is None else self.up.bias.to(hidden.dtype)
         return torch.add(y, F.linear(hidden, self.up.weight.to(hidden.dtype), bias), alpha=self.scale).to(y.dtype)
 

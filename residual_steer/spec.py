@@ -115,24 +115,19 @@ def _check_layers(layers: Sequence[int] | None, blocks: int) -> list[int]:
     return found
 
 
-def match_train(model: nn.Module, tensors: Mapping[str, Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the parameters and persistent buffers that the patterns select.
+def match_train(tensors: Mapping[str, Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the tensors that the patterns select.
 
     Raises:
         SteerError: a pattern that matches no parameter, or is no string.
     """
-    stored = set(model.state_dict(keep_vars=True))
     found: dict[str, None] = {}
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise SteerError(f"a `train` pattern is the name or glob of a module or parameter; received {pattern!r}.")
-        hits = [
-            name
-            for name in tensors
-            if name in stored and any(fnmatch.fnmatchcase(part, pattern) for part in _prefixes(name))
-        ]
+        hits = [name for name in tensors if any(fnmatch.fnmatchcase(part, pattern) for part in _prefixes(name))]
         if not any(isinstance(tensors[name], nn.Parameter) for name in hits):
-            heads = ", ".join(child for child, _ in model.named_children())
+            heads = ", ".join(dict.fromkeys(name.partition(".")[0] for name in tensors))
             raise SteerError(
                 f"the `train` pattern {pattern!r} matches no parameter of the model; its top modules are: {heads}."
             )

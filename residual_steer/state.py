@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from .field import HRes
 from .injector import Injector
 from .spec import FieldSpec
 
-__all__ = ["ATTRIBUTE", "Steering", "base_tensors", "steering_of"]
+__all__ = ["ATTRIBUTE", "Steering", "base_tensors", "plain_name", "steering_of"]
 
 ATTRIBUTE = "_residual_steering"
 
@@ -62,13 +61,13 @@ class Steering:
         return {key: tensors[key] for key in self.specs[name].train}
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        """Return every tensor of a field: its own, by block, and those of the base that it trains."""
+        """Return every tensor of a field: its own, by block, and those of the base that it trains, `train.…`."""
         own = {
             f"blocks.{index}.{key}": tensor
             for index, module in self.fields(name).items()
             for key, tensor in module.state_dict().items()
         }
-        return own | self.values(model, name)
+        return own | {f"train.{key}": tensor for key, tensor in self.values(model, name).items()}
 
     def add(self, model: nn.Module, spec: FieldSpec) -> None:
         """Make the field of `spec` and select it. Every check has been made before."""
@@ -146,13 +145,21 @@ def steering_of(model: nn.Module) -> tuple[nn.Module, Steering]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer that is not steering's, under each of its names."""
-    return {name: tensor for name, tensor in _named_tensors(model) if ".steering_" not in f".{name}"}
+    """Return every parameter and stored buffer that is not steering's, under each of its plain names."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if ".steering_" in f".{path}":
+            continue
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found[plain_name(f"{path}.{name}" if path else name)] = tensor
+    return found
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+def plain_name(name: str) -> str:
+    """Drop what data parallelism and `torch.compile` put into a tensor's name: `module.` in front, `_orig_mod.`."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -13,7 +13,7 @@ from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone
 from .spec import FieldSpec, check_name, check_ranks, check_site, match_train
-from .state import ATTRIBUTE, Steering, base_tensors, steering_of
+from .state import ATTRIBUTE, Steering, base_tensors, plain_name, steering_of
 
 __all__ = ["Selection", "Summary", "begin", "install", "parameters", "steer", "summary", "unsteer", "use"]
 
@@ -140,7 +140,7 @@ def steer(
         activation=activation,
         bias=bias,
         dropout=dropout,
-        train=match_train(model, base_tensors(model), (train,) if isinstance(train, str) else tuple(train)),
+        train=match_train(base_tensors(model), (train,) if isinstance(train, str) else tuple(train)),
     )
     install(model, state, spec)
     return model
@@ -255,7 +255,7 @@ def _begin(model: nn.Module, arch: str | None) -> Steering:
             raise SteerError(f"a part of this model, {path!r}, is steered already; unsteer it first.")
     if any(isinstance(module, Injector) for block in backbone.blocks for module in block.modules()):
         raise SteerError("this model is part of a steered one; work on the model that was given to `steer`.")
-    return Steering(backbone, {name: p.requires_grad for name, p in model.named_parameters()})
+    return Steering(backbone, {plain_name(name): p.requires_grad for name, p in model.named_parameters()})
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

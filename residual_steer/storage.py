@@ -64,10 +64,7 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
     if name is None or name not in state.specs:
         raise SteerError(f"`name` is one of the fields {', '.join(state.specs)}; received {name!r}.")
     spec = state.specs[name]
-    stored = {
-        f"train.{_plain(key)}" if key in spec.train else key: value.detach().cpu().contiguous().clone()
-        for key, value in state.tensors(base, name).items()
-    }
+    stored = {key: value.detach().cpu().contiguous().clone() for key, value in state.tensors(base, name).items()}
     description = _describe(spec, Identity.of(base, state.backbone))
     description["sha256"] = _digest(description, stored)
     text = json.dumps(description, sort_keys=True)
@@ -105,7 +102,7 @@ def load(model: Model, folder: str | Path, name: str | None = None) -> Model:
             "A field fits a backbone with as many blocks of the same widths."
         )
     check_site(spec.site, state.backbone)
-    spec, targets = _match(model, state, spec, stored.tensors)
+    _check_tensors(model, state, spec, stored.tensors)
     different = stored.identity.differences(here)
     if different:
         warnings.warn(
@@ -116,40 +113,33 @@ def load(model: Model, folder: str | Path, name: str | None = None) -> Model:
     install(model, state, spec)
     with torch.no_grad():
         for key, tensor in state.tensors(model, spec.name).items():
-            tensor.copy_(stored.tensors[targets[key]])
+            tensor.copy_(stored.tensors[key])
     return model
 
 
-def _match(
-    model: nn.Module, state: Steering, spec: FieldSpec, tensors: Mapping[str, Tensor]
-) -> tuple[FieldSpec, dict[str, str]]:
-    """Hold a stored field against the model: its spec in the model's names, and where each tensor comes from.
+def _check_tensors(model: nn.Module, state: Steering, spec: FieldSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Hold the tensors of a stored field against what the model needs.
 
     Raises:
-        SteerError: a tensor is missing, left over, or of another shape.
+        SteerError: one is missing, left over, or of another shape.
     """
     here = base_tensors(model)
-    names = {_plain(key): key for key in here}
-    absent = [key for key in spec.train if key not in names]
+    absent = [key for key in spec.train if key not in here]
     if absent:
         raise SteerError(
             f"the field comes with trained base tensors that this model lacks: {', '.join(absent[:6])}. "
             "Give the model the same head before loading."
         )
-    wanted = {f"train.{key}": (names[key], here[names[key]].shape) for key in spec.train}
+    wanted = {f"train.{key}": here[key].shape for key in spec.train}
     for index in spec.ranks:
         for key, value in spec.build(index, state.backbone, device="meta").state_dict().items():
-            wanted[f"blocks.{index}.{key}"] = (f"blocks.{index}.{key}", value.shape)
+            wanted[f"blocks.{index}.{key}"] = value.shape
     for what, keys in (("missing", wanted.keys() - tensors.keys()), ("left over", tensors.keys() - wanted.keys())):
         if keys:
             raise SteerError(f"{TENSORS} does not hold what it says: {what} are {', '.join(sorted(keys)[:6])}.")
-    for key, (_, shape) in wanted.items():
+    for key, shape in wanted.items():
         if tensors[key].shape != shape:
-            raise SteerError(
-                f"tensor {key} has the shape {tuple(tensors[key].shape)}; this model needs {tuple(shape)}."
-            )
-    ours = replace(spec, train=tuple(names[key] for key in spec.train))
-    return ours, {own: key for key, (own, _) in wanted.items()}
+            raise SteerError(f"tensor {key} has shape {tuple(tensors[key].shape)}; this model needs {tuple(shape)}.")
 
 
 def _read(folder: Path) -> _Stored:
@@ -200,7 +190,7 @@ def _describe(spec: FieldSpec, identity: Identity) -> dict[str, Any]:
             "activation": spec.activation,
             "bias": spec.bias,
             "dropout": spec.dropout,
-            "train": [_plain(key) for key in spec.train],
+            "train": list(spec.train),
         },
         "backbone": {
             "name": identity.name,
@@ -289,11 +279,6 @@ def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
         digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _plain(name: str) -> str:
-    """Drop what wrappers put into a tensor's name."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
 
 
 def _shape(identity: Identity) -> str:
