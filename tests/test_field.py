@@ -109,13 +109,15 @@ def test_add_to_under_autocast_keeps_the_streams_dtype(stream):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("stream", [torch.float32, torch.float64])
-def test_channels_first(stream, bias):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_first(layout, stream, bias):
     field = field_of(channels=1, scale=0.7, bias=bias)
     last = field_of(scale=0.7, bias=bias)
     last.load_state_dict(field.state_dict())
-    y, z = torch.randn(2, 2, 6, 3, 5).to(stream)
+    y, z = (tensor.to(stream, memory_format=layout) for tensor in torch.randn(2, 2, 6, 3, 5))
     moved = field.add_to(y, z)
     assert moved.shape == y.shape
+    assert moved.stride() == y.stride(), "a convolution picks its kernel by the layout"
     expected = last.add_to(y.movedim(1, -1), z.movedim(1, -1)).movedim(-1, 1)
     torch.testing.assert_close(moved, expected)
     torch.testing.assert_close(field(z), last(z.movedim(1, -1)).movedim(-1, 1))

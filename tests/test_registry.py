@@ -1,0 +1,178 @@
+"""Finding a backbone by class name, and registering more of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import CASES
+from torch import nn
+
+import residual_steer as rs
+
+TABLE = {case.name: case for case in CASES}
+PLUGINS = Path(__file__).parent / "plugins"
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, z):
+        for block in self.blocks:
+            z = z + block(z)
+        return z
+
+
+class Deeper(Stack):
+    pass
+
+
+def register(name="stack", matches=("test_registry.Stack",)):
+    @rs.register_backbone(name, matches=matches)
+    def describe(model):
+        return rs.Backbone(blocks=model.blocks, width=4)
+
+    return describe
+
+
+def test_a_registered_family_is_listed_found_and_steered():
+    describe = register()
+    assert "stack" in rs.backbones()
+    backbone = rs.find_backbone(Stack())
+    assert (backbone.name, backbone.path, backbone.width) == ("stack", "", 4)
+    assert describe(Stack()).name == ""
+    assert rs.summary(rs.steer(Stack(), "stack", rank=2)).backbone == "stack"
+
+
+def test_matches_reach_subclasses_and_through_wrappers():
+    register()
+    assert rs.find_backbone(Deeper()).path == ""
+    assert rs.find_backbone(nn.Sequential(nn.ReLU(), nn.Sequential(Deeper()))).path == "1.0"
+
+
+def test_the_nearest_class_of_the_mro_decides():
+    register()
+    register("deeper", ["test_registry.Deeper"])
+    assert rs.find_backbone(Deeper()).name == "deeper"
+    assert rs.find_backbone(Stack()).name == "stack"
+    assert rs.find_backbone(Deeper(), "stack").name == "stack"
+
+
+def test_a_class_is_named_with_its_module_or_its_package():
+    register("long", ["torch.nn.modules.container.Sequential"])
+    register("short", ["torch.ModuleDict"])
+    assert rs.find_backbone(_with_blocks(nn.Sequential())).name == "long"
+    assert rs.find_backbone(_with_blocks(nn.ModuleDict())).name == "short"
+
+
+def _with_blocks(module):
+    module.blocks = nn.ModuleList([nn.Linear(4, 4)])
+    return module
+
+
+def test_a_duplicate_name_raises():
+    register()
+    with pytest.raises(rs.SteerError, match="registered once; 'stack' is taken"):
+        register(matches=["test_registry.Deeper"])
+    with pytest.raises(rs.SteerError, match="'gpt2' is taken"):
+        register("gpt2", ["test_registry.Deeper"])
+
+
+def test_a_duplicate_class_raises():
+    with pytest.raises(rs.SteerError, match=r"transformers.GPT2Model is described by 'gpt2' already"):
+        register("mine", ["transformers.GPT2Model"])
+    assert "mine" not in rs.backbones()
+
+
+@pytest.mark.parametrize(
+    ("matches", "message"),
+    [
+        ("transformers.X", "`matches` is a list of qualified class names; received the string 'transformers.X'"),
+        ([], "`matches` needs qualified class names"),
+        (["GPT2Model"], r"such as 'transformers.GPT2Model'; received \('GPT2Model',\)"),
+        ([3], "received"),
+    ],
+)
+def test_matches_are_checked(matches, message):
+    with pytest.raises(rs.SteerError, match=message):
+        register("mine", matches)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(rs.SteerError, match=r"unknown backbone 'rwkv'; registered are: .*gpt2, .*mamba.*vit"):
+        rs.find_backbone(Stack(), "rwkv")
+
+
+def test_nothing_found_says_what_was_looked_for_and_how_to_register():
+    with pytest.raises(rs.SteerError) as caught:
+        rs.find_backbone(Stack())
+    message = str(caught.value)
+    for part in ("test_registry.Stack", "transformers.GPT2Model", "timm.VisionTransformer", "register_backbone('mine'"):
+        assert part in message
+
+
+def test_another_family_than_the_one_asked_for_is_not_taken():
+    with pytest.raises(rs.SteerError, match=r"looked along .* for transformers.GPT2Model\. Describe"):
+        rs.find_backbone(TABLE["timm-vit"].build(), "gpt2")
+
+
+def test_several_backbones_are_named():
+    pair = nn.ModuleDict({"image": TABLE["timm-vit"].build(), "text": TABLE["gpt2"].build()})
+    with pytest.raises(rs.SteerError, match=r"several .*: model.image \(vit\), model.text.transformer \(gpt2\)\..*"):
+        rs.find_backbone(pair)
+    assert rs.find_backbone(pair, "gpt2").path == "text.transformer"
+    twins = nn.ModuleList([TABLE["gpt2"].build(), TABLE["gpt2"].build()])
+    with pytest.raises(rs.SteerError, match=r"steer\(model.0.transformer, ...\)"):
+        rs.find_backbone(twins, "gpt2")
+
+
+def test_a_shared_backbone_counts_once():
+    model = TABLE["gpt2"].build()
+    assert rs.find_backbone(nn.ModuleDict({"one": model, "other": model})).path == "one.transformer"
+
+
+def test_a_model_is_a_module():
+    with pytest.raises(rs.SteerError, match=r"a model is a torch.nn.Module; received str"):
+        rs.find_backbone("gpt2")
+
+
+def run(code, *paths):
+    script = f"import sys; sys.path[:0] = {[str(PLUGINS / path) for path in paths]!r}\n{code}"
+    return subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_an_installed_package_registers_by_its_entry_point():
+    done = run("import residual_steer as rs, sys; print(rs.backbones()); print('toy_plugin' in sys.modules)", "good")
+    assert "'toy'" in done.stdout, done.stderr
+    assert done.stdout.endswith("True\n")
+    assert "skipped" not in done.stderr
+
+
+def test_a_plugin_that_fails_is_skipped_with_a_warning_that_names_it():
+    done = run("import residual_steer as rs; print(rs.backbones()); rs.backbones()", "broken", "good")
+    assert "'toy'" in done.stdout, done.stderr
+    assert "'half'" not in done.stdout
+    assert "the backbone plugin 'half' of broken-plugin was skipped: ImportError: no such kernel" in done.stderr
+    assert done.stderr.count("was skipped") == 1
+
+
+def test_a_plugin_cannot_take_a_built_in_name():
+    done = run("import residual_steer as rs; print(rs.backbones())", "greedy")
+    assert "plugin 'gpt2' of greedy-plugin was skipped: SteerError" in done.stderr
+    assert "'gpt2'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import residual_steer; print(residual_steer.backbones())",
+        "from residual_steer import backbones; print(backbones())",
+        "from residual_steer.backbones import vit; import residual_steer; print(residual_steer.backbones())",
+        "import residual_steer.backbones as b; print(b(), b.vit.vit.__name__)",
+    ],
+)
+def test_the_package_of_families_is_also_the_function_that_lists_them(code):
+    done = run(code)
+    assert "'gpt2', 'mamba'" in done.stdout, done.stderr
