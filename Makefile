@@ -1,0 +1,40 @@
+# Every target makes what it needs: a virtual environment in .venv, with everything installed in one resolution.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
+	$(BIN)/python examples/compare_transformer_mamba.py
+
+test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/installed  ## Lint, format and types, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed  ## Put imports and layout in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and everything that was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml
+	@echo "Making $(VENV) and installing torch, transformers, timm and the rest: several GB, a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+# The real mamba_ssm blocks, for the tests. On a machine without CUDA its Python code is installed without kernels.
+$(VENV)/mamba-ssm: $(VENV)/installed
+	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
+		&& $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+			mamba-ssm causal-conv1d \
+		|| MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install --quiet \
+			--disable-pip-version-check --no-build-isolation --no-deps mamba-ssm
+	@touch $@

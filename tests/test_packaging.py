@@ -1,0 +1,83 @@
+"""The package as users get it: the wheel, its contents, and what an import of it loads."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("transformers", "timm", "peft", "datasets", "mamba_ssm", "causal_conv1d", "matplotlib", "sklearn")
+
+
+def run(code, *args, cwd, path=None):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", code, *map(str, args)]
+    finished = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source distribution and a wheel, built from a copy of the tree."""
+    folder = tmp_path_factory.mktemp("build")
+    skip = shutil.ignore_patterns(".git", ".venv*", "*.egg-info", "build", "runs", "__pycache__", ".*_cache")
+    source = shutil.copytree(ROOT, folder / "source", ignore=skip)
+    code = (
+        "import sys; from setuptools import build_meta; place = sys.argv.pop()\n"
+        "build_meta.build_sdist(place); build_meta.build_wheel(place)"
+    )
+    run(code, folder, cwd=source)
+    (wheel,), (archive,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, archive
+
+
+def test_the_wheel_works_from_outside_the_repository(built, tmp_path):
+    with zipfile.ZipFile(built[0]) as wheel:
+        wheel.extractall(tmp_path / "target")
+    code = (
+        "import residual_steer, residual_steer.backbones as families\n"
+        "from residual_steer.backbones import gpt2, mamba, vit\n"
+        "print(residual_steer.__file__, families.__file__, gpt2.__file__, families())"
+    )
+    printed = run(code, cwd=tmp_path, path=tmp_path / "target")
+    assert printed.count(str(tmp_path / "target")) == 3
+    assert "'mamba_ssm'" in printed
+
+
+def test_the_wheel_holds_what_it_should_and_no_bare_backbones(built):
+    names = zipfile.ZipFile(built[0]).namelist()
+    assert {name.split("/")[0] for name in names} == {"residual_steer", names[-1].split("/")[0]}
+    assert {"residual_steer/py.typed", "residual_steer/backbones/mamba.py"} <= set(names)
+    assert any(name.endswith("LICENSE") for name in names)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "residual_steer").rglob("*.py")}
+    modules |= {f"residual_steer/{path.relative_to(ROOT)}" for path in (ROOT / "backbones").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+
+
+def test_the_source_distribution_holds_the_families(built):
+    with tarfile.open(built[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"backbones/mamba.py", "residual_steer/training/loop.py", "LICENSE", "README.md"} <= names
+
+
+def test_an_import_loads_nothing_heavy(tmp_path):
+    code = f"import sys, residual_steer; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert run(code, cwd=tmp_path).strip() == "[]"
+
+
+def test_the_public_names_are_there():
+    import residual_steer
+
+    assert all(hasattr(residual_steer, name) for name in residual_steer.__all__)
+    assert {"steer", "unsteer", "use", "summary", "parameters", "save", "load", "fit", "Backbone", "HRes"} <= set(
+        residual_steer.__all__
+    )
+    assert {"register_backbone", "find_backbone", "backbones", "SteerError"} <= set(residual_steer.__all__)
