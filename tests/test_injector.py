@@ -1,0 +1,142 @@
+"""The module on a point: what it hooks, what it shows to others, how it follows casts and copies."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES, WIDTH, closed_form, randomise
+from torch import nn
+
+import residual_steer as rs
+from residual_steer.injector import Injector
+
+TABLE = {case.name: case for case in CASES}
+
+
+@pytest.fixture(params=["gpt2", "mamba", "hf-vit"])
+def case(request):
+    return TABLE[request.param]
+
+
+@torch.no_grad()
+def test_hidden_states_captured_before_steering_are_steered_after(case):
+    model = case.build()
+    captured = model(**case.inputs(model), output_hidden_states=True).hidden_states
+    randomise(rs.steer(model, rank=4))
+    outputs = []
+    case.modules(model, "block")[0].register_forward_hook(lambda _, args, out: outputs.append(out))
+    steered = model(**case.inputs(model), output_hidden_states=True).hidden_states
+    first = outputs[0] if isinstance(outputs[0], torch.Tensor) else outputs[0][0]
+    assert any(torch.equal(state, first) for state in steered)
+    assert not any(torch.equal(state, first) for state in captured)
+
+
+@torch.no_grad()
+def test_the_first_of_foreign_hooks_sees_the_steered_stream():
+    case, seen = TABLE["timm-vit"], []
+    model = case.build()
+    block = case.modules(model, "block")[0]
+    block.register_forward_hook(lambda _, args, out: seen.append(out.clone()))
+    case.run(model)
+    randomise(rs.steer(model, rank=4))
+    case.run(model)
+    assert not torch.equal(*seen)
+    field = block.steering_block.fields["default"]
+    inputs = []
+    block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    case.run(model)
+    torch.testing.assert_close(seen[2].double(), seen[0].double() + closed_form(field, inputs[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba_ssm-1", "mamba_ssm-2"])
+@torch.no_grad()
+def test_the_pair_of_mamba_ssm_moves_by_the_field_of_its_sum(name):
+    case = TABLE[name]
+    model, frozen = randomise(rs.steer(case.build(), rank=4)), case.build()
+    hidden, residual = torch.randn(2, 2, 5, WIDTH)
+    for block, twin in zip(case.modules(model, "block"), case.modules(frozen, "block"), strict=True):
+        field = block.steering_block.fields["default"]
+        for pair in ((hidden, None), (hidden, residual)):
+            stream = hidden if pair[1] is None else hidden + residual
+            expected = sum(twin(*pair)).double() + closed_form(field, stream)
+            torch.testing.assert_close(sum(block(*pair)).double(), expected, atol=1e-5, rtol=1e-5)
+            by_name = block(hidden_states=pair[0], residual=pair[1])
+            assert torch.equal(sum(by_name), sum(block(*pair)))
+
+
+@pytest.mark.parametrize("name", ["mamba_ssm-1", "mamba_ssm-2"])
+def test_inference_caches_can_still_be_allocated(name):
+    model = rs.steer(TABLE[name].build(), rank=4)
+    cache = model.allocate_inference_cache(2, 8)
+    assert cache.keys() == {0, 1}
+    assert all(tensor.shape[0] == 2 for pair in cache.values() for tensor in pair)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "gpt2", "mamba", "mamba_ssm-1"])
+@torch.no_grad()
+def test_a_cast_after_steering_equals_steering_after_a_cast(name):
+    case = TABLE[name]
+    late = randomise(rs.steer(case.build(), rank=4)).to(torch.bfloat16)
+    early = randomise(rs.steer(case.build(dtype=torch.bfloat16), rank=4)).to(torch.bfloat16)
+    kept = randomise(rs.steer(case.build(dtype=torch.bfloat16), rank=4))
+    fields = [module for module in kept.modules() if isinstance(module, rs.HRes)]
+    assert {p.dtype for field in fields for p in field.parameters()} == {torch.float32}
+    assert torch.equal(case.run(late), case.run(early))
+    torch.testing.assert_close(case.run(late), case.run(kept), rtol=0.05, atol=0.05)
+    back = late.float()
+    assert case.run(back).dtype == torch.float32
+    assert {module._compute_dtype for module in back.modules() if isinstance(module, Injector)} == {torch.float32}
+
+
+def test_two_fields_at_two_sites_act_one_at_a_time():
+    case = TABLE["gpt2"]
+    model = randomise(rs.steer(case.build(), rank=4, site="block", name="a"))
+    only_a = case.run(model)
+    rs.steer(model, rank=2, site="mlp", layers=[-1], name="b")
+    nn.init.normal_(case.modules(model, "mlp")[1].steering_mlp.fields["b"].up.weight)
+    with rs.use(model, "a"):
+        assert torch.equal(case.run(model), only_a)
+    alone = rs.steer(case.build(), rank=2, site="mlp", layers=[-1])
+    source, target = (case.modules(m, "mlp")[1].steering_mlp.fields for m in (model, alone))
+    target["default"].load_state_dict(source["b"].state_dict())
+    assert torch.equal(case.run(model), case.run(alone))
+    assert not torch.equal(case.run(model), only_a)
+
+
+def test_two_fields_at_one_point_share_its_injector():
+    case = TABLE["gpt2"]
+    model = rs.steer(rs.steer(case.build(), rank=4, name="a"), rank=2, name="b")
+    assert sum(isinstance(module, Injector) for module in model.modules()) == 2
+    block = case.modules(model, "block")[0]
+    assert list(block.steering_block.fields) == ["a", "b"]
+    assert len(block._forward_hooks) == 1
+    assert "site=block, acting=b" in repr(block.steering_block)
+
+
+def test_fields_follow_train_and_eval():
+    case = TABLE["timm-vit"]
+    model = rs.steer(case.build(), rank=4, dropout=0.9)
+    assert not any(module.training for module in model.modules())
+    randomise(model)
+    call = case.inputs(model)
+    assert torch.equal(model(**call), model(**call))
+    model.train()
+    assert not torch.equal(model(**call), model(**call))
+
+
+def test_the_hooks_of_a_copy_are_its_own():
+    case = TABLE["gpt2"]
+    model = rs.steer(case.build(), rank=4)
+    twin = copy.deepcopy(model)
+    for block in case.modules(twin, "block"):
+        (hook,) = block._forward_hooks.values()
+        assert hook.__self__ is block.steering_block
+    rs.unsteer(twin)
+    assert not any(isinstance(module, Injector) for module in twin.modules())
+    assert sum(isinstance(module, Injector) for module in model.modules()) == 2
+
+
+def test_a_block_without_the_site_has_no_injector():
+    backbone = rs.Backbone(blocks=[nn.Linear(4, 4)], width=4)
+    with pytest.raises(rs.SteerError, match=r"block 0 has no 'mixer'"):
+        Injector(backbone, 0, "mixer")
