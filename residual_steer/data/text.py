@@ -1,0 +1,85 @@
+"""Two texts that every machine with Python has: its library's source, and its language reference."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sysconfig
+from pathlib import Path
+
+from residual_steer.errors import SteerError
+
+__all__ = ["english_prose", "python_source"]
+
+# Tests and tools that say little new, tables, other people's packages, files that differ from machine to machine, and
+# the language reference, which `english_prose` is made of.
+_SKIPPED = {
+    "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "site-packages",
+    "dist-packages", "pydoc_data", "__pycache__", "__phello__",
+}  # fmt: skip
+_SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "_distutils_system_mod")
+
+
+def python_source(limit: int | None = None) -> bytes:
+    """Return the source of Python's standard library, without its tests, sorted by path.
+
+    The same installation always gives the same bytes; another version of Python gives others.
+
+    Args:
+        limit: largest number of bytes; None is all, about 8 MB.
+
+    Raises:
+        SteerError: this Python came without its library's source, or `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise SteerError(f"`limit` is a positive number of bytes, or None; received {limit!r}.")
+    root = Path(sysconfig.get_path("stdlib"))
+    parts: list[bytes] = []
+    size = 0
+    for path in _library(root):
+        try:
+            parts.append(path.read_bytes().replace(b"\r\n", b"\n"))
+        except OSError:  # a dangling link, or a file of another user
+            continue
+        size += len(parts[-1])
+        if limit is not None and size >= limit:
+            break
+    if not parts:
+        raise SteerError(
+            f"the source of Python's standard library is not at {root}, where this Python keeps its library. Use a "
+            "Python that ships it (python.org, pyenv, conda, or Debian's python3), or text of your own."
+        )
+    return b"".join(parts)[:limit]
+
+
+def english_prose() -> bytes:
+    """Return the language reference that ships with Python for `help()`, each paragraph once: 0.4 MB of English prose.
+
+    Some sections appear under several topics; without their repetitions, no paragraph can be both trained on and
+    validated on.
+
+    Raises:
+        SteerError: this Python came without `pydoc_data`.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except (ImportError, AttributeError) as error:
+        raise SteerError(
+            "the language reference (pydoc_data.topics) is not in this Python. Use a Python that ships it (python.org, "
+            "pyenv, conda, or Debian's libpython3-stdlib), or text of your own."
+        ) from error
+    paragraphs = dict.fromkeys(part for name in sorted(topics) for part in topics[name].strip().split("\n\n"))
+    return "\n\n".join(paragraphs).encode()
+
+
+def _library(root: Path) -> list[Path]:
+    """Return the library's modules, sorted by path."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if _is_library(name)]  # not even walked through
+        found += [Path(folder, name) for name in files if name.endswith(".py") and _is_library(name)]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_library(name: str) -> bool:
+    return name not in _SKIPPED and not name.startswith(_SKIPPED_PREFIXES)
