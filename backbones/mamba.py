@@ -78,10 +78,8 @@ def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
 
 
 def _enter_scan(mixer: nn.Module, args: tuple[Any, ...]) -> None:
-    if mixer.training and mixer.in_proj.weight.dtype not in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # which that path cannot mix
+    half = mixer.in_proj.weight.dtype in (torch.bfloat16, torch.float16)
+    if mixer.training and not half:
         mixer.use_mambapy = True
 
 

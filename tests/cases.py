@@ -51,6 +51,7 @@ class Case:
         generates: whether it is a language model of transformers, which generates with and without a cache.
         scans: whether steering trains it through mambapy, which agrees with the model's own scan to rounding.
         kernels: whether it runs compiled kernels where they are installed.
+        compiled_backward_fails: how the library's own model, unsteered, fails in a compiled backward pass on a CPU.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     generates: bool = False
     scans: bool = False
     kernels: bool = False
+    compiled_backward_fails: str = ""
 
     def build(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a frozen model in evaluation mode; the same weights each time."""
@@ -277,6 +279,7 @@ CASES = [
         enter=entering_pair,
         leave=sum,
         kernels=True,
+        compiled_backward_fails="view size is not compatible",
     ),
     Case(
         "mamba_ssm-2",

@@ -22,6 +22,7 @@ POINTS = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES f
 OUTER = [point for point in POINTS if point.values[1] in ("block", "input")]
 
 every_point = pytest.mark.parametrize(("case", "site"), POINTS)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 outer_points = pytest.mark.parametrize(("case", "site"), OUTER)
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -231,14 +232,35 @@ def test_gradient_checkpointing_gives_the_same_gradients(case, site, device):
         close(actual.grad, expected.grad)
 
 
-@outer_points
+@every_case
 @torch.no_grad()
-def test_compiles_to_one_graph(case, site, device):
-    model = steered(case, site, device)
-    expected = case.run(model)
+def test_compiles_to_one_graph_that_follows_the_selection(case, device):
+    model = steered(case, "block", device)
+    expected, off = case.run(model), case.run(case.build(device))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(case.run(compiled), expected)
+    with rs.use(compiled, None):
+        close(case.run(compiled), off)
+    close(case.run(compiled), expected)
+
+
+@every_case
+def test_compiled_training_gives_the_same_gradients(case, device):
+    def compiled_loss(model):
+        torch._dynamo.reset()
+        return case.loss(torch.compile(model, fullgraph=True, backend="aot_eager"))
+
+    plain, fast = (steered(case, "input", device, training=True) for _ in range(2))
+    if case.compiled_backward_fails and device == "cpu":
+        loss = compiled_loss(case.build(device).train().requires_grad_(True))
+        with pytest.raises(RuntimeError, match=case.compiled_backward_fails):
+            loss.backward()
+        return
+    case.loss(plain).backward()
+    compiled_loss(fast).backward()
+    for expected, actual in zip(rs.parameters(plain), rs.parameters(fast), strict=True):
+        close(actual.grad, expected.grad)
 
 
 @outer_points
