@@ -163,9 +163,9 @@ def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
     if len({id(point) for point in points}) < len(points):
         raise SteerError(f"some blocks share one module at site {spec.site!r}; steer the site 'block' instead.")
     if not state.specs:
-        setattr(model, ATTRIBUTE, state)
-        if state.backbone.prepare is not None:
+        if state.backbone.prepare is not None:  # first, since it may raise, as may a warning
             state.handles.extend(state.backbone.prepare(state.backbone.blocks))
+        setattr(model, ATTRIBUTE, state)
     state.add(model, spec)
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from importlib.machinery import PathFinder
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ TRANSFORMERS = ("mamba", "mamba2", "falcon_mamba")
 
 def compiled() -> bool:
     """Say whether the CUDA kernels are there, and a device to run them on."""
-    return torch.cuda.is_available() and importlib.util.find_spec("selective_scan_cuda") is not None
+    return torch.cuda.is_available() and PathFinder.find_spec("selective_scan_cuda") is not None
 
 
 def import_mamba_ssm() -> types.ModuleType:

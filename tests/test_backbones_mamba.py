@@ -117,9 +117,21 @@ def test_autocast_trains_on_the_linear_scan(case, scans):
 @pytest.mark.usefixtures("no_mambapy")
 @pytest.mark.parametrize("case", SCANNING)
 def test_without_mambapy_a_warning_says_what_to_install(case):
-    with pytest.warns(UserWarning, match=r"square of the length.*pip install 'residual-steer\[cpu-mamba\]'"):
+    with pytest.warns(UserWarning, match=r"square of the length.*pip install 'residual-steer\[cpu-mamba\]'") as caught:
         model = rs.steer(case.build().train(), rank=4)
+    assert caught[0].filename == __file__
     assert torch.equal(case.run(model), case.run(case.build().train()))
+
+
+@pytest.mark.usefixtures("no_mambapy")
+def test_a_warning_that_is_an_error_leaves_the_model_unsteered():
+    model = TABLE["mamba"].build()
+    keys = list(model.state_dict())
+    with pytest.raises(UserWarning, match="Install mambapy"):
+        rs.steer(model, rank=4)
+    assert list(model.state_dict()) == keys
+    with pytest.raises(rs.SteerError, match="not steered"):
+        rs.summary(model)
 
 
 @pytest.mark.usefixtures("no_mambapy")

@@ -177,7 +177,11 @@ def test_a_deep_copy_and_a_pickle_stand_on_their_own(case, site, device):
         assert torch.equal(case.run(model), expected)
         rs.use(twin, "default")
     rs.unsteer(model)
-    assert not torch.equal(case.run(twins[0]), case.run(model))
+    off = case.run(model)
+    for twin in twins:
+        assert not torch.equal(case.run(twin), off)
+        assert torch.equal(case.run(rs.unsteer(twin)), off)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
 
 
 @pytest.mark.parametrize(("case", "site"), [point for point in POINTS if point.values[0].generates])

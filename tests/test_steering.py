@@ -146,6 +146,15 @@ def test_a_part_and_the_whole_are_not_steered_both():
         rs.steer(whole, rank=4)
 
 
+def test_two_parts_of_one_model_are_steered_on_their_own():
+    model = nn.ModuleDict({"image": VIT.build(), "text": GPT2.build()})
+    rs.steer(model["image"], rank=4)
+    rs.steer(model["text"], rank=2, name="law")
+    assert (rs.summary(model["image"]).acting, rs.summary(model["text"]).acting) == ("default", "law")
+    rs.unsteer(model["image"])
+    assert ranks(model) == {f"text.transformer.h.{i}.steering_block.fields.law": 2 for i in range(2)}
+
+
 def test_a_name_in_use_and_another_arch_are_refused():
     model = rs.steer(GPT2.build(), rank=4, name="law")
     prior = fingerprint(model)
