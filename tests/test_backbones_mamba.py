@@ -80,6 +80,15 @@ def test_flags_stay_as_they_were_after_an_exception(case, scans):
     assert flags(case, model) == [False, False]
 
 
+@pytest.mark.parametrize("case", SCANNING)
+def test_flags_stay_as_they_were_after_checkpointing_stops_a_block_halfway(case, scans):
+    model = randomise(rs.steer(case.build().train(), rank=4, site="input"))
+    model.gradient_checkpointing_enable()
+    case.loss(model).backward()
+    assert len(scans) > 2
+    assert flags(case, model) == [False, False]
+
+
 def test_a_flag_that_the_user_set_stays(scans):
     case = TABLE["mamba"]
     model = case.build()
