@@ -100,6 +100,7 @@ class Backbone:
         read: `(args, kwargs) -> z`, the stream that enters a block, from the block's call.
         write: `(output, f) -> output`, a block's output with its stream z replaced by f(z).
         channels: which dimension of the stream is the width: -1, or 1 in a ConvNet.
+        inplace: whether blocks overwrite the stream they are given (`x += …`); the fields then read a copy of it.
         prepare: called with the blocks when steering begins; the hook handles it returns are removed by `unsteer`.
             For what a family needs besides fields, such as a faster path for training. It must not change what the
             model computes in evaluation mode.
@@ -117,6 +118,7 @@ class Backbone:
     read: Read = read_stream
     write: Write = write_stream
     channels: int = -1
+    inplace: bool = False
     prepare: Prepare | None = None
     name: str = ""
     path: str = ""

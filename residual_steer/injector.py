@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from .backbone import Backbone, bulk_dtype, read_stream, replace_stream, write_stream
 from .errors import SteerError
@@ -44,14 +43,17 @@ class Injector(nn.Module):
         self.acting: str | None = None
         self.fields = nn.ModuleDict()
         self._compute_dtype = bulk_dtype(host)
-        self._handle: RemovableHandle
+        self._entered: Tensor | None = None
+        self._versions: list[tuple[Tensor, int]] | None = None
         host.add_module(self.key, self)
         self.train(host.training)
         if site == "input":
-            self._handle = host.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._handles = [host.register_forward_pre_hook(self._before, with_kwargs=True)]
         else:
             # First in line: transformers captures hidden states with hooks of its own, and must see the steered stream.
-            self._handle = host.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+            after = host.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+            before = host.register_forward_pre_hook(self._keep if backbone.inplace else self._watch, with_kwargs=True)
+            self._handles = [after, before]
 
     @property
     def key(self) -> str:
@@ -59,16 +61,48 @@ class Injector(nn.Module):
         return f"steering_{self.site}"
 
     def detach_from(self, host: nn.Module) -> None:
-        """Take away the child and the hook that were added to `host`, and nothing else."""
-        self._handle.remove()
+        """Take away the child and the hooks that were added to `host`, and nothing else."""
+        for handle in self._handles:
+            handle.remove()
         delattr(host, self.key)
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """M(z) + λ·H(z): eq. 1 with M the whole block, the mixer or the mlp."""
         if self.acting is None:
             return output
+        if self._versions is not None:
+            self._judge(host)
+        z, self._entered = self._entered, None
         field = cast(HRes, self.fields[self.acting])
-        return self.write(output, partial(field.add_to, z=self.read(args, kwargs), dtype=self._compute_dtype))
+        z = self.read(args, kwargs) if z is None else z
+        return self.write(output, partial(field.add_to, z=z, dtype=self._compute_dtype))
+
+    def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Copy the stream that enters, before a block that works in place overwrites it."""
+        self._entered = None if self.acting is None else self.read(args, kwargs).clone()
+
+    def _watch(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the versions of what enters, so that a block that overwrites it does not go unnoticed."""
+        if self.acting is None or torch.compiler.is_compiling():
+            return
+        entering = (*args, kwargs.get("hidden_states"), kwargs.get("residual"))
+        tensors = [t for t in entering if isinstance(t, Tensor) and t.is_floating_point() and not t.is_inference()]
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def _judge(self, host: nn.Module) -> None:
+        """Refuse a block that changed its input; one call that did not is enough to trust it.
+
+        Raises:
+            SteerError: the block works in place.
+        """
+        versions, self._versions = self._versions or [], None
+        if any(tensor._version != version for tensor, version in versions):
+            raise SteerError(
+                f"a field reads the stream that enters, and this {type(host).__name__} overwrites it (`x += …`). Write "
+                "`x = x + …` in its forward, or describe it with Backbone(..., inplace=True), which keeps a copy."
+            )
+        if versions:
+            self._handles.pop().remove()
 
     def _before(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """M(x + λ·H(x)): the control input u(t) of §4.2."""

@@ -140,3 +140,68 @@ def test_a_block_without_the_site_has_no_injector():
     backbone = rs.Backbone(blocks=[nn.Linear(4, 4)], width=4)
     with pytest.raises(rs.SteerError, match=r"block 0 has no 'mixer'"):
         Injector(backbone, 0, "mixer")
+
+
+class Overwriting(nn.Module):
+    """A block that works in place on the stream it is given."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.mlp = nn.Linear(width, width)
+
+    def forward(self, x):
+        x += torch.tanh(self.mlp(x))
+        return x
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Overwriting() for _ in range(2))
+
+    def forward(self, x):
+        x = x.clone()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def overwriting(inplace):
+    @rs.register_backbone("overwriting", matches=[f"{Stack.__module__}.Stack"])
+    def describe(model):
+        return rs.Backbone(blocks=model.blocks, width=8, mlp="mlp", inplace=inplace)
+
+    return rs.steer(Stack().requires_grad_(False), rank=4, scale=0.5)
+
+
+def test_a_block_that_overwrites_its_input_is_refused_with_what_to_do():
+    model = overwriting(inplace=False)
+    with pytest.raises(rs.SteerError, match=r"this Overwriting overwrites it.*inplace=True"):
+        model(torch.randn(2, 3, 8))
+    with rs.use(model, None):
+        model(torch.randn(2, 3, 8))
+
+
+def test_a_block_declared_to_overwrite_its_input_is_steered_by_what_entered():
+    model = randomise(overwriting(inplace=True))
+    stream = torch.randn(2, 3, 8)
+    actual = model(stream)
+    z = stream
+    for block in model.blocks:
+        field = block.steering_block.fields["default"]
+        z = z + torch.tanh(block.mlp(z)) + closed_form(field, z).to(z.dtype) * 0.5
+    torch.testing.assert_close(actual, z)
+    actual.sum().backward()
+    assert all(p.grad is not None for p in rs.parameters(model))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(stream), actual)
+
+
+def test_the_watch_over_a_block_ends_with_its_first_call():
+    model = rs.steer(TABLE["gpt2"].build(), rank=4)
+    block = TABLE["gpt2"].modules(model, "block")[0]
+    before = len(block._forward_pre_hooks)
+    TABLE["gpt2"].run(model)
+    assert len(block._forward_pre_hooks) == before - 1
+    rs.unsteer(model)
+    assert not block._forward_pre_hooks
