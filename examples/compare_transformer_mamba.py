@@ -15,6 +15,7 @@ Any model and data of the Hugging Face Hub, or in a local folder, take their pla
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -209,7 +210,7 @@ def adapt(task: Task, method: Method, settings: Settings) -> Outcome:
         valid,
         steps=task.steps,
         lr=task.rates[method.name],
-        eval_every=max(1, task.steps // 4),
+        eval_every=math.ceil(task.steps / 4),
         seed=settings.seed,
     )
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]

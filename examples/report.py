@@ -146,6 +146,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # says also what it was built for
     return found
 
 

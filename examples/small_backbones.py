@@ -61,10 +61,10 @@ class Recipe:
 RECIPES = {
     "GPT-2": Recipe(
         "GPT-2",
-        {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": LENGTH, "initializer_range": 0.06},
-        steps=550,
+        {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": LENGTH, "initializer_range": 0.1},
+        steps=750,
         batch=16,
-        lr=3e-3,
+        lr=4e-3,
     ),
     "Mamba": Recipe(
         "Mamba",
