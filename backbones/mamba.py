@@ -59,7 +59,7 @@ def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
     length. In evaluation mode the model's own path is kept, so that its output stays the same to the last bit; and in a
     model with half-precision weights too, since transformers' call of mambapy fails on those.
     """
-    mixers = [m for m in (block.mixer for block in blocks) if getattr(m, "use_mambapy", None) is False]
+    mixers = [block.mixer for block in blocks if getattr(block.mixer, _flag(block.mixer), None) is False]
     if not mixers:  # Mamba2 scans in chunks, and who set the flag wants the scan everywhere
         return []
     if importlib.util.find_spec("mambapy") is None:
@@ -80,9 +80,14 @@ def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
 def _enter_scan(mixer: nn.Module, args: tuple[Any, ...]) -> None:
     half = mixer.in_proj.weight.dtype in (torch.bfloat16, torch.float16)
     if mixer.training and not half:
-        mixer.use_mambapy = True
+        setattr(mixer, _flag(mixer), True)
 
 
 def _leave_scan(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if mixer.training:
-        mixer.use_mambapy = False
+        setattr(mixer, _flag(mixer), False)
+
+
+def _flag(mixer: nn.Module) -> str:
+    """Name the switch of a mixer; FalconMamba's had one of its own in earlier releases of transformers 5."""
+    return "use_falcon_mambapy" if hasattr(mixer, "use_falcon_mambapy") else "use_mambapy"
