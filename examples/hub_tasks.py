@@ -55,19 +55,18 @@ def hub_tasks(options: argparse.Namespace) -> list[Task]:
     """
     data = read_data(options.data, options.cache) if options.data else None
     about = f"→ {options.data}" if options.data else ""
-    if not options.model:
+    if data is not None and not options.model:
         names = ["GPT-2", "Mamba"] if isinstance(data, Text) else ["ViT"]
         return [on_data(task, data, about) for task in small_tasks(options.cache, options.quick, names)]
-    return [model_task(name, data, about) for name in options.model]
+    return [model_task(name, data, about) for name in options.model or []]
 
 
-def on_data(task: Task, data: Text | Images | None, about: str) -> Task:
+def on_data(task: Task, data: Text | Images, about: str) -> Task:
     """Give a small backbone other data."""
     if isinstance(data, Text):
         train, valid, _ = blocks_of(data, lambda text: list(text.encode()), task.train.length)
         return dataclasses.replace(task, about=f"Python source {about}", train=train, valid=valid)
     base = task.fresh()
-    assert isinstance(data, Images)
     return dataclasses.replace(
         task,
         about=f"digits 0–4 {about}",
@@ -233,7 +232,7 @@ def read_data(name: str, cache: Path) -> Text | Images:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         if files and all(p.suffix == ".txt" for p in files):
             with one_line(f"the text in {name!r}"):
-                return Text("\n".join(p.read_text() for p in files)[:TEXT])
+                return Text("\n".join(p.read_text(encoding="utf-8") for p in files)[:TEXT])
         with one_line(f"the data in {name!r}"):
             splits = read_local(path, files, cache)
     else:

@@ -172,6 +172,7 @@ def save_curves(results: Results, path: Path) -> None:
         panel.set_title(f"{task.backbone}\n{task.about}", fontsize=11)
         panel.set_xlabel("optimizer steps")
         panel.set_ylabel(f"validation {task.unit}")
+        panel.set_xlim(left=-0.02 * task.steps)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=9)
     figure.savefig(path, dpi=150)
