@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from . import data
 from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
@@ -20,6 +21,7 @@ __all__ = [
     "HRes",
     "SteerError",
     "backbones",
+    "data",
     "find_backbone",
     "fit",
     "load",
