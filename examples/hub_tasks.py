@@ -346,6 +346,7 @@ def one_line(what: str) -> Iterator[None]:
     Raises:
         SteerError: in their place.
     """
+    print(f"reading {what}", flush=True)
     try:
         yield
     except rs.SteerError:
@@ -353,15 +354,19 @@ def one_line(what: str) -> Iterator[None]:
     except ImportError as error:
         raise rs.SteerError(f'{what} needs a package: {error} pip install "residual-steer[all]".') from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
         raise rs.SteerError(
-            f"{what} cannot be had: {reason} Give the name of one on the Hub, and a network, or the path of a local "
+            f"{what} cannot be had: {reason}. Give the name of one on the Hub, and a network, or the path of a local "
             "folder."
         ) from error
 
 
 def quiet_libraries() -> None:
-    """Keep the notes and progress bars of transformers and datasets out of ours."""
+    """Keep the notes and progress bars of transformers, datasets and the Hub's client out of ours."""
+    with contextlib.suppress(ImportError):
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()
     with contextlib.suppress(ImportError):
         import transformers
 
