@@ -22,15 +22,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hub_tasks import hub_tasks, quiet_libraries
-from report import save_curves, save_json, save_table, table_of
-from small_backbones import default_cache, scan_linearly
-from tasks import Task, seeded, small_tasks
 from torch import nn
 
 import residual_steer as rs
+from hub_tasks import hub_tasks, quiet_libraries
+from report import save_curves, save_json, save_table, table_of
 from residual_steer.backbone import SITES
 from residual_steer.training import evaluate
+from small_backbones import default_cache, scan_linearly
+from tasks import Task, seeded, small_tasks
 
 
 @dataclass(frozen=True)

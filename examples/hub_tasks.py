@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tasks import Task, small_tasks, some, with_new_head
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import residual_steer as rs
 from residual_steer.data import TokenBlocks, digits, english_prose
+from tasks import Task, small_tasks, some, with_new_head
 
 STEPS, LENGTH, TEXT = 200, 128, 4_000_000  # steps of a task, tokens of a window, characters that are read
 RATES = {"new head alone": 5e-3, "H-Res": 1e-3, "full fine-tuning": 5e-5}  # customary for pre-trained models

@@ -62,14 +62,14 @@ RECIPES = {
     "GPT-2": Recipe(
         "GPT-2",
         {"n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": LENGTH, "initializer_range": 0.1},
-        steps=650,
+        steps=550,
         batch=16,
         lr=4e-3,
     ),
     "Mamba": Recipe(
         "Mamba",
         {"hidden_size": 128, "num_hidden_layers": 4, "expand": 1, "state_size": 4},
-        steps=450,
+        steps=400,
         batch=16,
         lr=4e-3,
     ),

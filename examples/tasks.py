@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_backbones import LENGTH, RECIPES, Pretrained, Recipe, get_backbone
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from residual_steer.data import ByteBlocks, digits, english_prose
+from small_backbones import LENGTH, RECIPES, Pretrained, Recipe, get_backbone
 
 
 @dataclass(frozen=True)

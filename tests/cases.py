@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from mamba_ssm_on_cpu import compiled, import_mamba_ssm
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mamba_ssm_on_cpu import compiled, import_mamba_ssm
 from residual_steer import HRes
 
 VOCABULARY, LENGTH, WIDTH, RANK = 50, 7, 16, 4

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, LENGTH, randomise
 
 import residual_steer as rs
+from cases import CASES, LENGTH, randomise
 
 TABLE = {case.name: case for case in CASES}
 SCANNING = [pytest.param(TABLE[name], id=name) for name in ("mamba", "falcon-mamba")]

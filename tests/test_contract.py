@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import CASES, DEVICES, RANK, closed_form, first_output, first_tensor, randomise
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import residual_steer as rs
+from cases import CASES, DEVICES, RANK, closed_form, first_output, first_tensor, randomise
 
 SCALE = 0.7
 POINTS = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES for site in case.points]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import closed_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cases import closed_form
 from residual_steer import HRes, SteerError
 from residual_steer.field import ACTIVATIONS
 

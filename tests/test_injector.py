@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, WIDTH, closed_form, randomise
 from torch import nn
 
 import residual_steer as rs
+from cases import CASES, WIDTH, closed_form, randomise
 from residual_steer.injector import Injector
 
 TABLE = {case.name: case for case in CASES}

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cases import CASES
 from torch import nn
 
 import residual_steer as rs
+from cases import CASES
 
 TABLE = {case.name: case for case in CASES}
 PLUGINS = Path(__file__).parent / "plugins"

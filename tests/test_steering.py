@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, VOCABULARY, WIDTH, randomise
 from torch import nn
 
 import residual_steer as rs
+from cases import CASES, VOCABULARY, WIDTH, randomise
 
 TABLE = {case.name: case for case in CASES}
 GPT2, VIT, MAMBA = TABLE["gpt2"], TABLE["timm-vit"], TABLE["mamba"]
