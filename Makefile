@@ -31,10 +31,12 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 # The real mamba_ssm blocks, for the tests. On a machine without CUDA its Python code is installed without kernels.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
 $(VENV)/mamba-ssm: $(VENV)/installed
-	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
-		&& $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
-			mamba-ssm causal-conv1d \
-		|| MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install --quiet \
-			--disable-pip-version-check --no-build-isolation --no-deps mamba-ssm
+	@if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
+		echo "Compiling mamba-ssm and causal-conv1d for this GPU: half an hour and more."; \
+		$(PIP) mamba-ssm causal-conv1d; \
+	else \
+		MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) mamba-ssm; \
+	fi
 	@touch $@

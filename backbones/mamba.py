@@ -18,16 +18,18 @@ from residual_steer.registry import register_backbone
 
 
 @register_backbone(
-    "mamba", matches=["transformers.MambaModel", "transformers.Mamba2Model", "transformers.FalconMambaModel"]
+    "mamba",
+    matches=[
+        "transformers.MambaModel",
+        "transformers.Mamba2Model",
+        "transformers.FalconMambaModel",
+        "mamba_ssm.MixerModel",
+    ],
 )
 def mamba(model: nn.Module) -> Backbone:
-    """Describe transformers' Mamba, Mamba2 and FalconMamba."""
-    return Backbone(blocks=model.layers, width=model.config.hidden_size, mixer="mixer", prepare=_scan_linearly)
-
-
-@register_backbone("mamba_ssm", matches=["mamba_ssm.MixerModel"])
-def mamba_ssm(model: nn.Module) -> Backbone:
-    """Describe the stack of `mamba_ssm`, with Mamba-1 or Mamba-2 mixers and, where it has them, MLPs."""
+    """Describe transformers' stacks, or that of `mamba_ssm` with Mamba-1 or Mamba-2 mixers and, maybe, MLPs."""
+    if not hasattr(model, "embedding"):  # transformers calls it `embeddings`
+        return Backbone(blocks=model.layers, width=model.config.hidden_size, mixer="mixer", prepare=_scan_linearly)
     return Backbone(
         blocks=model.layers,
         width=model.embedding.embedding_dim,

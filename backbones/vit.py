@@ -24,8 +24,9 @@ def vit(model: nn.Module) -> Backbone:
     """Describe a stack of pre-norm encoder blocks over patch tokens."""
     blocks = _blocks(model)
     width = model.embed_dim if isinstance(getattr(model, "embed_dim", None), int) else model.config.hidden_size
-    mixer = next(name for name in ("attn", "attention", "self_attn") if hasattr(blocks[0], name))
-    return Backbone(blocks=blocks, width=width, mixer=mixer, mlp="mlp")
+    # timm's parallel blocks have several attentions, or one fused with the feed-forward: their site is the block
+    mixer = next((name for name in ("attn", "attention", "self_attn") if hasattr(blocks[0], name)), None)
+    return Backbone(blocks=blocks, width=width, mixer=mixer, mlp="mlp" if hasattr(blocks[0], "mlp") else None)
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

@@ -129,6 +129,8 @@ class Backbone:
         for index, block in enumerate(self.blocks):
             if not isinstance(block, nn.Module):
                 raise SteerError(f"every block is a torch.nn.Module; block {index} is a {type(block).__name__}.")
+        if not isinstance(self.width, (int, Sequence)) or isinstance(self.width, (bool, str)):
+            raise SteerError(f"`width` is a positive integer, or one per block; received {self.width!r}.")
         widths = self.widths
         if len(widths) != len(self.blocks) or any(not isinstance(d, int) or d < 1 for d in widths):
             raise SteerError(

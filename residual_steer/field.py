@@ -73,16 +73,18 @@ class HRes(nn.Module):
             raise SteerError(f"`rank` is an integer from 1 to the width, here {width}; received {rank!r}.")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise SteerError(f"`scale` is a finite number; received {scale!r}.")
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise SteerError(f"`activation` is one of {', '.join(ACTIVATIONS)}; received {activation!r}.")
+        if not isinstance(bias, bool):
+            raise SteerError(f"`bias` is True or False; received {bias!r}.")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise SteerError(f"`dropout` is a probability in [0, 1); received {dropout!r}.")
         if channels not in (-1, 1):
             raise SteerError(f"`channels` is -1 or 1; received {channels!r}.")
         self.width, self.rank, self.scale = width, rank, float(scale)
         self.activation, self.dropout, self.channels = activation, float(dropout), channels
-        self.down = nn.Linear(width, rank, bias=bool(bias), device=device, dtype=dtype)
-        self.up = nn.Linear(rank, width, bias=bool(bias), device=device, dtype=dtype)
+        self.down = nn.Linear(width, rank, bias=bias, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, width, bias=bias, device=device, dtype=dtype)
         self.reset()
 
     def reset(self) -> None:

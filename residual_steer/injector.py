@@ -38,11 +38,14 @@ class Injector(nn.Module):
         if host is None:
             raise SteerError(f"block {index} has no {site!r}.")
         self.site = site
+        if hasattr(host, self.key):
+            raise SteerError(f"this {type(host).__name__} has a {self.key!r} of its own, where steering would stand.")
         self.read = backbone.read if site == "block" else read_stream
         self.write = backbone.write if site == "block" else write_stream
         self.acting: str | None = None
         self.fields = nn.ModuleDict()
         self._compute_dtype = bulk_dtype(host)
+        self._host = (host,)  # in a tuple, since a module would become a child
         self._entered: Tensor | None = None
         self._versions: list[tuple[Tensor, int]] | None = None
         host.add_module(self.key, self)
@@ -60,11 +63,11 @@ class Injector(nn.Module):
         """The name under which the injector is registered in its host."""
         return f"steering_{self.site}"
 
-    def detach_from(self, host: nn.Module) -> None:
-        """Take away the child and the hooks that were added to `host`, and nothing else."""
+    def detach(self) -> None:
+        """Take away the child and the hooks that were added to the host, and nothing else."""
         for handle in self._handles:
             handle.remove()
-        delattr(host, self.key)
+        delattr(self._host[0], self.key)
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """M(z) + λ·H(z): eq. 1 with M the whole block, the mixer or the mlp."""
@@ -85,8 +88,11 @@ class Injector(nn.Module):
         """Note the versions of what enters, so that a block that overwrites it does not go unnoticed."""
         if self.acting is None or torch.compiler.is_compiling():
             return
-        entering = (*args, kwargs.get("hidden_states"), kwargs.get("residual"))
-        tensors = [t for t in entering if isinstance(t, Tensor) and t.is_floating_point() and not t.is_inference()]
+        tensors = [
+            t
+            for t in (*args, *kwargs.values())
+            if isinstance(t, Tensor) and t.is_floating_point() and not t.is_inference()
+        ]
         self._versions = [(tensor, tensor._version) for tensor in tensors]
 
     def _judge(self, host: nn.Module) -> None:
@@ -118,6 +124,10 @@ class Injector(nn.Module):
             self._compute_dtype = probe.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what belongs to a call, or was left by one that failed."""
+        return {**self.__dict__, "_entered": None, "_versions": None}
 
     def extra_repr(self) -> str:
         """Name the site and the acting field."""

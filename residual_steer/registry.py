@@ -94,7 +94,7 @@ def find_backbone(model: nn.Module, arch: str | None = None) -> Backbone:
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     known = backbones()
-    if arch is not None and arch not in _families:
+    if arch is not None and (not isinstance(arch, str) or arch not in _families):
         raise SteerError(f"unknown backbone {arch!r}; registered are: {', '.join(known)}.")
     families = [_families[arch]] if arch is not None else list(_families.values())
     found = _search(model, {match: family for family in families for match in family.matches})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ def check_site(site: str, backbone: Backbone) -> str:
     Raises:
         SteerError: it is no site, or the backbone has no such part.
     """
-    if site not in SITES:
+    if not isinstance(site, str) or site not in SITES:
         raise SteerError(f"`site` is one of {', '.join(SITES)}; received {site!r}.")
     if site not in backbone.sites:
         raise SteerError(f"backbone {backbone.name!r} has the sites {', '.join(backbone.sites)}; received {site!r}.")
@@ -91,6 +91,8 @@ def check_ranks(rank: int | Mapping[int, int], layers: Sequence[int] | None, blo
     chosen = _check_layers(layers, blocks)
     if not isinstance(rank, Mapping):
         return dict.fromkeys(chosen, rank)
+    if not rank:
+        raise SteerError("`rank` as a table names every steered block; received an empty one.")
     table = dict(zip(_check_layers(list(rank), blocks), rank.values(), strict=True))
     if layers is None:
         chosen = sorted(table)
@@ -103,7 +105,7 @@ def check_ranks(rank: int | Mapping[int, int], layers: Sequence[int] | None, blo
 def _check_layers(layers: Sequence[int] | None, blocks: int) -> list[int]:
     if layers is None:
         return list(range(blocks))
-    if isinstance(layers, (str, int)) or not len(layers):
+    if not isinstance(layers, (Sequence, Set)) or isinstance(layers, str) or not len(layers):
         raise SteerError(f"`layers` is a non-empty list of block indices, or None for all; received {layers!r}.")
     found = []
     for index in layers:
@@ -115,14 +117,16 @@ def _check_layers(layers: Sequence[int] | None, blocks: int) -> list[int]:
     return found
 
 
-def match_train(tensors: Mapping[str, Tensor], patterns: tuple[str, ...]) -> tuple[str, ...]:
+def match_train(tensors: Mapping[str, Tensor], patterns: Sequence[str] | str) -> tuple[str, ...]:
     """Return the names of the tensors that the patterns select.
 
     Raises:
         SteerError: a pattern that matches no parameter, or is no string.
     """
+    if not isinstance(patterns, (Sequence, Set)):
+        raise SteerError(f"`train` is a list of names or globs of base modules; received {patterns!r}.")
     found: dict[str, None] = {}
-    for pattern in patterns:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str) or not pattern:
             raise SteerError(f"a `train` pattern is the name or glob of a module or parameter; received {pattern!r}.")
         hits = [name for name in tensors if any(fnmatch.fnmatchcase(part, pattern) for part in _prefixes(name))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +45,17 @@ class Steering:
     base: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    def name_of(self, name: str | None) -> str:
+        """Return the name of a field, the selected one for None.
+
+        Raises:
+            SteerError: there is no such field, or none is selected.
+        """
+        name = self.acting if name is None else name
+        if not isinstance(name, str) or name not in self.specs:
+            raise SteerError(f"`name` is one of the fields {', '.join(self.specs)}; received {name!r}.")
+        return name
+
     def fields(self, name: str) -> dict[int, HRes]:
         """Return the modules of one field by block index."""
         spec = self.specs[name]
@@ -82,6 +95,7 @@ class Steering:
                 injector = self.injectors[spec.site, index] = Injector(self.backbone, index, spec.site)
             module.train(injector.training)
             injector.fields[spec.name] = module
+        self.select(model, None)  # so that what is kept as the base's is the base's, under every name of a tied tensor
         tensors = base_tensors(model)
         for name in spec.train:
             if name not in self.base:
@@ -91,20 +105,22 @@ class Steering:
         self.select(model, spec.name)
 
     def select(self, model: nn.Module, name: str | None) -> None:
-        """Let one field act and train, or none, each with its own values of the base tensors it trains."""
+        """Let one field act and train, or none, each with its own values of the base tensors it trains.
+
+        Raises:
+            SteerError: a base tensor that a field trains was replaced or resized since.
+        """
         tensors = base_tensors(model)
-        with torch.no_grad():
-            if self.acting is not None and self.acting != name:
-                opened = self.specs[self.acting].train
-                self.trained[self.acting] = {key: tensors[key].detach().clone() for key in opened}
-                for key in opened:
-                    tensors[key].copy_(self.base[key])
-            if name is not None and name != self.acting:
-                for key, value in self.trained.pop(name, {}).items():
-                    tensors[key].copy_(value)
+        lost = self._lost(tensors, {self.acting, name})
+        if lost:
+            raise SteerError(
+                f"the model was changed since it was steered: {', '.join(lost)}, which a field trains, is gone or has "
+                "another shape. Undo that change first, or `unsteer` and steer again."
+            )
+        self._swap(tensors, name)
         self.acting = name
         opened = self.specs[name].train if name is not None else ()
-        for key in self.required:
+        for key in self.required.keys() & tensors.keys():
             tensors[key].requires_grad_(False)
         for key in opened:  # second, since tied parameters go by several names
             if isinstance(tensors[key], nn.Parameter) and tensors[key].is_floating_point():
@@ -114,18 +130,40 @@ class Steering:
             for other, module in injector.fields.items():
                 module.requires_grad_(other == name)
 
+    def _lost(self, tensors: dict[str, Tensor], names: Iterable[str | None]) -> list[str]:
+        """Return the base tensors that fields train and that are no longer what they were."""
+        keys = [key for name in names if name is not None for key in self.specs[name].train]
+        return [key for key in keys if key not in tensors or tensors[key].shape != self.base[key].shape]
+
+    def _swap(self, tensors: dict[str, Tensor], name: str | None) -> None:
+        """Put the values of the acting field aside, and those of another field, or the base's own, in place."""
+        with torch.no_grad():
+            if self.acting is not None and self.acting != name:
+                opened = self.specs[self.acting].train
+                self.trained[self.acting] = {key: tensors[key].detach().clone() for key in opened}
+                for key in opened:
+                    tensors[key].copy_(self.base[key])
+            if name is not None and name != self.acting:
+                for key, value in self.trained.pop(name, {}).items():
+                    tensors[key].copy_(value)
+
     def remove(self, model: nn.Module) -> None:
         """Take away everything that steering added, and put back what it changed."""
-        self.select(model, None)
-        for (site, index), injector in self.injectors.items():
-            host = self.backbone.point(index, site)
-            if host is not None:
-                injector.detach_from(host)
+        tensors = base_tensors(model)
+        lost = self._lost(tensors, {self.acting})
+        if lost:
+            warnings.warn(
+                f"the values before steering of {', '.join(lost)} were not put back: the model was changed since.",
+                stacklevel=4,
+            )
+        else:
+            self.select(model, None)
+        for injector in self.injectors.values():
+            injector.detach()
         for handle in self.handles:
             handle.remove()
-        tensors = base_tensors(model)
-        for name, required in self.required.items():
-            tensors[name].requires_grad_(required)
+        for name in self.required.keys() & tensors.keys():
+            tensors[name].requires_grad_(self.required[name])
         delattr(model, ATTRIBUTE)
 
 
@@ -147,19 +185,22 @@ def steering_of(model: nn.Module) -> tuple[nn.Module, Steering]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and stored buffer that is not steering's, under each of its plain names."""
     found: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if ".steering_" in f".{path}":
-            continue
-        own = {**module._parameters, **module._buffers}
-        for name, tensor in own.items():
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                found[plain_name(f"{path}.{name}" if path else name)] = tensor
+                found[plain_name(prefix + name)] = tensor
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(child, Injector):
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
     return found
 
 
 def plain_name(name: str) -> str:
-    """Drop what data parallelism and `torch.compile` put into a tensor's name: `module.` in front, `_orig_mod.`."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
+    """Drop what `torch.compile` puts into the name of a tensor of a compiled part: `_orig_mod.`."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -69,17 +69,20 @@ class Summary:
 class Selection:
     """A selection made by `use`. As a context manager it restores, on leaving, what was selected before."""
 
-    def __init__(self, model: nn.Module, before: str | None) -> None:
-        self._model, self._before = model, before
+    def __init__(self, model: nn.Module, mix: str | None, before: str | None) -> None:
+        self._model, self._mix, self._before = model, mix, before
 
     def __enter__(self) -> None:
-        """Enter; the selection is in effect already."""
+        """Enter; the selection is in effect already, unless another one was made since."""
+        use(self._model, self._mix)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore what was selected before, also after an exception."""
-        use(self._model, self._before)
+        state = self._model.__dict__.get(ATTRIBUTE)
+        if isinstance(state, Steering) and (self._before is None or self._before in state.specs):
+            use(self._model, self._before)
 
 
 def steer(
@@ -140,7 +143,7 @@ def steer(
         activation=activation,
         bias=bias,
         dropout=dropout,
-        train=match_train(base_tensors(model), (train,) if isinstance(train, str) else tuple(train)),
+        train=match_train(base_tensors(model), train),
     )
     install(model, state, spec)
     return model
@@ -166,7 +169,12 @@ def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
         if state.backbone.prepare is not None:  # first, since it may raise, as may a warning
             state.handles.extend(state.backbone.prepare(state.backbone.blocks))
         setattr(model, ATTRIBUTE, state)
-    state.add(model, spec)
+    try:
+        state.add(model, spec)
+    except Exception:
+        if not state.specs:
+            state.remove(model)
+        raise
 
 
 def unsteer(model: Model) -> Model:
@@ -197,7 +205,7 @@ def use(model: nn.Module, mix: str | None) -> Selection:
         raise SteerError(f"`use` takes None or the name of a field ({', '.join(state.specs)}); received {mix!r}.")
     before = state.acting
     state.select(base, mix)
-    return Selection(base, before)
+    return Selection(base, mix, before)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -232,9 +240,7 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
         SteerError: no such field, none selected, or the model is not steered.
     """
     base, state = steering_of(model)
-    name = name if name is not None else state.acting
-    if name is None or name not in state.specs:
-        raise SteerError(f"`name` is one of the fields {', '.join(state.specs)}; received {name!r}.")
+    name = state.name_of(name)
     found = [p for module in state.fields(name).values() for p in module.parameters()]
     tensors = base_tensors(base)
     opened = {id(tensors[key]): tensors[key] for key in state.specs[name].train}

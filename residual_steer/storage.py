@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SteerError
-from .files import make_folder, write_whole
+from .files import as_path, make_folder, write_whole
 from .identity import Identity
 from .spec import FieldSpec, check_name, check_site
 from .state import Steering, base_tensors, steering_of
@@ -60,18 +60,20 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         SteerError: no such field, none selected, or the folder cannot be written; what it held before is untouched.
     """
     base, state = steering_of(model)
-    name = name if name is not None else state.acting
-    if name is None or name not in state.specs:
-        raise SteerError(f"`name` is one of the fields {', '.join(state.specs)}; received {name!r}.")
+    name = state.name_of(name)
     spec = state.specs[name]
     stored = {key: value.detach().cpu().contiguous().clone() for key, value in state.tensors(base, name).items()}
     description = _describe(spec, Identity.of(base, state.backbone))
     description["sha256"] = _digest(description, stored)
     text = json.dumps(description, sort_keys=True)
-    folder = Path(folder)
+    folder = as_path(folder)
     make_folder(folder)
-    write_whole(folder / DESCRIPTION, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
-    write_whole(folder / TENSORS, safetensors.torch.save(stored, {_HEADER_KEY: text}))  # this rename decides
+    write_whole(
+        {
+            folder / DESCRIPTION: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
+            folder / TENSORS: safetensors.torch.save(stored, {_HEADER_KEY: text}),  # the last rename decides
+        }
+    )
     return folder
 
 
@@ -91,17 +93,19 @@ def load(model: Model, folder: str | Path, name: str | None = None) -> Model:
         SteerError: no, foreign or damaged files, another backbone, missing or extra tensors, a name in use. The model
             is as it was.
     """
-    stored = _read(Path(folder))
+    stored = _read(as_path(folder))
     state = begin(model)
     spec = stored.spec if name is None else replace(stored.spec, name=name)
     check_name(spec.name, state.specs)
     here = Identity.of(model, state.backbone)
-    if here.widths != stored.identity.widths:
+    if here.widths != stored.identity.widths or here.name != stored.identity.name:
         raise SteerError(
             f"the field was trained on {_shape(stored.identity)}; this model has {_shape(here)}. "
-            "A field fits a backbone with as many blocks of the same widths."
+            "A field fits a backbone of its own kind, with as many blocks of the same widths."
         )
     check_site(spec.site, state.backbone)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
     _check_tensors(model, state, spec, stored.tensors)
     different = stored.identity.differences(here)
     if different:
@@ -151,10 +155,10 @@ def _read(folder: Path) -> _Stored:
     try:
         content = (folder / TENSORS).read_bytes()
         text = (folder / DESCRIPTION).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        what = f"{error.strerror} ({Path(error.filename).name})" if isinstance(error, OSError) else str(error)
         raise SteerError(
-            f"could not read a field from {folder}: {error.strerror or error}"
-            f"{f' ({Path(error.filename).name})' if error.filename else ''}. `save` writes {TENSORS} and {DESCRIPTION}."
+            f"could not read a field from {folder}: {what}. `save` writes {TENSORS} and {DESCRIPTION}."
         ) from error
     try:
         json_file = json.loads(text)
@@ -167,6 +171,8 @@ def _read(folder: Path) -> _Stored:
         ) from error
     _parse(json_file, DESCRIPTION)
     spec, identity = _parse(described, TENSORS)
+    if json_file["sha256"] == described["sha256"] and json_file != described:
+        raise SteerError(f"{folder / DESCRIPTION} was changed after it was saved: it says other than {TENSORS}.")
     if described["sha256"] != _digest(described, tensors):
         raise SteerError(f"{folder / TENSORS} was changed after it was saved: its SHA-256 differs. Save it again.")
     return _Stored(spec, identity, tensors)

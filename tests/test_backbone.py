@@ -157,3 +157,24 @@ def test_a_convnet_of_changing_width_works_from_end_to_end(site, tmp_path):
     fresh = ConvNet()
     fresh.load_state_dict(frozen.state_dict())
     assert torch.equal(rs.load(fresh, tmp_path / "field")(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["ParallelThingsBlock", "ParallelScalingBlock"])
+def test_timms_parallel_blocks_are_steered_as_whole_blocks(name):
+    from timm.models import vision_transformer
+
+    model = vision_transformer.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, block_fn=getattr(vision_transformer, name)
+    )
+    model.eval().requires_grad_(False)
+    images = torch.randn(2, 3, 8, 8)
+    frozen = model(images)
+    assert "block" in rs.find_backbone(model).sites
+    assert torch.equal(rs.steer(model, rank=2)(images), frozen)
+    with pytest.raises(rs.SteerError, match="received 'mixer'"):
+        rs.steer(model, name="other", site="mixer")
+
+
+def test_a_width_is_a_whole_number():
+    with pytest.raises(rs.SteerError, match=r"`width` is a positive integer, or one per block; received 2.0"):
+        rs.Backbone(blocks=[nn.Identity()], width=2.0)

@@ -205,3 +205,39 @@ def test_the_watch_over_a_block_ends_with_its_first_call():
     assert len(block._forward_pre_hooks) == before - 1
     rs.unsteer(model)
     assert not block._forward_pre_hooks
+
+
+def test_a_call_that_failed_leaves_nothing_that_cannot_be_copied():
+    case = TABLE["gpt2"]
+    model = rs.steer(case.build(), rank=4)
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = case.modules(model, "mlp")[1].register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        case.run(model)
+    handle.remove()
+    torch.testing.assert_close(case.run(copy.deepcopy(model)), case.run(model))
+
+
+def test_a_stream_under_another_keyword_is_watched_too():
+    class Named(Overwriting):
+        def forward(self, *, stream):
+            return super().forward(stream)
+
+    class Net(Stack):
+        def forward(self, x):
+            x = x.clone()
+            for block in self.blocks:
+                x = block(stream=x)
+            return x
+
+    @rs.register_backbone("named", matches=[f"{Net.__module__}.{Net.__qualname__}"])
+    def describe(model):
+        return rs.Backbone(blocks=model.blocks, width=8, read=lambda args, kwargs: kwargs["stream"])
+
+    net = Net()
+    net.blocks = nn.ModuleList(Named() for _ in range(2))
+    with pytest.raises(rs.SteerError, match="Named overwrites it"):
+        rs.steer(net.requires_grad_(False), rank=2)(torch.randn(2, 3, 8))

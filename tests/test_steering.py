@@ -41,7 +41,7 @@ def same(one, other):
         ({"rank": {0: 2, 5: 2}}, r"a layer is an integer from -2 to 1; received 5"),
         ({"rank": {0: 2, -2: 2}}, r"a layer is named once; received \[0, -2\]"),
         ({"rank": {0: 2}, "layers": [0, 1]}, r"every steered block; block 1 is missing"),
-        ({"rank": {}}, r"`layers` is a non-empty list"),
+        ({"rank": {}}, r"received an empty one"),
         ({"layers": [2]}, r"a layer is an integer from -2 to 1; received 2"),
         ({"layers": [0, -2]}, r"a layer is named once; received \[0, -2\]"),
         ({"layers": []}, r"`layers` is a non-empty list of block indices, or None for all; received \[\]"),
@@ -379,3 +379,95 @@ def test_it_works_through_compiled_wrappers():
     assert rs.summary(compiled).acting == "default"
     with rs.use(compiled, None):
         assert rs.summary(model).acting is None
+
+
+def gpt2():
+    return TABLE["gpt2"].build()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": 3.5}, "`layers` is a non-empty list"),
+        ({"train": None}, "`train` is a list of names"),
+        ({"train": 5}, "`train` is a list of names"),
+        ({"activation": []}, "`activation` is one of"),
+        ({"arch": ["gpt2"]}, "unknown backbone"),
+        ({"bias": "no"}, "`bias` is True or False"),
+        ({"rank": {}}, "received an empty one"),
+        ({"rank": 2.0}, "`rank` is an integer"),
+        ({"site": []}, "`site` is one of"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_refused(arguments, message):
+    model = gpt2()
+    before = fingerprint(model)
+    with pytest.raises(rs.SteerError, match=message):
+        rs.steer(model, **{"rank": 2, **arguments})
+    assert same(fingerprint(model), before)
+
+
+def test_two_fields_that_train_one_tied_tensor_by_its_two_names():
+    model = gpt2()
+    tied = model.lm_head.weight
+    original = tied.detach().clone()
+    assert tied is model.transformer.wte.weight
+    rs.steer(model, name="a", rank=2, train="transformer.wte")
+    with torch.no_grad():
+        tied += 1
+    rs.steer(model, name="b", rank=2, train="lm_head")
+    assert torch.equal(tied, original)
+    rs.use(model, "a")
+    assert torch.equal(tied, original + 1)
+    rs.unsteer(model)
+    assert torch.equal(tied, original)
+
+
+def test_a_module_of_the_users_may_be_called_like_one_of_ours():
+    model = gpt2()
+    model.steering_head = nn.Linear(WIDTH, 2)
+    rs.steer(model, rank=2, train="steering_head")
+    assert model.steering_head.weight.requires_grad
+    rs.unsteer(model)
+    model.transformer.h[1].steering_block = nn.Linear(2, 2)
+    before = fingerprint(model)
+    with pytest.raises(rs.SteerError, match="'steering_block' of its own"):
+        rs.steer(model, rank=2)
+    assert same(fingerprint(model), before)
+
+
+def test_a_model_whose_head_was_resized_can_still_be_unsteered():
+    model = rs.steer(gpt2(), rank=2, train="lm_head")
+    model.resize_token_embeddings(VOCABULARY + 3)
+    with pytest.raises(rs.SteerError, match=r"lm_head.weight, which a field trains, is gone or has another shape"):
+        rs.use(model, None)
+    with pytest.warns(UserWarning, match=r"lm_head.weight were not put back"):
+        rs.unsteer(model)
+    assert not any("steering_" in name for name, _ in model.named_modules())
+
+
+def test_a_base_parameter_may_be_replaced_while_steered():
+    model = rs.steer(gpt2(), rank=2)
+    nn.utils.parametrizations.weight_norm(model.transformer.ln_f)
+    rs.use(model, None)
+    rs.unsteer(model)
+
+
+def test_leaving_a_selection_hides_no_exception_and_needs_no_steering():
+    model = rs.steer(gpt2(), rank=2)
+
+    def fail():
+        with rs.use(model, None):
+            rs.unsteer(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+
+
+def test_entering_a_selection_selects_again():
+    model = rs.steer(gpt2(), rank=2)
+    chosen = rs.use(model, "default")
+    rs.use(model, None)
+    with chosen:
+        assert rs.summary(model).acting == "default"

@@ -295,7 +295,7 @@ def test_a_disk_that_is_full_leaves_the_old_field_whole(saved):
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.search(r"could not write .*File too large.*untouched", finished.stdout)
     assert (folder / TENSORS).read_bytes() == files[TENSORS]
-    assert {path.name for path in folder.iterdir()} == set(files)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert torch.equal(rs.load(vit(), folder)(IMAGES), expected)
 
 
@@ -334,3 +334,31 @@ def test_files_are_as_readable_as_any_other(saved):
 def test_nothing_is_ever_unpickled():
     for path in PACKAGE.rglob("*.py"):
         assert not re.search(r"(?<!safetensors\.)torch\.load|\bpickle\b|weights_only", path.read_text()), path
+
+
+def test_another_kind_of_backbone_is_refused_even_in_the_same_shape(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=9, bos_token_id=0, eos_token_id=0)
+    rs.save(rs.steer(vit(), rank=4), tmp_path)
+    with pytest.raises(rs.SteerError, match="trained on vit, 3 blocks of width 32; this model has gpt2, 3 blocks"):
+        rs.load(transformers.GPT2Model(config), tmp_path)
+
+
+def test_a_description_that_was_edited_is_refused(saved):
+    path = saved[0] / DESCRIPTION
+    path.write_text(path.read_text().replace('"scale": 0.5', '"scale": 5.0'))
+    with pytest.raises(rs.SteerError, match="says other than"):
+        rs.load(vit(), saved[0])
+
+
+def test_a_model_without_values_is_refused(saved):
+    with pytest.raises(rs.SteerError, match="meta device"):
+        rs.load(vit().to("meta"), saved[0])
+
+
+@pytest.mark.parametrize("folder", [None, 5, "", "a\0b"])
+def test_a_folder_is_a_path(folder):
+    model = rs.steer(vit(), rank=4)
+    for call in (lambda: rs.save(model, folder), lambda: rs.load(vit(), folder)):
+        with pytest.raises(rs.SteerError, match=r"a folder is a path|could not"):
+            call()

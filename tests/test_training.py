@@ -149,7 +149,7 @@ def test_a_loader_left_in_mid_epoch_is_let_go():
 
 def test_one_process_trains_in_several_precisions():
     losses = [fit(classifier(), pairs(), precision=p, log_every=1).train[0]["loss"] for p in ("no", "bf16", "no")]
-    assert AcceleratorState().mixed_precision == "no"  # what `_accelerator` resets is this private state of accelerate
+    assert not AcceleratorState._shared_state  # private to accelerate, and given back as it was
     assert losses[0] == losses[2] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
@@ -381,3 +381,140 @@ def test_two_processes_make_the_losses_of_one(tmp_path):
     assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_run_leaves_accelerate_as_it_was(monkeypatch):
+    from accelerate import Accelerator
+
+    fit(classifier(), pairs(), precision="bf16")
+    mine = Accelerator(mixed_precision="no")  # another precision than the run's: no conflict
+    fit(classifier(), pairs(), precision="bf16")
+    assert mine.mixed_precision == "no"
+    AcceleratorState._reset_state()
+    plain = fit(classifier(), pairs(), log_every=1)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    again = fit(classifier(), pairs(), log_every=1)
+    assert [r["grad_norm"] for r in plain.train] == [r["grad_norm"] for r in again.train]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert fit(classifier(), pairs(), log_every=1).train[0]["loss"] != plain.train[0]["loss"]
+
+
+def test_an_optimizer_of_the_users_own():
+    model = classifier()
+    optimizer = torch.optim.SGD([{"params": model[3].parameters(), "lr": 0.1}], lr=1.0, momentum=0.9)
+    before = weights(model)
+    history = fit(model, pairs(), steps=20, optimizer=optimizer, log_every=1, schedule="constant", clip=None)
+    assert optimizer.param_groups[0]["lr"] == 0.1  # given back: a second run starts from it
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert history.train[-1]["grad_norm"] < 3 * history.train[0]["grad_norm"]  # nothing piles up in what it lacks
+    with pytest.raises(rs.SteerError, match="holds no parameter of this model"):
+        fit(classifier(), pairs(), optimizer=optimizer)
+
+
+def test_a_learning_rate_in_a_tensor(tmp_path):
+    model = classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), capturable=False, foreach=False)
+    fit(model, pairs(), optimizer=optimizer, save_to=tmp_path)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+
+
+def test_resume_with_another_optimizer_is_refused(tmp_path):
+    fit(classifier(), pairs(), save_to=tmp_path)
+    model = classifier()
+    before = weights(model)
+    with pytest.raises(rs.SteerError, match=r"optimizer 'AdamW' → 'SGD'"):
+        fit(model, pairs(), save_to=tmp_path, resume=True, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    halves = [{"params": model[0].parameters()}, {"params": model[3].parameters()}]
+    with pytest.raises(rs.SteerError, match="does not fit this optimizer"):
+        fit(model, pairs(), save_to=tmp_path, resume=True, optimizer=torch.optim.AdamW(halves))
+    assert same(weights(model), before)
+
+
+class Odd(torch.utils.data.Sampler):
+    """A sampler that keeps its generator under a name of its own."""
+
+    def __init__(self):
+        self.rng = torch.Generator().manual_seed(11)
+
+    def __iter__(self):
+        yield from torch.randperm(24, generator=self.rng).tolist()
+
+    def __len__(self):
+        return 24
+
+
+@pytest.mark.parametrize("kind", ["no seed", "own sampler", "own generator"])
+def test_the_order_of_data_is_resumed_whoever_shuffles(tmp_path, kind):
+    def loader():
+        data = pairs().dataset
+        if kind == "own sampler":
+            return DataLoader(data, 8, sampler=Odd())
+        generator = torch.Generator().manual_seed(4) if kind == "own generator" else None
+        return DataLoader(data, 8, shuffle=True, generator=generator)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(model, batch):
+        seen.append(batch[0])
+        if len(seen) == stop:
+            raise Stop
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    options = {"steps": 10, "seed": None if kind == "no seed" else 0, "loss": stopping, "checkpoint_every": 1}
+    seen, stop = [], None
+    whole, broken, resumed = classifier(), classifier(), classifier()
+    torch.manual_seed(7)
+    fit(whole, loader(), save_to=tmp_path / "whole", **options)
+    seen, stop = [], 6
+    torch.manual_seed(7)
+    with pytest.raises(Stop):
+        fit(broken, loader(), save_to=tmp_path / "broken", **options)
+    seen, stop = [], None
+    torch.manual_seed(123)  # another process, in another state
+    fit(resumed, loader(), save_to=tmp_path / "broken", resume=True, **options)
+    assert same(weights(whole), weights(resumed))
+
+
+def test_frozen_running_statistics_stay_and_those_of_a_bad_step_go_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[1].requires_grad_(False)
+    before = weights(model)
+    fit(model, pairs())
+    after = weights(model)
+    assert torch.equal(after["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(after["3.running_mean"], before["3.running_mean"])
+    broken = [(torch.full((4, 4), float("nan")), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(rs.SteerError, match="loss became nan at step 1"):
+        fit(model, broken)
+    assert same(weights(model), after)
+
+
+def test_the_users_loader_is_given_back():
+    data = pairs()
+    sampler = data.batch_sampler.sampler
+    fit(classifier(), data)
+    assert data.batch_sampler.sampler is sampler
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": 0}, "above 0, or None"),
+        ({"seed": -1}, "`seed` is an integer from 0"),
+        ({"seed": "a"}, "`seed` is an integer from 0"),
+        ({"lr": True}, "`lr` is a positive number; received True"),
+        ({"loss": 3}, "`loss` is a function"),
+        ({"save_to": 5}, "a folder is a path; received 5"),
+        ({"valid": 5}, "`valid` is a DataLoader"),
+        ({"valid": []}, "`valid` gave no batch"),
+        ({"valid": iter([1])}, "`valid` is a DataLoader.*every epoch"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_refused_before_anything_runs(options, message):
+    model = classifier()
+    before = weights(model)
+    with pytest.raises(rs.SteerError, match=message):
+        fit(model, pairs(), options.pop("valid", None), **options)
+    assert same(weights(model), before)

@@ -1,7 +1,8 @@
 """One training loop for every architecture and every method."""
 
+from .evaluation import evaluate
 from .history import History
-from .loop import evaluate, fit
+from .loop import fit
 from .losses import next_token_loss
 from .options import FitOptions
 

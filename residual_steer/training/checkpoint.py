@@ -5,7 +5,6 @@ A checkpoint is a folder that is filled beside its place and then renamed. It ho
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -21,6 +20,7 @@ from residual_steer.files import make_folder, sync_folder, write_whole
 
 __all__ = ["newest", "read", "write"]
 
+_SHARED, _OWN = ("step", "identity", "model", "optimizer", "scaler"), ("random", "stream")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -30,7 +30,7 @@ def newest(folder: Path) -> tuple[int, Path] | None:
     return max(found, default=None)
 
 
-def write(folder: Path, step: int, shared: Any, own: Any, rank: int, wait: Callable[[], None]) -> Path:
+def write(folder: Path, step: int, shared: Any, own: Any, rank: int, agree: Callable[[bool], bool]) -> Path:
     """Write the checkpoint of `step`, and remove the ones before it.
 
     Args:
@@ -39,37 +39,62 @@ def write(folder: Path, step: int, shared: Any, own: Any, rank: int, wait: Calla
         shared: a tree of tensors and plain values, the same on every process.
         own: such a tree of this process.
         rank: index of this process; process 0 writes `shared` and does the renaming.
-        wait: waits for all processes.
+        agree: waits for all processes, and says whether each of them passed True.
 
     Raises:
         SteerError: the folder cannot be written; older checkpoints are untouched.
     """
     place, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        make_folder(aside)
-    wait()
-    try:
+    first = rank == 0
+
+    def fill() -> None:
         _write_tree(aside / f"process-{rank}", own)
-        if rank == 0:
+        if first:
             _write_tree(aside / "shared", shared)
-        wait()
-        if rank == 0:
             sync_folder(aside)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(place)
-            try:
-                aside.rename(place)
-            except OSError as error:
-                raise SteerError(f"could not put the checkpoint {place} in place: {error.strerror}.") from error
-            sync_folder(folder)
-            for path in folder.glob("checkpoint-*"):
-                if (match := _NAME.fullmatch(path.name)) and int(match[1]) < step:
-                    shutil.rmtree(path, ignore_errors=True)
+
+    def settle() -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        try:
+            aside.rename(place)
+        except OSError as error:
+            raise SteerError(f"could not put the checkpoint {place} in place: {error.strerror}.") from error
+        sync_folder(folder)
+
+    try:
+        _together(lambda: _renew(aside), first, agree)
+        _together(fill, True, agree)
+        _together(settle, first, agree)
     except SteerError:
-        shutil.rmtree(aside, ignore_errors=True)
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
+    if first:
+        for path in folder.glob("checkpoint-*"):
+            if (match := _NAME.fullmatch(path.name)) and int(match[1]) < step:
+                shutil.rmtree(path, ignore_errors=True)
     return place
+
+
+def _renew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+
+
+def _together(act: Callable[[], None], mine: bool, agree: Callable[[bool], bool]) -> None:
+    """Act if it is this process's part, and stop every process if one of them failed.
+
+    Raises:
+        SteerError: here or in another process it could not be done.
+    """
+    failure: SteerError | None = None
+    try:
+        if mine:
+            act()
+    except SteerError as error:
+        failure = error
+    if not agree(failure is None):
+        raise failure or SteerError("another process could not write its part of the checkpoint.")
 
 
 def read(path: Path, rank: int) -> tuple[Any, Any]:
@@ -79,7 +104,12 @@ def read(path: Path, rank: int) -> tuple[Any, Any]:
         SteerError: a file is missing or damaged.
     """
     try:
-        return _read_tree(path / "shared"), _read_tree(path / f"process-{rank}")
+        shared, own = _read_tree(path / "shared"), _read_tree(path / f"process-{rank}")
+        for key in _SHARED:
+            shared[key]
+        for key in _OWN:
+            own[key]
+        return shared, own
     except Exception as error:  # bytes from anywhere can fail in any way
         raise SteerError(
             f"could not resume from {path} ({type(error).__name__}: {error}). It must hold a whole checkpoint, written "
@@ -90,8 +120,12 @@ def read(path: Path, rank: int) -> tuple[Any, Any]:
 def _write_tree(stem: Path, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _split(tree, tensors)
-    write_whole(stem.with_suffix(".safetensors"), safetensors.torch.save(tensors))
-    write_whole(stem.with_suffix(".json"), json.dumps(plain).encode())
+    write_whole(
+        {
+            stem.with_suffix(".safetensors"): safetensors.torch.save(tensors),
+            stem.with_suffix(".json"): json.dumps(plain).encode(),
+        }
+    )
 
 
 def _read_tree(stem: Path) -> Any:

@@ -59,7 +59,7 @@ class Journal:
             kept = [record for record in self._read() if record["step"] <= until] if until else []
             for record in kept:
                 self._remember(dict(record))
-            write_whole(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_whole({self._path: "".join(json.dumps(record) + "\n" for record in kept).encode()})
 
     def add(self, kind: str, record: Record) -> None:
         """Add a record of `kind`, train or valid.
@@ -82,9 +82,10 @@ class Journal:
         if self._path is None or not self._path.exists():
             return []
         records = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:  # the line that was being written when the run was killed
+                record = json.loads(line)
+                records.append({"kind": str(record["kind"]), "step": int(record["step"]), **record})
+            except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
                 break
         return records

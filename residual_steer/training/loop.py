@@ -1,4 +1,4 @@
-"""fit and evaluate: one loop for every architecture and every method, on accelerate.
+"""fit: one loop for every architecture and every method, on accelerate.
 
 It trains whatever requires a gradient and asks nothing else of the model: a steered SSM, LoRA on a Transformer, a
 linear probe and full fine-tuning all go through it.
@@ -10,29 +10,30 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from residual_steer.errors import SteerError
-from residual_steer.files import make_folder
+from residual_steer.files import as_path, make_folder
 
 from . import checkpoint, randomness
+from .environment import accelerate_as_before, make_accelerator
+from .evaluation import means, totals
 from .history import History, Journal
 from .losses import Loss, measure
+from .modes import as_before, train_mode
 from .options import FitOptions
 from .stream import BatchStream
 
-__all__ = ["evaluate", "fit"]
+__all__ = ["fit"]
 
 # What a run may be resumed with another value of: it does not change the weights.
 _FREE = {"checkpoint_every", "eval_every", "log_every", "progress", "resume", "trackers"}
@@ -80,40 +81,27 @@ def fit(
     settings = FitOptions.of(options)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise SteerError(f"`steps` is a positive integer; received {steps!r}.")
-    if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise SteerError(f"`lr` is a positive number; received {lr!r}.")
-    folder = None if save_to is None else Path(save_to)
+    if not isinstance(model, nn.Module):
+        raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
+    if loss is not None and not callable(loss):
+        raise SteerError(f"`loss` is a function of the model and a batch; received {loss!r}.")
+    _check_loader("train", train)
+    if valid is not None:
+        _check_loader("valid", valid)
+    folder = None if save_to is None else as_path(save_to)
     if settings.trackers and folder is None:
         raise SteerError("`trackers` write their logs under `save_to`; give it a folder.")
     if not any(p.requires_grad for p in model.parameters()):
         raise SteerError("nothing to train: no parameter of the model requires a gradient. Steer it first.")
     resumed = _find_resumable(folder, settings)
-    with _as_before(model):
+    with as_before(model), accelerate_as_before(settings):
         run = _Run(model, train, steps, lr, loss, optimizer, folder, settings)
         try:
             return run.go(valid, resumed)
         finally:
-            run.stream.close()
-
-
-def evaluate(model: nn.Module, loader: Iterable[Any], loss: Loss | None = None) -> dict[str, float]:
-    """Measure a model in evaluation mode, on its own device; modes and random generators are left as they were.
-
-    Args:
-        model: any model.
-        loader: batches as in `fit`.
-        loss: as in `fit`.
-
-    Returns:
-        `loss`, the mean over all labels that count (rows where a batch has none), and for `(x, y)` pairs `accuracy`
-        from 0 to 1.
-
-    Raises:
-        SteerError: the loader is empty, or a batch is unusable.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _as_before(model), randomness.apart():
-        return _means(_totals(model, loader, loss, device))
+            run.close()
 
 
 class _Run:
@@ -131,13 +119,19 @@ class _Run:
         options: FitOptions,
     ) -> None:
         self.model, self.steps, self.loss, self.folder, self.options = model, steps, loss, folder, options
-        self.accelerator = _accelerator(options, folder)
+        self.accelerator = make_accelerator(options, folder)
         if options.seed is not None:
             set_seed(options.seed)
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.identity = {"steps": steps, "lr": float(lr), **_identity(options)}
-        optimizer = optimizer or AdamW(self.trained.values(), lr=lr, weight_decay=options.weight_decay)
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        optimizer = optimizer or AdamW(trained.values(), lr=lr, weight_decay=options.weight_decay)
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.trained = {name: p for name, p in trained.items() if id(p) in optimized}
+        if not self.trained:
+            raise SteerError("the optimizer holds no parameter of this model that requires a gradient.")
+        self.identity = {"steps": steps, "lr": float(lr), "optimizer": type(optimizer).__name__, **_identity(options)}
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self.sampler = getattr(getattr(train, "batch_sampler", None), "sampler", None)
+        self.train = train
         self.wrapped, self.optimizer, loader = self._prepare(model, optimizer, train)
         self.stream = BatchStream(loader)
         if options.seed is not None:
@@ -153,6 +147,20 @@ class _Run:
                 f"of the number of processes, here {self.accelerator.num_processes}."
             ) from error
         return model, optimizer, loader
+
+    def close(self) -> None:
+        """Give the optimizer its learning rates back, and the user's loader its sampler, which accelerate replaced."""
+        self._set_rates(1.0)
+        self.stream.close()
+        if self.sampler is not None:
+            self.train.batch_sampler.sampler = self.sampler  # type: ignore[attr-defined]
+
+    def _set_rates(self, factor: float) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
 
     def go(self, valid: Iterable[Any] | None, resumed: Path | None) -> History:
         """Run from the start, or from a checkpoint, to the last step."""
@@ -171,7 +179,7 @@ class _Run:
             total=self.steps, initial=self.step, unit="step", disable=not (self.options.progress and main), leave=False
         )
         with bar:
-            self.model.train()
+            train_mode(self.model, self.trained)
             while self.step < self.steps:
                 record = self._advance()
                 bar.update()
@@ -197,13 +205,13 @@ class _Run:
         started = time.perf_counter()
         options, parts = self.options, self.options.accumulate
         factor = options.factor(self.step, self.steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        self.optimizer.zero_grad()
+        self._set_rates(factor)
+        self.model.zero_grad()  # all of it: the optimizer may hold only some of what requires a gradient
+        buffers = {name: tensor.clone() for name, tensor in self._buffers().items()}
         total: Tensor | None = None
         rows = 0
         for part in range(parts):
-            batch = next(self.stream)
+            batch = send_to_device(next(self.stream), self.accelerator.device)
             synchronise = part == parts - 1
             with contextlib.nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
                 outcome = measure(self.wrapped, batch, self.loss)
@@ -215,6 +223,8 @@ class _Run:
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), options.clip or math.inf))
         scaled = self.accelerator.scaler is not None  # fp16 skips steps whose gradient overflows, and goes on
         if not math.isfinite(mean) or not (math.isfinite(norm) or scaled):
+            for name, tensor in self._buffers().items():
+                tensor.copy_(buffers[name])
             self._stop(mean, norm)
         self.optimizer.step()
         self.step += 1
@@ -229,7 +239,7 @@ class _Run:
         }
 
     def _stop(self, loss: float, norm: float) -> None:
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         kept = checkpoint.newest(self.folder) if self.folder is not None else None
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient's norm became {norm}"
         raise SteerError(
@@ -257,20 +267,24 @@ class _Run:
         )
 
     def _evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        with _as_before(self.model), randomness.apart():
-            totals = _totals(self.model, loader, self.loss, self.accelerator.device)
-            return _means(self.accelerator.reduce(totals, reduction="sum"))
+        with as_before(self.model), randomness.apart():
+            sums = totals(self.model, loader, self.loss, self.accelerator.device)
+            return means(self.accelerator.reduce(sums, reduction="sum"))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return the stored buffers of modules that train, such as the running statistics of a head's BatchNorm."""
+        owners = {name.rpartition(".")[0] for name in self.trained}
+        found = {}
+        for path, module in self.model.named_modules():
+            if path in owners:
+                for name, tensor in module.named_buffers(recurse=False):
+                    if name not in module._non_persistent_buffers_set:
+                        found[f"{path}.{name}" if path else name] = tensor
+        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the model: what trains, and the buffers beside it."""
-        owners = {name.rpartition(".")[0] for name in self.trained}
-        stored = set(self.model.state_dict(keep_vars=True))
-        buffers = {
-            name: tensor
-            for name, tensor in self.model.named_buffers()
-            if name in stored and name.rpartition(".")[0] in owners
-        }
-        return {**self.trained, **buffers}
+        return {**self.trained, **self._buffers()}
 
     def _checkpoint(self, folder: Path) -> None:
         shared = {
@@ -282,7 +296,11 @@ class _Run:
         }
         own = {"random": randomness.get_state(), "stream": self.stream.state()}
         accelerator = self.accelerator
-        checkpoint.write(folder, self.step, shared, own, accelerator.process_index, accelerator.wait_for_everyone)
+        checkpoint.write(folder, self.step, shared, own, accelerator.process_index, self._all)
+
+    def _all(self, here: bool) -> bool:
+        """Say whether something is true on every process."""
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "mean") == 1.0)
 
     def _restore(self, path: Path) -> None:
         shared, own = checkpoint.read(path, self.accelerator.process_index)
@@ -302,10 +320,16 @@ class _Run:
             raise SteerError(
                 f"the checkpoint {path} belongs to a model that trains other tensors: {', '.join(wrong[:6])} differ."
             )
+        try:
+            self.optimizer.load_state_dict(shared["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise SteerError(
+                f"the optimizer's state in {path} does not fit this optimizer ({error}). Resume with one made as the "
+                "first was."
+            ) from error
         with torch.no_grad():
             for key, tensor in here.items():
                 tensor.copy_(there[key])
-        self.optimizer.load_state_dict(shared["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(shared["scaler"])
         self.stream.restore(own["stream"])
@@ -330,54 +354,18 @@ def _identity(options: FitOptions) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(options).items() if key not in _FREE}
 
 
-def _accelerator(options: FitOptions, folder: Path | None) -> Accelerator:
-    state = AcceleratorState._shared_state
-    if state and options.precision is not None and state.get("_mixed_precision") != options.precision:
-        AcceleratorState._reset_state()  # one process may train in several precisions, one after another
-    return Accelerator(
-        mixed_precision=options.precision,
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, dispatch_batches=False, use_seedable_sampler=True, data_seed=options.seed
-        ),
-        log_with=list(options.trackers) or None,
-        project_dir=None if folder is None else str(folder),
-    )
+def _check_loader(name: str, loader: Any) -> None:
+    """Refuse what cannot be read again and again.
 
-
-@contextlib.contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Give back every module's mode, and the `forward` that accelerate wraps for mixed precision."""
-    modes = {module: module.training for module in model.modules()}
-    attributes = ("forward", "_original_forward")
-    kept = {name: model.__dict__[name] for name in attributes if name in model.__dict__}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for name in attributes:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(kept)
-
-
-@torch.no_grad()
-def _totals(model: nn.Module, loader: Iterable[Any], loss: Loss | None, device: torch.device) -> Tensor:
-    """Return the sums of loss · weight, weight, correct rows, classified rows; in fp64 where the device has it."""
-    model.eval()
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    totals = torch.zeros(4, dtype=dtype, device=device)
-    for batch in loader:
-        outcome = measure(model, send_to_device(batch, device), loss)
-        totals[0] += outcome.loss.to(dtype) * outcome.weight
-        totals[1] += outcome.weight
-        if outcome.correct is not None:
-            totals[2] += outcome.correct
-            totals[3] += outcome.rows
-    return totals
-
-
-def _means(totals: Tensor) -> dict[str, float]:
-    loss, weight, correct, rows = totals.tolist()
-    if not weight:
-        raise SteerError("the loader gave nothing to evaluate: no batch, or no label that counts.")
-    return {"loss": loss / weight, **({"accuracy": correct / rows} if rows else {})}
+    Raises:
+        SteerError: it cannot be iterated, only once, or it says that it is empty.
+    """
+    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+        raise SteerError(
+            f"`{name}` is a DataLoader, or a list of batches: it is read in every epoch; received "
+            f"{type(loader).__name__}."
+        )
+    if isinstance(loader, Sized):
+        with contextlib.suppress(TypeError):  # a loader over an IterableDataset has no length
+            if len(loader) == 0:
+                raise SteerError(f"`{name}` gave no batch: it is empty. Give it data; drop_last drops a small batch.")

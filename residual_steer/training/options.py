@@ -65,10 +65,14 @@ class FitOptions:
             value = getattr(self, name)
             if value is None and name == "clip":
                 continue
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise SteerError(f"`{name}` is a number from 0 upwards; received {value!r}.")
-        if isinstance(self.trackers, str):
-            raise SteerError(f"`trackers` is a list of names; received the string {self.trackers!r}.")
+        if self.clip == 0:
+            raise SteerError("`clip` is the largest norm of the gradient, above 0, or None never to clip; received 0.")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
+            raise SteerError(f"`seed` is an integer from 0 to 2**32 - 1, or None; received {self.seed!r}.")
+        if isinstance(self.trackers, str) or not all(isinstance(name, str) for name in self.trackers):
+            raise SteerError(f"`trackers` is a list of names; received {self.trackers!r}.")
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> FitOptions:

@@ -72,7 +72,8 @@ class BatchStream:
 
     def state(self) -> dict[str, Any]:
         """Return the position in the data."""
-        return {"epoch": self._epoch, "taken": self._taken, **self._start}
+        seeds = [sampler.initial_seed for sampler in self._seeded()]
+        return {"epoch": self._epoch, "taken": self._taken, "seeds": seeds, **self._start}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position, reading again the batches of its epoch that were taken.
@@ -82,6 +83,8 @@ class BatchStream:
         """
         self._epoch, self._taken, self._iterator = state["epoch"], 0, None
         self._random = state["random"]
+        for sampler, seed in zip(self._seeded(), state["seeds"], strict=False):
+            sampler.initial_seed = seed
         generators = self._generators()
         if len(generators) != len(state["generators"]):
             raise SteerError(
@@ -100,20 +103,29 @@ class BatchStream:
         }
 
     def _generators(self) -> list[torch.Generator]:
-        """Return the generators that the loader's samplers keep to themselves.
+        """Return the generators that the loader and its samplers keep to themselves.
 
         Accelerate's own sampler is none of them: it seeds its generator anew in every epoch.
         """
         found: dict[int, torch.Generator] = {}
+        for holder in self._holders():
+            if not isinstance(holder, SeedableRandomSampler):
+                held = (value for value in vars(holder).values() if isinstance(value, torch.Generator))
+                found.update((id(generator), generator) for generator in held)
+        for sampler in self._seeded():
+            found.pop(id(sampler.generator), None)
+        return list(found.values())
+
+    def _seeded(self) -> list[SeedableRandomSampler]:
+        return [holder for holder in self._holders() if isinstance(holder, SeedableRandomSampler)]
+
+    def _holders(self) -> list[Any]:
+        """Return the loader, what it wraps, and their samplers, each once."""
+        found: dict[int, Any] = {}
         pending: list[Any] = [self._loader]
-        seen: set[int] = set()
         while pending:
             holder = pending.pop()
-            if holder is None or id(holder) in seen:
-                continue
-            seen.add(id(holder))
-            generator = getattr(holder, "generator", None)
-            if isinstance(generator, torch.Generator) and not isinstance(holder, SeedableRandomSampler):
-                found[id(generator)] = generator
-            pending += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
-        return list(found.values())
+            if holder is not None and id(holder) not in found:
+                found[id(holder)] = holder
+                pending += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "base_dataloader")]
+        return [holder for holder in found.values() if hasattr(holder, "__dict__")]
