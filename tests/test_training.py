@@ -518,3 +518,23 @@ def test_what_is_of_the_wrong_kind_is_refused_before_anything_runs(options, mess
     with pytest.raises(rs.SteerError, match=message):
         fit(model, pairs(), options.pop("valid", None), **options)
     assert same(weights(model), before)
+
+
+def test_the_randomness_of_data_and_model_are_apart():
+    class Augmented(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + torch.randn(4) * 0.0, y  # draws, and changes nothing
+
+    def drawing(model, batch):
+        drawn.append((batch[0].clone(), torch.rand(1)))
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    runs = []
+    for kind in (TensorDataset, Augmented):
+        drawn = []
+        fit(classifier(), DataLoader(kind(*pairs().dataset.tensors), 8, shuffle=True), loss=drawing)
+        runs.append(drawn)
+    for (x, noise), (again, same_noise) in zip(*runs, strict=True):
+        assert torch.equal(x, again)
+        assert torch.equal(noise, same_noise)
