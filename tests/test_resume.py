@@ -1,0 +1,187 @@
+"""Checkpoints: what they hold, what they refuse, and that a run which was cut off ends as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import residual_steer as rs
+from runs import classifier, fit, pairs, same, weights
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def test_a_checkpoint_holds_only_what_trains(tmp_path):
+    model = classifier()
+    model[0].requires_grad_(False)
+    fit(model, pairs(), save_to=tmp_path)
+    (path,) = tmp_path.glob("checkpoint-*")
+    stored = safetensors.torch.load_file(path / "shared.safetensors")
+    trained = model[3].weight.numel() + model[3].bias.numel()
+    assert sum(tensor.numel() for tensor in stored.values()) == 3 * trained + 2  # values, two moments, two step counts
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_resume_refuses_what_does_not_belong(tmp_path):
+    run = tmp_path / "run"
+    fit(classifier(), pairs(), save_to=run)
+    with pytest.raises(rs.SteerError, match="holds a run already, at step 6"):
+        fit(classifier(), pairs(), save_to=run)
+    with pytest.raises(rs.SteerError, match=r"changed are lr 0.001 → 0.5"):
+        fit(classifier(), pairs(), save_to=run, resume=True, lr=0.5)
+    other = nn.Linear(4, 3)
+    before = weights(other)
+    with pytest.raises(rs.SteerError, match="trains other tensors"):
+        fit(other, pairs(), save_to=run, resume=True)
+    assert same(weights(other), before)
+    for file in ("shared.safetensors", "process-0.json"):
+        whole = (run / "checkpoint-6" / file).read_bytes()
+        (run / "checkpoint-6" / file).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(rs.SteerError, match="could not resume"):
+            fit(classifier(), pairs(), save_to=run, resume=True)
+        (run / "checkpoint-6" / file).write_bytes(whole)
+
+
+def test_a_finished_run_is_returned_as_it_was(tmp_path):
+    model = classifier()
+    history = fit(model, pairs(), pairs(), save_to=tmp_path)
+    again = classifier(seed=9)
+    assert fit(again, pairs(), pairs(), save_to=tmp_path, resume=True) == history
+    assert same(weights(model), weights(again))
+
+
+def test_an_unwritable_folder_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(rs.SteerError, match="could not make the folder"):
+        fit(classifier(), pairs(), save_to=tmp_path / "file" / "run")
+
+
+def start(program, *args):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(PROGRAMS / program), *map(str, args)], env=environment)
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    steps, whole, broken = 40, tmp_path / "whole", tmp_path / "broken"
+    reference = start("fit_run.py", whole, steps)
+    aims = random.Random(3)
+    moments = [  # in a step, while a checkpoint is filled, when one has just been put in place
+        lambda: any(broken.glob("checkpoint-*")) and time.sleep(aims.uniform(0, 0.05)) is None,
+        lambda: any(path.name not in seen for path in broken.glob(".checkpoint-*.partial")),
+        lambda: any(path.name not in seen for path in broken.glob("checkpoint-*")),
+    ]
+    reached = [0]
+    for moment in moments:
+        seen = {path.name for path in broken.glob("*checkpoint-*")}
+        process = start("fit_run.py", broken, steps)
+        deadline = time.monotonic() + 60
+        while not moment() and process.poll() is None and time.monotonic() < deadline:
+            pass
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        names = [path.name for path in broken.glob("checkpoint-*")]
+        reached.append(max((int(name.split("-")[1]) for name in names), default=0))
+    assert reached == sorted(reached)
+    assert 0 < reached[-1] < steps
+    assert start("fit_run.py", broken, steps).wait() == 0
+    assert reference.wait() == 0
+    files = [folder / "final" / "steering.safetensors" for folder in (whole, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    journals = []
+    for folder in (whole, broken):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        journals.append([(line["kind"], line["step"], line["loss"]) for line in lines])
+    assert journals[0] == journals[1]
+
+
+def test_two_processes_make_the_losses_of_one(tmp_path):
+    # `accelerate launch --cpu` starts one process only; its torchrun launcher, told to use CPUs, starts two on gloo.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    for folder, launcher in (("1", []), ("2", launch)):
+        finished = subprocess.run(
+            [sys.executable, *launcher, str(PROGRAMS / "fit_two.py"), str(tmp_path / folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("1", "2")
+    )
+    assert len(list((tmp_path / "2" / "checkpoint-8").glob("process-*.json"))) == 2
+    assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_resume_with_another_optimizer_is_refused(tmp_path):
+    fit(classifier(), pairs(), save_to=tmp_path)
+    model = classifier()
+    before = weights(model)
+    with pytest.raises(rs.SteerError, match=r"optimizer 'AdamW' → 'SGD'"):
+        fit(model, pairs(), save_to=tmp_path, resume=True, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    halves = [{"params": model[0].parameters()}, {"params": model[3].parameters()}]
+    with pytest.raises(rs.SteerError, match="does not fit this optimizer"):
+        fit(model, pairs(), save_to=tmp_path, resume=True, optimizer=torch.optim.AdamW(halves))
+    assert same(weights(model), before)
+
+
+class Odd(torch.utils.data.Sampler):
+    """A sampler that keeps its generator under a name of its own."""
+
+    def __init__(self):
+        self.rng = torch.Generator().manual_seed(11)
+
+    def __iter__(self):
+        yield from torch.randperm(24, generator=self.rng).tolist()
+
+    def __len__(self):
+        return 24
+
+
+@pytest.mark.parametrize("kind", ["no seed", "own sampler", "own generator"])
+def test_the_order_of_data_is_resumed_whoever_shuffles(tmp_path, kind):
+    def loader():
+        data = pairs().dataset
+        if kind == "own sampler":
+            return DataLoader(data, 8, sampler=Odd())
+        generator = torch.Generator().manual_seed(4) if kind == "own generator" else None
+        return DataLoader(data, 8, shuffle=True, generator=generator)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(model, batch):
+        seen.append(batch[0])
+        if len(seen) == stop:
+            raise Stop
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    options = {"steps": 10, "seed": None if kind == "no seed" else 0, "loss": stopping, "checkpoint_every": 1}
+    seen, stop = [], None
+    whole, broken, resumed = classifier(), classifier(), classifier()
+    torch.manual_seed(7)
+    fit(whole, loader(), save_to=tmp_path / "whole", **options)
+    seen, stop = [], 6
+    torch.manual_seed(7)
+    with pytest.raises(Stop):
+        fit(broken, loader(), save_to=tmp_path / "broken", **options)
+    seen, stop = [], None
+    torch.manual_seed(123)  # another process, in another state
+    fit(resumed, loader(), save_to=tmp_path / "broken", resume=True, **options)
+    assert same(weights(whole), weights(resumed))
