@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import residual_steer as rs
+from cases import CASES
 from residual_steer.training import FitOptions, evaluate, next_token_loss
 from residual_steer.training.losses import measure
 from runs import classifier, fit, pairs, same, weights
@@ -344,3 +345,19 @@ def test_the_randomness_of_data_and_model_are_apart():
     for (x, noise), (again, same_noise) in zip(*runs, strict=True):
         assert torch.equal(x, again)
         assert torch.equal(noise, same_noise)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "gpt2", "mamba", "mamba2", "falcon-mamba", "mamba_ssm-1", "mamba_ssm-2"])
+def test_one_loop_trains_every_architecture(name):
+    case = next(case for case in CASES if case.name == name)
+    model = rs.steer(case.build(), rank=4)
+    batch, loss = case.inputs(model), None
+    if name == "timm-vit":
+        batch = (batch["x"], torch.arange(len(batch["x"])))
+    elif name.startswith("mamba_ssm"):
+        loss = next_token_loss
+    else:
+        batch["labels"] = batch["input_ids"]
+    before = evaluate(model, [batch], loss)["loss"]
+    history = fit(model, [batch], [batch], steps=20, lr=2e-2, loss=loss)
+    assert history.valid[-1]["loss"] < before - 0.05
