@@ -128,12 +128,14 @@ class _Run:
         self.trained = {name: p for name, p in trained.items() if id(p) in optimized}
         if not self.trained:
             raise SteerError("the optimizer holds no parameter of this model that requires a gradient.")
+        self.open = list(trained.values())
         self.identity = {"steps": steps, "lr": float(lr), "optimizer": type(optimizer).__name__, **_identity(options)}
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.sampler = getattr(getattr(train, "batch_sampler", None), "sampler", None)
         self.train = train
         self.wrapped, self.optimizer, loader = self._prepare(model, optimizer, train)
         self.stream = BatchStream(loader)
+        self.buffers = self._find_buffers()
         if options.seed is not None:
             set_seed(options.seed, device_specific=True)  # dropout differs between processes, the data order does not
         self.step = 0
@@ -206,8 +208,8 @@ class _Run:
         options, parts = self.options, self.options.accumulate
         factor = options.factor(self.step, self.steps)
         self._set_rates(factor)
-        self.model.zero_grad()  # all of it: the optimizer may hold only some of what requires a gradient
-        buffers = {name: tensor.clone() for name, tensor in self._buffers().items()}
+        self._forget_gradients()
+        buffers = [tensor.clone() for tensor in self.buffers.values()]
         total: Tensor | None = None
         rows = 0
         for part in range(parts):
@@ -223,8 +225,8 @@ class _Run:
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), options.clip or math.inf))
         scaled = self.accelerator.scaler is not None  # fp16 skips steps whose gradient overflows, and goes on
         if not math.isfinite(mean) or not (math.isfinite(norm) or scaled):
-            for name, tensor in self._buffers().items():
-                tensor.copy_(buffers[name])
+            for tensor, before in zip(self.buffers.values(), buffers, strict=True):
+                tensor.copy_(before)
             self._stop(mean, norm)
         self.optimizer.step()
         self.step += 1
@@ -239,7 +241,7 @@ class _Run:
         }
 
     def _stop(self, loss: float, norm: float) -> None:
-        self.model.zero_grad()
+        self._forget_gradients()
         kept = checkpoint.newest(self.folder) if self.folder is not None else None
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient's norm became {norm}"
         raise SteerError(
@@ -271,7 +273,12 @@ class _Run:
             sums = totals(self.model, loader, self.loss, self.accelerator.device)
             return means(self.accelerator.reduce(sums, reduction="sum"))
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def _forget_gradients(self) -> None:
+        """Drop every gradient, also of what the optimizer does not hold."""
+        for parameter in self.open:
+            parameter.grad = None
+
+    def _find_buffers(self) -> dict[str, Tensor]:
         """Return the stored buffers of modules that train, such as the running statistics of a head's BatchNorm."""
         owners = {name.rpartition(".")[0] for name in self.trained}
         found = {}
@@ -284,7 +291,7 @@ class _Run:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the model: what trains, and the buffers beside it."""
-        return {**self.trained, **self._buffers()}
+        return {**self.trained, **self.buffers}
 
     def _checkpoint(self, folder: Path) -> None:
         shared = {
