@@ -119,23 +119,24 @@ class HRes(nn.Module):
             z: the stream that entered, of the same shape.
             dtype: what the frozen block computes in.
         """
-        moved = y.movedim(self.channels, -1)
-        hidden = self.hidden(z.movedim(self.channels, -1), dtype)
-        if self.channels == 1 or hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
-            return self._add_apart(moved, hidden).movedim(-1, self.channels)
-        flat = moved.reshape(-1, self.width)
+        if self.channels == 1:
+            return self._add_apart(y.movedim(1, -1), self.hidden(z.movedim(1, -1), dtype)).movedim(-1, 1)
+        hidden = self.hidden(z, dtype)
+        if not y.is_contiguous() or hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
+            return self._add_apart(y, hidden)
+        flat = y.view(-1, self.width)
         hidden, weight = hidden.reshape(-1, self.rank), self.up.weight.to(y.dtype).t()
         if self.up.bias is None:
             flat = torch.addmm(flat, hidden, weight, alpha=self.scale)
         else:
             flat = torch.add(flat, self.up.bias.to(y.dtype), alpha=self.scale)
             flat = flat.addmm_(hidden, weight, alpha=self.scale)
-        return flat.view(moved.shape).movedim(-1, self.channels)
+        return flat.view(y.shape)
 
     def _add_apart(self, y: Tensor, hidden: Tensor) -> Tensor:
         """Add after the product: across dtypes (an fp32 stream beside a bf16 block, autocast), or in y's memory layout.
 
-        A convolution computes a stream of another layout with another kernel, which rounds differently.
+        What comes next computes a stream of another layout with another kernel, which rounds differently.
         """
         bias = None if self.up.bias is None else self.up.bias.to(hidden.dtype)
         return torch.add(y, F.linear(hidden, self.up.weight.to(hidden.dtype), bias), alpha=self.scale).to(y.dtype)

@@ -128,12 +128,7 @@ def steer(
         SteerError: a rank outside 1 … width, an unknown site, activation, layer or backbone, a name in use, a `train`
             pattern that matches nothing, no known backbone or several, a compiled or wrapped model. Nothing changed.
     """
-    _refuse_wrapped(model)
-    state: Steering | None = getattr(model, ATTRIBUTE, None)
-    if state is None:
-        state = _begin(model, arch)
-    elif arch is not None and arch != state.backbone.name:
-        raise SteerError(f"this model is steered as {state.backbone.name!r}; received arch={arch!r}. Leave `arch` out.")
+    state = begin(model, arch)
     check_name(name, state.specs)
     spec = FieldSpec(
         name=name,
@@ -248,13 +243,19 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 
 
 def begin(model: nn.Module, arch: str | None = None) -> Steering:
-    """Return the steering a model has, or a fresh one that is not installed yet."""
+    """Return the steering a model has, or a fresh one that is not installed yet.
+
+    Raises:
+        SteerError: the model cannot be steered, or is as another backbone.
+    """
     _refuse_wrapped(model)
     state = model.__dict__.get(ATTRIBUTE)
-    return state if isinstance(state, Steering) else _begin(model, arch)
-
-
-def _begin(model: nn.Module, arch: str | None) -> Steering:
+    if isinstance(state, Steering):
+        if arch not in (None, state.backbone.name):
+            raise SteerError(
+                f"this model is steered as {state.backbone.name!r}; received arch={arch!r}. Leave `arch` out."
+            )
+        return state
     backbone = find_backbone(model, arch)
     for path, module in model.named_modules():
         if ATTRIBUTE in module.__dict__:

@@ -179,3 +179,13 @@ def test_errors_have_the_rule_and_the_value(arguments, message):
 
 def test_representation_names_what_the_projections_do_not():
     assert "scale=0.5, activation=relu, dropout=0.1" in repr(HRes(4, 2, scale=0.5, activation="relu", dropout=0.1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_memory_layout_of_the_stream_is_kept(bias):
+    field = HRes(8, 3, bias=bias)
+    nn.init.normal_(field.up.weight)
+    stream = torch.randn(5, 2, 8).transpose(0, 1)  # (batch, length, width), the length first in memory
+    steered = field.add_to(stream, stream)
+    assert steered.stride() == stream.stride()
+    torch.testing.assert_close(steered, field.add_to(stream.contiguous(), stream.contiguous()))

@@ -46,8 +46,8 @@ def _precision(options: FitOptions) -> str:
 def accelerate_as_before(options: FitOptions) -> Iterator[None]:
     """Let this run have a precision of its own, and leave accelerate's shared state as it was.
 
-    Accelerate keeps one state for a process and refuses another precision; that state is private to
-    it, and touched here alone.
+    Accelerate keeps one state for a process and refuses another precision. That state is private to it, and touched
+    here alone.
     """
     shared = AcceleratorState._shared_state
     before = dict(shared)

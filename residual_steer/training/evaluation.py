@@ -27,8 +27,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], loss: Loss | None = None) 
 
     Returns:
         `loss`, the mean over batches weighed by their labels that count (before a causal model shifts them), by their
-        rows where they have no labels of their own; and for `(x, y)` pairs `accuracy`
-        from 0 to 1.
+        rows where they have no labels of their own; and for `(x, y)` pairs `accuracy` from 0 to 1.
 
     Raises:
         SteerError: the loader is empty, or a batch is unusable.

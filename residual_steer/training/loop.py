@@ -289,15 +289,11 @@ class _Run:
                         found[f"{path}.{name}" if path else name] = tensor
         return found
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of the model: what trains, and the buffers beside it."""
-        return {**self.trained, **self.buffers}
-
     def _checkpoint(self, folder: Path) -> None:
         shared = {
             "step": self.step,
             "identity": self.identity,
-            "model": dict(self._tensors()),
+            "model": {**self.trained, **self.buffers},  # what trains, and the buffers beside it
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
@@ -321,7 +317,7 @@ class _Run:
                 f"a run is resumed with the options it was started with; changed are {', '.join(changed)}. "
                 "Give the old values, or another `save_to`."
             )
-        here, there = self._tensors(), shared["model"]
+        here, there = {**self.trained, **self.buffers}, shared["model"]
         wrong = sorted(here.keys() ^ there.keys()) or [k for k in here if here[k].shape != there[k].shape]
         if wrong:
             raise SteerError(
