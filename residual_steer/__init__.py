@@ -6,8 +6,9 @@ from . import data
 from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
+from .overview import fields, summary
 from .registry import find_backbone, register_backbone
-from .steering import parameters, steer, summary, unsteer, use
+from .steering import freeze, parameters, steer, thaw, unsteer, use
 from .storage import load, save
 from .training import fit
 
@@ -22,14 +23,17 @@ __all__ = [
     "SteerError",
     "backbones",
     "data",
+    "fields",
     "find_backbone",
     "fit",
+    "freeze",
     "load",
     "parameters",
     "register_backbone",
     "save",
     "steer",
     "summary",
+    "thaw",
     "unsteer",
     "use",
 ]

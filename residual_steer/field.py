@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import SteerError
 
-__all__ = ["ACTIVATIONS", "HRes"]
+__all__ = ["ACTIVATIONS", "HRes", "add_product"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -108,42 +108,55 @@ class HRes(nn.Module):
         steered: Tensor = self.up(self.hidden(z))
         return steered.movedim(-1, self.channels)
 
-    def add_to(self, y: Tensor, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return y + λ·H(z) in y's own dtype, computing H in `dtype` (eq. 1).
-
-        The sum is folded into the second matrix product, and b_up takes the place of the copy that such a product
-        would begin with, so that the stream is passed over as rarely as it can be.
+    def add_to(self, y: Tensor, z: Tensor, dtype: torch.dtype | None = None, weight: float = 1.0) -> Tensor:
+        """Return y + weight·λ·H(z) in y's own dtype, computing H in `dtype` (eq. 1).
 
         Args:
             y: the stream that leaves, `(batch, length, width)` or `(batch, width, height, width)`.
             z: the stream that entered, of the same shape.
             dtype: what the frozen block computes in.
+            weight: the field's coefficient in a mix.
         """
-        if self.channels == 1:
-            return self._add_apart(y.movedim(1, -1), self.hidden(z.movedim(1, -1), dtype)).movedim(-1, 1)
-        hidden = self.hidden(z, dtype)
-        if not y.is_contiguous() or hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
-            return self._add_apart(y, hidden)
-        flat = y.view(-1, self.width)
-        hidden, weight = hidden.reshape(-1, self.rank), self.up.weight.to(y.dtype).t()
-        if self.up.bias is None:
-            flat = torch.addmm(flat, hidden, weight, alpha=self.scale)
-        else:
-            flat = torch.add(flat, self.up.bias.to(y.dtype), alpha=self.scale)
-            flat = flat.addmm_(hidden, weight, alpha=self.scale)
-        return flat.view(y.shape)
-
-    def _add_apart(self, y: Tensor, hidden: Tensor) -> Tensor:
-        """Add after the product: across dtypes (an fp32 stream beside a bf16 block, autocast), or in y's memory layout.
-
-        What comes next computes a stream of another layout with another kernel, which rounds differently.
-        """
-        bias = None if self.up.bias is None else self.up.bias.to(hidden.dtype)
-        return torch.add(y, F.linear(hidden, self.up.weight.to(hidden.dtype), bias), alpha=self.scale).to(y.dtype)
+        hidden = self.hidden(z.movedim(self.channels, -1), dtype)
+        return add_product(y, hidden, self.up.weight, self.up.bias, alpha=self.scale * weight, channels=self.channels)
 
     def extra_repr(self) -> str:
         """Show what the sub-modules' own lines do not."""
         return f"scale={self.scale:g}, activation={self.activation}, dropout={self.dropout:g}"
+
+
+def add_product(
+    y: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, alpha: float = 1.0, channels: int = -1
+) -> Tensor:
+    """Return y + alpha·(weight · hidden + bias) in y's dtype and memory layout.
+
+    The sum is folded into the matrix product, and the bias takes the place of the copy that such a product would begin
+    with, so that the stream is passed over as rarely as it can be. Across dtypes (an fp32 stream beside a bf16 block,
+    autocast) and in other memory layouts the product is added after: what comes next would compute a stream of another
+    layout with another kernel, which rounds differently.
+
+    Args:
+        y: the stream, its width in dimension `channels`.
+        hidden: `(..., rank)`, the width's place taken by the rank and put last.
+        weight: `(width, rank)`.
+        bias: `(width,)`, or `(rows, width)` with one for every row of the batch.
+        alpha: a factor.
+        channels: which dimension of y is the width, -1 or 1.
+    """
+    width, rank = weight.shape
+    by_row = bias is not None and bias.dim() == 2
+    if bias is not None and by_row:
+        bias = bias.view(-1, *[1] * (y.dim() - 2), width)
+    if channels == 1 or not y.is_contiguous() or hidden.dtype != y.dtype or torch.is_autocast_enabled(y.device.type):
+        bias = None if bias is None else bias.to(hidden.dtype)
+        product = F.linear(hidden, weight.to(hidden.dtype), None if by_row else bias)
+        product = product + bias if bias is not None and by_row else product
+        return torch.add(y, product.movedim(-1, channels), alpha=alpha).to(y.dtype)
+    hidden, weight = hidden.reshape(-1, rank), weight.to(y.dtype).t()
+    if bias is None:
+        return torch.addmm(y.view(-1, width), hidden, weight, alpha=alpha).view(y.shape)
+    moved = torch.add(y, bias.to(y.dtype), alpha=alpha)
+    return moved.view(-1, width).addmm_(hidden, weight, alpha=alpha).view(y.shape)
 
 
 def _is_int(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""The module that sits on a point: it holds the point's fields and adds the acting one to the stream.
+"""The module that sits on a point: it holds the point's fields and adds those that act to the stream.
 
 It is a registered child of the module it serves, and its hooks are its own bound methods: so the base keys of the state
 dict stay as they are, and `copy.deepcopy` and pickling carry it along without a reference back to the original.
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone, bulk_dtype, read_stream, replace_stream, write_stream
+from .blend import Blend
 from .errors import SteerError
 from .field import HRes
+from .mix import OFF, Mix, row_factor
 
 __all__ = ["Injector"]
 
@@ -42,8 +44,8 @@ class Injector(nn.Module):
             raise SteerError(f"this {type(host).__name__} has a {self.key!r} of its own, where steering would stand.")
         self.read = backbone.read if site == "block" else read_stream
         self.write = backbone.write if site == "block" else write_stream
-        self.acting: str | None = None
         self.fields = nn.ModuleDict()
+        self.select(OFF)
         self._compute_dtype = bulk_dtype(host)
         self._host = (host,)  # in a tuple, since a module would become a child
         self._entered: Tensor | None = None
@@ -69,24 +71,59 @@ class Injector(nn.Module):
             handle.remove()
         delattr(self._host[0], self.key)
 
+    def select(self, mix: Mix) -> None:
+        """Let those fields of `mix` act that stand at this point.
+
+        One field that acts on every row alike takes a path of its own. Otherwise only the fields that act are computed,
+        but under `torch.compile` all that stand here: so neither other weights nor other rows make another graph.
+        """
+        fields = {name: cast(HRes, field) for name, field in self.fields.items()}
+        acting = {name: field for name, field in fields.items() if name in mix.names}
+        self.mix = mix
+        self._alone: tuple[str, float] | None = None
+        self._some = self._every = None
+        if acting:
+            name, *others = acting
+            if not others and len(set(mix.column(name))) == 1:
+                self._alone = name, mix.column(name)[0]
+            else:
+                self._some = Blend.of(mix, acting)
+        if fields and not mix.by_name:
+            self._every = Blend.of(mix, fields)
+        self._on = bool(acting) or self._every is not None
+
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """M(z) + λ·H(z): eq. 1 with M the whole block, the mixer or the mlp."""
-        if self.acting is None:
+        if not self._on:
             return output
         if self._versions is not None:
             self._judge(host)
         z, self._entered = self._entered, None
-        field = cast(HRes, self.fields[self.acting])
         z = self.read(args, kwargs) if z is None else z
-        return self.write(output, partial(field.add_to, z=z, dtype=self._compute_dtype))
+        return self.write(output, partial(self._add, z=z))
+
+    def _add(self, y: Tensor, z: Tensor) -> Tensor:
+        """Add the fields that act, as functions of z, to y.
+
+        Raises:
+            SteerError: the batch does not fit the rows of the mix.
+        """
+        if self._every is not None and torch.compiler.is_compiling():
+            return self._every.add_to(y, z, self._compute_dtype, self.fields)
+        if self.mix.rows is not None:
+            row_factor(self.mix.rows, y.shape[0])
+        if self._alone is not None:
+            name, weight = self._alone
+            return cast(HRes, self.fields[name]).add_to(y, z, self._compute_dtype, weight)
+        return y if self._some is None else self._some.add_to(y, z, self._compute_dtype, self.fields)
 
     def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Copy the stream that enters, before a block that works in place overwrites it."""
-        self._entered = None if self.acting is None else self.read(args, kwargs).clone()
+        self._entered = self.read(args, kwargs).clone() if self._on else None
 
     def _watch(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the versions of what enters, so that a block that overwrites it does not go unnoticed."""
-        if self.acting is None or torch.compiler.is_compiling():
+        if not self._on or torch.compiler.is_compiling():
             return
         tensors = [
             t
@@ -112,10 +149,9 @@ class Injector(nn.Module):
 
     def _before(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """M(x + λ·H(x)): the control input u(t) of §4.2."""
-        if self.acting is None:
+        if not self._on:
             return args, kwargs
-        field = cast(HRes, self.fields[self.acting])
-        return replace_stream(args, kwargs, lambda x: field.add_to(x, x, self._compute_dtype))
+        return replace_stream(args, kwargs, lambda x: self._add(x, x))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Injector:
         """Follow the backbone when it is cast: a model moved to bf16 computes its fields there too."""
@@ -123,6 +159,7 @@ class Injector(nn.Module):
         if probe.is_floating_point():
             self._compute_dtype = probe.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.select(self.mix)  # the coefficients follow the fields to their device
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,5 +167,5 @@ class Injector(nn.Module):
         return {**self.__dict__, "_entered": None, "_versions": None}
 
     def extra_repr(self) -> str:
-        """Name the site and the acting field."""
-        return f"site={self.site}, acting={self.acting}"
+        """Name the site and what acts."""
+        return f"site={self.site}, acting={self.mix}"

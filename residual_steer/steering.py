@@ -1,9 +1,8 @@
-"""steer, unsteer, use, summary and parameters: what a user does to a model."""
+"""steer, unsteer, use, freeze, thaw and parameters: what a user does to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
@@ -11,78 +10,34 @@ from torch import nn
 
 from .errors import SteerError
 from .injector import Injector
+from .mix import Asked, Mix
 from .registry import find_backbone
 from .spec import FieldSpec, check_name, check_ranks, check_site, match_train
 from .state import ATTRIBUTE, Steering, base_tensors, plain_name, steering_of
 
-__all__ = ["Selection", "Summary", "begin", "install", "parameters", "steer", "summary", "unsteer", "use"]
+__all__ = ["Selection", "begin", "freeze", "install", "parameters", "steer", "thaw", "unsteer", "use"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `summary` found; printed, it is a short text.
-
-    Attributes:
-        backbone: registered name of the backbone.
-        path: where in the model it stands.
-        blocks: number of blocks.
-        width: width of the stream; a tuple where it changes.
-        fields: the fields.
-        acting: name of the selected field, or None.
-        trainable: parameters that train at present.
-        total: all parameters, fields included.
-    """
-
-    backbone: str
-    path: str
-    blocks: int
-    width: int | tuple[int, ...]
-    fields: tuple[FieldSpec, ...]
-    acting: str | None
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Trainable share of all parameters, from 0 to 1."""
-        return self.trainable / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        """Print as a few aligned lines."""
-        width = str(self.width) if isinstance(self.width, int) else ", ".join(map(str, self.width))
-        where = self.path or "the model itself"
-        lines = [f"backbone   {self.backbone} at {where}, {self.blocks} blocks, width {width}"]
-        for spec in self.fields:
-            ranks = sorted(set(spec.ranks.values()))
-            rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-            opened = f", trains {', '.join(spec.train)}" if spec.train else ""
-            lines.append(
-                f"field      {spec.name}: rank {rank} beside the {spec.site} of {_ranges(sorted(spec.ranks))}, "
-                f"scale {spec.scale:g}{opened}{'' if spec.name == self.acting else ' (off)'}"
-            )
-        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})")
-        return "\n".join(lines)
 
 
 class Selection:
     """A selection made by `use`. As a context manager it restores, on leaving, what was selected before."""
 
-    def __init__(self, model: nn.Module, mix: str | None, before: str | None) -> None:
+    def __init__(self, model: nn.Module, mix: Mix, before: Mix) -> None:
         self._model, self._mix, self._before = model, mix, before
 
     def __enter__(self) -> None:
         """Enter; the selection is in effect already, unless another one was made since."""
-        use(self._model, self._mix)
+        base, state = steering_of(self._model)
+        state.select(base, Mix.parse(self._mix.asked(), state.specs))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore what was selected before, also after an exception."""
+        """Restore what was selected before, also after an exception; a field that was removed since is not missed."""
         state = self._model.__dict__.get(ATTRIBUTE)
-        if isinstance(state, Steering) and (self._before is None or self._before in state.specs):
-            use(self._model, self._before)
+        if isinstance(state, Steering) and all(name in state.specs for name in self._before.names):
+            state.select(self._model, Mix.parse(self._before.asked(), state.specs))
 
 
 def steer(
@@ -172,56 +127,85 @@ def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
         raise
 
 
-def unsteer(model: Model) -> Model:
-    """Take every field away, and give back every hook, key, value and `requires_grad` as it was before `steer`.
+def unsteer(model: Model, name: str | None = None) -> Model:
+    """Take one field away, or all of them and every other trace of steering.
 
-    Raises:
-        SteerError: the model is not steered.
-    """
-    base, state = steering_of(model)
-    state.remove(base)
-    return model
-
-
-def use(model: nn.Module, mix: str | None) -> Selection:
-    """Select which field acts, at once; in a `with` statement, until the block is left.
-
-    The selected field is also the one that trains.
+    With the last field goes the steering: every hook, key, value and `requires_grad` is as it was before `steer`. If
+    the field acts, alone or in a mix, none acts afterwards.
 
     Args:
         model: a steered model.
-        mix: a field's name, or None for the frozen model, bit for bit.
+        name: which field; None is all of them.
 
     Raises:
         SteerError: no such field, or the model is not steered.
     """
     base, state = steering_of(model)
-    if mix is not None and (not isinstance(mix, str) or mix not in state.specs):
-        raise SteerError(f"`use` takes None or the name of a field ({', '.join(state.specs)}); received {mix!r}.")
-    before = state.acting
-    state.select(base, mix)
-    return Selection(base, mix, before)
+    if name is None or [state.name_of(name)] == list(state.specs):
+        state.remove(base)
+    else:
+        state.discard(base, name)
+    return model
 
 
-def summary(model: nn.Module) -> Summary:
-    """Say which backbone was found, what steers it, and how many parameters train.
+def use(model: nn.Module, mix: Asked) -> Selection:
+    """Select which fields act, at once; in a `with` statement, until the block is left.
+
+    What a field trained along, such as a classifier, acts with it. A field that is selected by its name also trains,
+    unless it is frozen; in every other mix only fields that were thawed train, and base modules do not.
+
+    Args:
+        model: a steered model.
+        mix: one of
+
+            - None: the frozen model, bit for bit;
+            - a field's name;
+            - `{name: weight}`: the stream moves by Σ w·λ·H. Weights may be negative (arithmetic, arXiv 2306.14870);
+            - a list with a name or None for every row of the batch. Where a model repeats its rows, as `generate` does
+              for beams and `num_return_sequences`, each entry stands for as many consecutive rows.
 
     Raises:
-        SteerError: the model is not steered.
+        SteerError: no such field, a weight that is no finite number, an empty list, fields that trained what the rows
+            of one batch cannot differ in, or a model that is not steered. What was selected stays. A list that does not
+            fit the batch is an error when the model is called.
     """
     base, state = steering_of(model)
-    widths = state.backbone.widths
-    every = list(base.parameters())
-    return Summary(
-        backbone=state.backbone.name,
-        path=state.backbone.path,
-        blocks=len(widths),
-        width=widths[0] if len(set(widths)) == 1 else widths,
-        fields=tuple(state.specs.values()),
-        acting=state.acting,
-        trainable=sum(p.numel() for p in every if p.requires_grad),
-        total=sum(p.numel() for p in every),
-    )
+    before, chosen = state.mix, Mix.parse(mix, state.specs)
+    state.select(base, chosen)
+    return Selection(base, chosen, before)
+
+
+def freeze(model: nn.Module, name: str | None = None) -> None:
+    """Keep a field, and what it trained along, from training even where it is selected, until `thaw`.
+
+    Args:
+        model: a steered model.
+        name: which field; None is the one that acts.
+
+    Raises:
+        SteerError: no such field, not one that acts, or the model is not steered.
+    """
+    base, state = steering_of(model)
+    state.wish[state.name_of(name)] = False
+    state.select(base, state.mix)
+
+
+def thaw(model: nn.Module, name: str | None = None) -> None:
+    """Let a field train wherever it acts: where it is selected by name, and in a mix too.
+
+    In `{name: weight}` and row by row nothing trains otherwise. So one field can learn what another one leaves over:
+    `use(model, {"law": 1, "new": 1})`, then `thaw(model, "new")`.
+
+    Args:
+        model: a steered model.
+        name: which field; None is the one that acts.
+
+    Raises:
+        SteerError: no such field, not one that acts, or the model is not steered.
+    """
+    base, state = steering_of(model)
+    state.wish[state.name_of(name)] = True
+    state.select(base, state.mix)
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -229,10 +213,10 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 
     Args:
         model: a steered model.
-        name: which field; None is the selected one.
+        name: which field; None is the one that acts.
 
     Raises:
-        SteerError: no such field, none selected, or the model is not steered.
+        SteerError: no such field, not one that acts, or the model is not steered.
     """
     base, state = steering_of(model)
     name = state.name_of(name)
@@ -280,15 +264,3 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"a model that is wrapped in {kind} cannot be steered, since new parameters would not be "
                 "synchronised. Steer first, wrap after."
             )
-
-
-def _ranges(indices: Sequence[int]) -> str:
-    """Write indices briefly: `blocks 0–3, 7`."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-    return f"block{'s' if len(indices) > 1 else ''} {text}"

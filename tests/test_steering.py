@@ -175,7 +175,7 @@ def test_an_unsteered_model_is_refused(call):
 @pytest.mark.parametrize("mix", ["other", 3])
 def test_use_refuses_what_is_no_field(mix):
     model = rs.steer(GPT2.build(), rank=4, name="law")
-    with pytest.raises(rs.SteerError, match=rf"\(law\); received {mix!r}"):
+    with pytest.raises(rs.SteerError, match=rf"`use` takes .*; received {mix!r}"):
         rs.use(model, mix)
     assert rs.summary(model).acting == "law"
 
@@ -215,13 +215,14 @@ def test_summary_counts_and_prints():
     assert summary.share == pytest.approx((field + head) / total)
     assert str(summary).splitlines() == [
         "backbone   vit at the model itself, 2 blocks, width 16",
-        "field      law: rank 4 beside the block of blocks 0–1, scale 0.5, trains head.weight, head.bias",
+        "field      law: rank 4 beside the block of blocks 0–1, scale 0.5, 296 parameters, "
+        "with head.weight, head.bias (acts, trains)",
         f"trainable  {field + head} of {total:,} parameters ({(field + head) / total:.2%})",
     ]
     rs.steer(model, rank={1: 2}, name="art", site="mlp")
     first, second = str(rs.summary(model)).splitlines()[1:3]
     assert first.endswith("head.bias (off)")
-    assert second == "field      art: rank 2 beside the mlp of block 1, scale 1"
+    assert second == "field      art: rank 2 beside the mlp of block 1, scale 1, 82 parameters (acts, trains)"
 
 
 def test_parameters_are_those_of_the_field_and_what_it_opens():

@@ -1,0 +1,198 @@
+"""Point 7 of the contract: rows routed to different fields equal the same rows run alone under each field."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import residual_steer as rs
+from cases import CASES, DEVICES, RANK, randomise
+
+TABLE = {case.name: case for case in CASES}
+POINTS = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES for site in case.points]
+every_point = pytest.mark.parametrize(("case", "site"), POINTS)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+language = pytest.mark.parametrize("case", [c for c in CASES if c.generates], ids=lambda case: case.name)
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def steered(case, site="block", device="cpu", heads=False):
+    """Return a model with three fields of different rank, layers and activation; `law` stands at another site too."""
+    model = case.build(device)
+    train = case.head if heads else ()
+    rs.steer(model, rank=RANK, site=site, scale=0.7, name="law", train=train)
+    rs.steer(model, rank={1: 2}, site=site, name="art", activation="tanh", bias=False, train=train)
+    rs.steer(model, rank=3, site="block", layers=[0], scale=-0.5, name="news")
+    randomise(model)
+    if heads:
+        for seed, name in enumerate(("law", "art")):
+            rs.use(model, name)
+            own = {id(p) for p in model.parameters() if p.requires_grad}
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for key, p in model.named_parameters():
+                    if id(p) in own and "steering_" not in key:
+                        p += torch.randn(p.shape, generator=generator).to(p) * 0.3
+    return model
+
+
+def close(actual, expected, share=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=share * max(1.0, expected.abs().max().item()))
+
+
+def outputs(case, model):
+    """Return the output under each field, and off."""
+    found = {}
+    for name in ("law", "art", "news", None):
+        with rs.use(model, name):
+            found[name] = case.run(model)
+    return found
+
+
+ROWS = [["law", "art"], ["art", None], ["news", "law"], [None, "news"]]
+
+
+@every_point
+@torch.no_grad()
+def test_rows_equal_runs_of_their_own(case, site, device):
+    model = steered(case, site, device)
+    alone = outputs(case, model)
+    assert not any(torch.equal(alone[name], alone[None]) for name in ("law", "art", "news"))
+    for rows in ROWS:
+        rs.use(model, rows)
+        mixed = case.run(model)
+        for place, name in enumerate(rows):
+            close(mixed[place], alone[name][place])
+
+
+@every_point
+@torch.no_grad()
+def test_rows_of_different_lengths_of_batch_equal_runs_of_one_row(case, site, device):
+    """The reference is a batch of one, as a user would serve it."""
+    model = steered(case, site, device)
+    call = case.inputs(model)
+    rs.use(model, ["art", "law"])
+    mixed = case.run(model)
+    for place, name in enumerate(["art", "law"]):
+        rs.use(model, name)
+        one = {k: v[place : place + 1] if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+        output = model(**one)
+        for attribute in ("logits", "last_hidden_state"):
+            output = getattr(output, attribute, output)
+        close(mixed[place], output[0])
+
+
+@every_case
+@torch.no_grad()
+def test_each_row_meets_the_head_that_its_field_trained(case, device):
+    model = steered(case, device=device, heads=True)
+    alone = outputs(case, model)
+    for rows in [*ROWS, ["law", None]]:
+        rs.use(model, rows)
+        mixed = case.run(model)
+        for place, name in enumerate(rows):
+            close(mixed[place], alone[name][place])
+    rs.use(model, None)
+    assert torch.equal(case.run(model), alone[None])
+    before = case.run(case.build(device))
+    rs.unsteer(model)
+    assert torch.equal(case.run(model), before)
+
+
+@every_case
+def test_gradients_of_rows_equal_those_of_separate_runs(case, device):
+    model = steered(case, device=device).train()
+    rs.thaw(model, "law")
+    rs.thaw(model, "art")
+
+    def gradients(mix):
+        model.zero_grad()
+        rs.use(model, mix)
+        output = case.run(model)
+        rows = range(2) if isinstance(mix, list) else [mix == "art"]
+        sum((output[int(place)] ** 2).sum() for place in rows).backward()
+        names = set(mix) if isinstance(mix, list) else {mix}
+        return {name: [p.grad.clone() for p in rs.parameters(model, name)] for name in names}
+
+    mixed = gradients(["law", "art"])
+    for name in ("law", "art"):
+        for actual, expected in zip(mixed[name], gradients(name)[name], strict=True):
+            close(actual, expected, 1e-4)
+
+
+@language
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@torch.no_grad()
+def test_generation_keeps_rows_with_their_field(case, device, more):
+    """Prefill and cached decoding, beams and several sequences: as each row alone; sampling with a fixed seed."""
+    model = steered(case, device=device)
+    ids = case.inputs(model)["input_ids"]
+    repeat = more.get("num_return_sequences", 1)
+
+    def generate(ids, cache):
+        torch.manual_seed(0)
+        settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, **more}
+        return model.generate(ids, use_cache=cache, **settings)
+
+    rows = ["law", "art"]
+    alone = {}
+    for name in rows:
+        with rs.use(model, name):
+            alone[name] = generate(ids, True)
+    rs.use(model, rows)
+    cached, whole = generate(ids, True), generate(ids, False)
+    assert torch.equal(cached, whole)
+    for place, name in enumerate(rows):
+        own = slice(place * repeat, (place + 1) * repeat)
+        assert torch.equal(cached[own], alone[name][own])
+    assert not torch.equal(alone["law"], alone["art"])
+
+
+@pytest.mark.parametrize("case", [TABLE["mamba_ssm-1"], TABLE["mamba_ssm-2"]], ids=lambda case: case.name)
+@torch.no_grad()
+def test_stepwise_decoding_of_mamba_ssm_keeps_rows_with_their_field(case, device):
+    model = steered(case, device=device)
+    from mamba_ssm.utils.generation import InferenceParams
+
+    alone = outputs(case, model)
+    rs.use(model, ["law", "art"])
+    ids = case.inputs(model)["input_ids"]
+    state = InferenceParams(max_seqlen=8, max_batch_size=2)
+    state.key_value_memory_dict = model.allocate_inference_cache(2, 8)
+    parts = [model(ids[:, :4], inference_params=state).logits]
+    for position in range(4, ids.shape[1]):
+        state.seqlen_offset = position
+        parts.append(model(ids[:, position : position + 1], inference_params=state).logits)
+    for place, name in enumerate(["law", "art"]):
+        close(torch.cat(parts, dim=1)[place], alone[name][place])
+
+
+CHANGES = [{"law": w, "art": 1 - w} for w in (0.0, 0.1, 0.5, 1.0, -2.0)] + [{"news": 0.3}, {}, {"law": 1}]
+ROUTES = [["law", "art"], ["art", "law"], ["law", "law"], [None, "news"], [None, None], ["news", "art"], ["art", None]]
+
+
+@every_case
+@torch.no_grad()
+def test_neither_other_weights_nor_other_rows_compile_again(case, device):
+    torch._dynamo.reset()
+    model = steered(case, device=device)
+    expected = {}
+    for mix in CHANGES + ROUTES:
+        rs.use(model, mix)
+        expected[str(mix)] = case.run(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for mixes in (CHANGES, ROUTES):
+        before = counter.frame_count
+        for mix in mixes:
+            rs.use(compiled, mix)
+            close(case.run(compiled), expected[str(mix)])
+        assert counter.frame_count == before + 1, f"{counter.frame_count - before} graphs for {len(mixes)} mixes"
+
+
+@torch.no_grad()
+def test_exports_with_its_rows(device):
+    case = TABLE["gpt2"]
+    model = steered(case, device=device)
+    rs.use(model, ["law", "art"])
+    program = torch.export.export(model, (), case.inputs(model), strict=False)
+    close(case.run(program.module()), case.run(model))
