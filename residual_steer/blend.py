@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -41,14 +42,15 @@ class Blend:
     def of(cls, mix: Mix, fields: Mapping[str, HRes]) -> Blend:
         """Lay out the coefficients that `mix` has for `fields`, zero for those that it does not name."""
         names = tuple(sorted(fields, key=lambda name: _kind(fields[name])))  # stable: the order of the model otherwise
-        columns = [[weight * fields[name].scale for weight in mix.column(name)] for name in names]
-        weight = fields[names[0]].down.weight
-        device = weight.device
-        table = torch.tensor(columns, dtype=torch.promote_types(weight.dtype, torch.float32)).t().contiguous()
-        ranks = torch.tensor([fields[name].rank for name in names])
-        runs = groupby((fields[name] for name in names), _kind)
-        sizes = tuple((*kind, sum(field.rank for field in run)) for kind, run in runs)
-        return cls(names, table.to(device), table.repeat_interleave(ranks, dim=1).to(device), sizes)
+        chosen = [fields[name] for name in names]
+        off = (0.0,) * len(mix.table)
+        columns = tuple(mix.columns.get(name, off) for name in names)
+        scales = tuple(field.scale for field in chosen)
+        weight = chosen[0].down.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        table, gates = _tables(columns, scales, tuple(field.rank for field in chosen), dtype, weight.device)
+        runs = tuple((*kind, sum(field.rank for field in run)) for kind, run in groupby(chosen, _kind))
+        return cls(names, table, gates, runs)
 
     def add_to(self, y: Tensor, z: Tensor, dtype: torch.dtype, fields: nn.ModuleDict) -> Tensor:
         """Return y + Σ_f c_f·λ_f·H_f(z), where the coefficients c may differ from row to row (eq. 1).
@@ -84,6 +86,22 @@ class Blend:
             unit = ACTIVATIONS[activation](part)
             done.append(F.dropout(unit, dropout, training) if dropout else unit)
         return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
+
+
+@lru_cache(maxsize=64)  # most points of a model hold the same fields
+@torch.inference_mode(False)  # or a backward pass could not keep them
+def _tables(
+    columns: tuple[tuple[float, ...], ...],
+    scales: tuple[float, ...],
+    ranks: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return coefficients times λ, by row, of fields and of their hidden units."""
+    rows = [[weight * scale for weight in column] for column, scale in zip(columns, scales, strict=True)]
+    table = torch.tensor(rows, dtype=dtype, device="cpu").t().contiguous()
+    units = [place for place, rank in enumerate(ranks) for _ in range(rank)]
+    return table.to(device), table[:, units].to(device)
 
 
 def _down(fields: Sequence[HRes], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -84,12 +84,12 @@ class Injector(nn.Module):
         self._some = self._every = None
         if acting:
             name, *others = acting
-            if not others and len(set(mix.column(name))) == 1:
-                self._alone = name, mix.column(name)[0]
+            if not others and len(set(mix.columns[name])) == 1:
+                self._alone = name, mix.columns[name][0]
             else:
                 self._some = Blend.of(mix, acting)
         if fields and not mix.by_name:
-            self._every = Blend.of(mix, fields)
+            self._every = self._some if self._some is not None and acting == fields else Blend.of(mix, fields)
         self._on = bool(acting) or self._every is not None
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:

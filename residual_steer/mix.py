@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 
 from .errors import SteerError
@@ -71,12 +72,10 @@ class Mix:
         """Whether some rows of a batch meet other fields than other rows do."""
         return len(set(self.table)) > 1
 
-    def column(self, name: str) -> tuple[float, ...]:
-        """Return the coefficients of one field, one for every row of the table; zeros if it does not act."""
-        if name not in self.names:
-            return (0.0,) * len(self.table)
-        place = self.names.index(name)
-        return tuple(row[place] for row in self.table)
+    @cached_property
+    def columns(self) -> dict[str, tuple[float, ...]]:
+        """The coefficients of each field that acts, one for every row of the table."""
+        return dict(zip(self.names, zip(*self.table, strict=True), strict=True))
 
     def asked(self) -> Asked:
         """Return what `use` takes to select this mix again."""
@@ -90,7 +89,7 @@ class Mix:
         """Write it briefly, with rows counted rather than listed."""
         if self.rows is None:
             return str(self.alone) if self.by_name else repr(self.asked())
-        counts = [f"{int(sum(self.column(name)))} {name}" for name in self.names]
+        counts = [f"{int(sum(self.columns[name]))} {name}" for name in self.names]
         silent = sum(not any(row) for row in self.table)
         return f"rows: {', '.join(counts + [f'{silent} None'] * bool(silent))}"
 
@@ -107,9 +106,7 @@ def row_factor(rows: int, batch: int) -> int:
     Raises:
         SteerError: the batch has no multiple of that many rows.
     """
-    if rows == 1:
-        return batch
-    if batch % rows or not batch:
+    if rows > 1 and (batch % rows or not batch):
         raise SteerError(
             f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every row."
         )

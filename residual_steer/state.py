@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -145,14 +145,16 @@ class Steering:
         self.mix = mix
         opened = self.specs[mix.alone].train if mix.alone is not None and self.trains(mix.alone) else ()
         for key in self.required.keys() & tensors.keys():
-            tensors[key].requires_grad_(False)
+            if tensors[key].requires_grad:
+                tensors[key].requires_grad_(False)
         for key in opened:  # second, since tied parameters go by several names
             if isinstance(tensors[key], nn.Parameter) and tensors[key].is_floating_point():
                 tensors[key].requires_grad_(True)
+        trains = {name: self.trains(name) for name in self.specs}
         for injector in self.injectors.values():
             injector.select(mix)
             for name, module in injector.fields.items():
-                module.requires_grad_(self.trains(name))
+                _let_train(module, trains.get(name, False))
         for switch in self.switches:
             own = heads.get(id(switch), {})
             switch.select(mix, {name: {k: self.trained[name][v] for k, v in at.items()} for name, at in own.items()})
@@ -199,7 +201,7 @@ class Steering:
         opened = {id(tensor) for key, tensor in base_tensors(model).items() if key in self.base}
         inside = {id(module) for block in self.backbone.blocks for module in block.modules()}
         standing = {id(switch.host) for switch in self.switches}
-        for _, module, _, tensor in list(_base_entries(model)):
+        for _, module, _, tensor in _base_entries(model):
             if id(tensor) in opened and id(module) not in inside | standing and Switch.fits(module):
                 if not self.switches:
                     self.handles.append(model.register_forward_hook(self._settle))
@@ -219,7 +221,8 @@ class Steering:
         """
         found: dict[int, dict[str, dict[str, str]]] = {}
         switches = {id(switch.host): switch for switch in self.switches}
-        entries = list(_base_entries(model))
+        names = [name for name in names if self.specs[name].train]
+        entries = _base_entries(model) if names else []
         tensors = {key: tensor for key, _, _, tensor in entries}
         for name in names:
             own = {id(tensors[key]): key for key in self.specs[name].train}
@@ -297,19 +300,32 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, _, _, tensor in _base_entries(model)}
 
 
-def _base_entries(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Walk over the base's tensors: plain name, the module that has it, its name there, and the tensor."""
-    for name, tensor in {**module._parameters, **module._buffers}.items():
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            yield plain_name(prefix + name), module, name, tensor
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, (Injector, Switch)):
-            yield from _base_entries(child, f"{prefix}{name}.")
+def _base_entries(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """List the base's tensors: plain name, the module that has it, its name there, and the tensor."""
+    found: list[tuple[str, nn.Module, str, Tensor]] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found.append((plain_name(prefix + name), module, name, tensor))
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(child, (Injector, Switch)):
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
 
 
 def plain_name(name: str) -> str:
     """Drop what `torch.compile` puts into the name of a tensor of a compiled part: `_orig_mod.`."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
+
+
+def _let_train(field: nn.Module, on: bool) -> None:
+    for linear in field._modules.values():
+        for parameter in linear._parameters.values() if linear is not None else ():
+            if parameter is not None and parameter.requires_grad is not on:
+                parameter.requires_grad_(on)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -68,7 +68,7 @@ class Switch(nn.Module):
         twins = []
         for name in mix.names if mix.differs else ():
             if name in values:
-                rows = torch.tensor(mix.column(name), device=device) != 0
+                rows = torch.tensor(mix.columns[name], device=device) != 0
                 twins.append((_twin(host, values[name]), rows))
         self._twins = tuple(twins)
         self._met = False

@@ -196,3 +196,24 @@ def test_exports_with_its_rows(device):
     rs.use(model, ["law", "art"])
     program = torch.export.export(model, (), case.inputs(model), strict=False)
     close(case.run(program.module()), case.run(model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "timm-vit", "mamba"])
+@torch.no_grad()
+def test_batches_of_other_sizes_share_one_dynamic_graph(name, device):
+    torch._dynamo.reset()
+    case = TABLE[name]
+    model = steered(case, device=device)
+    call = case.inputs(model)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in (2, 3, 4, 5, 7):
+        rs.use(model, (["law", "art", None, "news"] * 2)[:size])
+        rows = {
+            key: value.repeat(4, *[1] * (value.dim() - 1))[:size] if isinstance(value, torch.Tensor) else value
+            for key, value in call.items()
+        }
+        actual, expected = compiled(**rows), model(**rows)
+        actual, expected = (getattr(output, "logits", output) for output in (actual, expected))
+        close(actual, expected)
+    assert counter.frame_count == 2
