@@ -8,7 +8,7 @@ from .errors import SteerError
 from .field import HRes
 from .registry import find_backbone, register_backbone
 from .steering import parameters, steer, summary, unsteer, use
-from .storage import load, save
+from .storage import load, push, save
 from .training import fit
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "fit",
     "load",
     "parameters",
+    "push",
     "register_backbone",
     "save",
     "steer",

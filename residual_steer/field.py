@@ -71,7 +71,7 @@ class HRes(nn.Module):
             raise SteerError(f"`width` is a positive integer; received {width!r}.")
         if not _is_int(rank) or not 1 <= rank <= width:
             raise SteerError(f"`rank` is an integer from 1 to the width, here {width}; received {rank!r}.")
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not _is_finite(scale):
             raise SteerError(f"`scale` is a finite number; received {scale!r}.")
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise SteerError(f"`activation` is one of {', '.join(ACTIVATIONS)}; received {activation!r}.")
@@ -144,6 +144,13 @@ class HRes(nn.Module):
     def extra_repr(self) -> str:
         """Show what the sub-modules' own lines do not."""
         return f"scale={self.scale:g}, activation={self.activation}, dropout={self.dropout:g}"
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def _is_int(value: object) -> bool:
