@@ -46,12 +46,13 @@ class Stored:
         spec: the field.
         identity: the backbone that it was trained on.
         shapes: the shape of every tensor, by its key as it stands in the file.
+        described: the field and the backbone in JSON's words, with their SHA-256.
     """
 
     spec: FieldSpec
     identity: Identity
     shapes: Mapping[str, tuple[int, ...]]
-    _described: Mapping[str, Any]
+    described: Mapping[str, Any]
     _file: IO[bytes]
     _size: int
 
@@ -68,7 +69,7 @@ class Stored:
             tensors: dict[str, Tensor] = safetensors.torch.load(content)
         except Exception as error:  # bytes from anywhere can fail in any way
             _refuse(path, error)
-        if not _verified(self._described, tensors):
+        if not _verified(self.described, tensors):
             raise SteerError(f"{path} was changed after it was saved: its SHA-256 differs. Save it again.")
         return tensors
 
