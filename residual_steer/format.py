@@ -97,8 +97,10 @@ def open_field(folder: Path) -> Iterator[Stored]:
         with contextlib.ExitStack() as stack:
             file: IO[bytes] = stack.enter_context(open(folder / TENSORS, "rb"))
             description: IO[bytes] = stack.enter_context(open(folder / DESCRIPTION, "rb"))
-            text = description.read(_LONGEST_HEADER)
-            size = os.fstat(file.fileno()).st_size
+            text = description.read(
+                min(_size(description), _LONGEST_HEADER)
+            )  # read() makes room for all that it is asked
+            size = _size(file)
             kept = stack.pop_all()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         what = (
@@ -179,6 +181,10 @@ def _shape_of(entry: Mapping[str, Any]) -> tuple[int, ...]:
     if not 0 <= end - start <= _WIDEST * math.prod(shape):
         raise ValueError(f"{end - start} bytes for a tensor of shape {_short(shape)}")
     return shape
+
+
+def _size(file: IO[bytes]) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def _decode(text: bytes) -> Any:
