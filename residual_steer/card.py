@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def _code(repo: str, model: nn.Module, spec: FieldSpec, identity: Identity, base
 def _base_model(model: nn.Module) -> str | None:
     """Return the name on the Hub that the model's config has, if it has one, and it is no folder here."""
     name: Any = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and is_repo(name) and not Path(name).exists() else None
+    return name if isinstance(name, str) and is_repo(name) and not os.path.exists(name) else None
 
 
 def _list(numbers: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -160,7 +161,7 @@ def _find(folder: str | Path, revision: str | None) -> Path:
     path = as_path(folder)
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise SteerError(f"`revision` is a branch, tag or commit on the Hub, or None; received {revision!r}.")
-    if isinstance(folder, str) and is_repo(folder) and not path.exists():
+    if isinstance(folder, str) and is_repo(folder) and not os.path.exists(path):
         return fetch(folder, revision, (TENSORS, DESCRIPTION))
     if revision is not None:
         raise SteerError(
