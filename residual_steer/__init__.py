@@ -9,7 +9,7 @@ from .field import HRes
 from .overview import fields, summary
 from .registry import find_backbone, register_backbone
 from .steering import freeze, parameters, steer, thaw, unsteer, use
-from .storage import load, save
+from .storage import load, push, save
 from .training import fit
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "freeze",
     "load",
     "parameters",
+    "push",
     "register_backbone",
     "save",
     "steer",

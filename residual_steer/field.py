@@ -71,7 +71,7 @@ class HRes(nn.Module):
             raise SteerError(f"`width` is a positive integer; received {width!r}.")
         if not _is_int(rank) or not 1 <= rank <= width:
             raise SteerError(f"`rank` is an integer from 1 to the width, here {width}; received {rank!r}.")
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not _is_finite(scale):
             raise SteerError(f"`scale` is a finite number; received {scale!r}.")
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise SteerError(f"`activation` is one of {', '.join(ACTIVATIONS)}; received {activation!r}.")
@@ -157,6 +157,13 @@ def add_product(
         return torch.addmm(y.view(-1, width), hidden, weight, alpha=alpha).view(y.shape)
     moved = torch.add(y, bias.to(y.dtype), alpha=alpha)
     return moved.view(-1, width).addmm_(hidden, weight, alpha=alpha).view(y.shape)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def _is_int(value: object) -> bool:

@@ -1,48 +1,34 @@
-"""save and load: a field on disk, in `steering.safetensors` and `steering.json`.
-
-The description of the field stands in the header of the tensor file, with a SHA-256 over itself and every tensor, so
-that one rename puts the whole field in place; `steering.json` is the same description for people and other programs.
-Tensors are named by block (`blocks.3.up.weight`), not by the model's own module names. Nothing is ever unpickled.
-"""
+"""save, load and push: a field as two files, in a folder or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .backbone import bulk_dtype
+from .card import model_card
 from .errors import SteerError
 from .files import as_path, make_folder, write_whole
+from .format import DESCRIPTION, TENSORS, open_field, pack
+from .hub import check_repo, fetch, is_repo, upload
 from .identity import Identity
+from .names import find_names, plain_keys
 from .spec import FieldSpec, check_name, check_site
 from .state import Steering, base_tensors, steering_of
 from .steering import begin, install
 
-__all__ = ["load", "save"]
+__all__ = ["load", "push", "save"]
 
-TENSORS, DESCRIPTION = "steering.safetensors", "steering.json"
-FORMAT, FORMAT_VERSION = "residual_steer", 1
-_HEADER_KEY = "residual_steer"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # these load into one another
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A field as read from disk: checked in itself, not yet against a model."""
-
-    spec: FieldSpec
-    identity: Identity
-    tensors: Mapping[str, Tensor]
 
 
 def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
@@ -60,238 +46,191 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         SteerError: no such field, none selected, or the folder cannot be written; what it held before is untouched.
     """
     base, state = steering_of(model)
-    name = state.name_of(name)
-    spec = state.specs[name]
-    stored = {key: value.detach().cpu().contiguous().clone() for key, value in state.tensors(base, name).items()}
-    description = _describe(spec, Identity.of(base, state.backbone))
-    description["sha256"] = _digest(description, stored)
-    text = json.dumps(description, sort_keys=True)
+    spec, tensors = _gather(base, state, name)
     folder = as_path(folder)
     make_folder(folder)
-    write_whole(
-        {
-            folder / DESCRIPTION: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
-            folder / TENSORS: safetensors.torch.save(stored, {_HEADER_KEY: text}),  # the last rename decides
-        }
-    )
+    contents = pack(spec, Identity.of(base, state.backbone), tensors)
+    write_whole({folder / file: content for file, content in contents.items()})
     return folder
 
 
-def load(model: Model, folder: str | Path, name: str | None = None) -> Model:
-    """Load a field that `save` wrote and select it, on a fresh backbone or beside other fields.
+def push(
+    model: nn.Module, repo: str, name: str | None = None, *, private: bool = False, message: str | None = None
+) -> str:
+    """Upload a field to the Hugging Face Hub, with a card that says what it is: one commit.
+
+    The repository is made if it is not there; what else it holds stays. `load(model, repo)` fetches the field.
+
+    Args:
+        model: a steered model.
+        repo: "owner/name" on the Hub.
+        name: which field; None is the selected one.
+        private: whether only the owner may see the repository. One that is public already is refused.
+        message: of the commit; None says which field it is.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        SteerError: no such field, none selected, no name of a repository, or the Hub refuses or cannot be reached:
+            the message says what to do. Nothing was uploaded.
+    """
+    base, state = steering_of(model)
+    spec, tensors = _gather(base, state, name)
+    repo = check_repo(repo)
+    contents = pack(spec, Identity.of(base, state.backbone), tensors)
+    card = model_card(repo, base, state, spec, tensors, len(contents[TENSORS]))
+    return upload(
+        repo,
+        {**contents, "README.md": card.encode()},
+        message or f"Field {spec.name}, stored by residual_steer",
+        private=private,
+    )
+
+
+def load(model: Model, folder: str | Path, name: str | None = None, *, revision: str | None = None) -> Model:
+    """Load a field that `save` or `push` wrote and select it, on a fresh backbone or beside other fields.
+
+    Tensors may be stored in fp64, fp32, fp16 or bf16; the field computes in its own type. Their names may carry what
+    wrappers put there, `module.` in front and `_orig_mod.` anywhere.
 
     Args:
         model: holds a backbone with the same number of blocks and the same widths. Another class or config of that
             shape is accepted with a warning that says what differs.
-        folder: the folder that was given to `save`.
+        folder: the folder that was given to `save`, or, where there is no such folder, "owner/name" on the Hub.
         name: what to call the field here; None keeps its name.
+        revision: a branch, tag or commit on the Hub; None is the main branch.
 
     Returns:
         The same object, frozen and steered.
 
     Raises:
-        SteerError: no, foreign or damaged files, another backbone, missing or extra tensors, a name in use. The model
-            is as it was.
+        SteerError: no, foreign or damaged files, another backbone, missing or extra tensors, a name in use, or the Hub
+            refuses or cannot be reached. The model is as it was.
     """
-    stored = _read(as_path(folder))
-    state = begin(model)
-    spec = stored.spec if name is None else replace(stored.spec, name=name)
-    check_name(spec.name, state.specs)
-    here = Identity.of(model, state.backbone)
-    if here.widths != stored.identity.widths or here.name != stored.identity.name:
-        raise SteerError(
-            f"the field was trained on {_shape(stored.identity)}; this model has {_shape(here)}. "
-            "A field fits a backbone of its own kind, with as many blocks of the same widths."
-        )
-    check_site(spec.site, state.backbone)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
-    _check_tensors(model, state, spec, stored.tensors)
+    with open_field(_find(folder, revision)) as stored:
+        state = begin(model)
+        spec = stored.spec if name is None else replace(stored.spec, name=name)
+        check_name(spec.name, state.specs)
+        here = Identity.of(model, state.backbone)
+        if here.widths != stored.identity.widths or here.name != stored.identity.name:
+            raise SteerError(
+                f"the field was trained on {_shape(stored.identity)}; this model has {_shape(here)}. "
+                "A field fits a backbone of its own kind, with as many blocks of the same widths."
+            )
+        check_site(spec.site, state.backbone)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
+        base = base_tensors(model)
+        spec, wanted = _needs(base, state, spec)
+        keys = _match(wanted, stored.shapes)
+        tensors = stored.read()  # now that what the header says is what this model holds, and no more
+    values = {key: _as_type(key, tensors[keys[key]], like) for key, like in wanted.items()}
     different = stored.identity.differences(here)
     if different:
         warnings.warn(
-            f"the field {spec.name!r} was trained on another backbone of the same shape ({'; '.join(different)}). "
+            f"the field {spec.name!r} was trained on another backbone of the same shape "
+            f"({'; '.join(different)[:600]}). "
             "It runs; whether it does here what it did there is for you to see.",
             stacklevel=2,
         )
     install(model, state, spec)
     with torch.no_grad():
         for key, tensor in state.tensors(model, spec.name).items():
-            tensor.copy_(stored.tensors[key])
+            tensor.copy_(values[key])
     return model
 
 
-def _check_tensors(model: nn.Module, state: Steering, spec: FieldSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Hold the tensors of a stored field against what the model needs.
+def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldSpec, dict[str, Tensor]]:
+    """Return a field and copies of all that is stored of it.
+
+    Raises:
+        SteerError: no such field, or none selected.
+    """
+    name = state.name_of(name)
+    tensors = state.tensors(base, name)
+    return state.specs[name], {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def _find(folder: str | Path, revision: str | None) -> Path:
+    """Return the folder that holds a field: a local one if there is one, else what was fetched from the Hub.
+
+    Raises:
+        SteerError: the Hub does not give it, or `revision` was given with a folder.
+    """
+    path = as_path(folder)
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise SteerError(f"`revision` is a branch, tag or commit on the Hub, or None; received {revision!r}.")
+    if isinstance(folder, str) and is_repo(folder) and not os.path.exists(path):
+        return fetch(folder, revision, (TENSORS, DESCRIPTION))
+    if revision is not None:
+        raise SteerError(
+            f"`revision` is for names on the Hub, 'owner/name'; received {revision!r} with {str(folder)!r}."
+        )
+    return path
+
+
+def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldSpec) -> tuple[FieldSpec, dict[str, Tensor]]:
+    """Return a stored field with the names of this model, and the tensors that it has here, its own on no device.
+
+    Raises:
+        SteerError: the model lacks a tensor that was trained with the field, or the field has a rank or an option
+            that none can have.
+    """
+    names = find_names(spec.train, base)
+    absent = [key for key in spec.train if key not in names]
+    if absent:
+        raise SteerError(
+            f"the field comes with trained base tensors that this model lacks: {_some(absent)}. "
+            "Give the model the same head before loading."
+        )
+    spec = replace(spec, train=tuple(names[key] for key in spec.train))
+    wanted = {f"train.{key}": base[key] for key in spec.train}
+    for index in spec.ranks:
+        dtype = torch.promote_types(bulk_dtype(state.backbone.blocks[index]), torch.float32)
+        field = spec.build(index, state.backbone, device="meta", dtype=dtype)
+        wanted |= {f"blocks.{index}.{key}": value for key, value in field.state_dict().items()}
+    return spec, wanted
+
+
+def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
+    """Find every tensor that the model needs among those of a file.
 
     Raises:
         SteerError: one is missing, left over, or of another shape.
     """
-    here = base_tensors(model)
-    absent = [key for key in spec.train if key not in here]
-    if absent:
-        raise SteerError(
-            f"the field comes with trained base tensors that this model lacks: {', '.join(absent[:6])}. "
-            "Give the model the same head before loading."
-        )
-    wanted = {f"train.{key}": here[key].shape for key in spec.train}
-    for index in spec.ranks:
-        for key, value in spec.build(index, state.backbone, device="meta").state_dict().items():
-            wanted[f"blocks.{index}.{key}"] = value.shape
-    for what, keys in (("missing", wanted.keys() - tensors.keys()), ("left over", tensors.keys() - wanted.keys())):
-        if keys:
-            raise SteerError(f"{TENSORS} does not hold what it says: {what} are {', '.join(sorted(keys)[:6])}.")
-    for key, shape in wanted.items():
-        if tensors[key].shape != shape:
-            raise SteerError(f"tensor {key} has shape {tuple(tensors[key].shape)}; this model needs {tuple(shape)}.")
+    keys = find_names(wanted, shapes)
+    twins = "" if plain_keys(shapes) else " Some of its names become one without those of wrappers, `module.` in front."
+    for what, left in (("missing", wanted.keys() - keys.keys()), ("left over", shapes.keys() - set(keys.values()))):
+        if left:
+            raise SteerError(f"{TENSORS} does not hold what it says: {what} are {_some(sorted(left))}.{twins}")
+    for key, tensor in wanted.items():
+        if tuple(tensor.shape) != shapes[keys[key]]:
+            raise SteerError(f"tensor {key} has shape {shapes[keys[key]]}; this model needs {tuple(tensor.shape)}.")
+    return keys
 
 
-def _read(folder: Path) -> _Stored:
-    """Read and check both files.
+def _as_type(key: str, stored: Tensor, like: Tensor) -> Tensor:
+    """Return a stored tensor in the type of the model's.
 
     Raises:
-        SteerError: one is missing, damaged, or not what `save` writes.
+        SteerError: that would be another kind of number, or some of them are too large for it.
     """
-    try:
-        content = (folder / TENSORS).read_bytes()
-        text = (folder / DESCRIPTION).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        what = f"{error.strerror} ({Path(error.filename).name})" if isinstance(error, OSError) else str(error)
-        raise SteerError(
-            f"could not read a field from {folder}: {what}. `save` writes {TENSORS} and {DESCRIPTION}."
-        ) from error
-    try:
-        json_file = json.loads(text)
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        described = json.loads(header["__metadata__"][_HEADER_KEY])
-    except Exception as error:  # bytes from anywhere can fail in any way
-        raise SteerError(
-            f"{folder} holds no field, or a damaged one ({type(error).__name__}: {error}). Save it again."
-        ) from error
-    _parse(json_file, DESCRIPTION)
-    spec, identity = _parse(described, TENSORS)
-    if json_file["sha256"] == described["sha256"] and json_file != described:
-        raise SteerError(f"{folder / DESCRIPTION} was changed after it was saved: it says other than {TENSORS}.")
-    if described["sha256"] != _digest(described, tensors):
-        raise SteerError(f"{folder / TENSORS} was changed after it was saved: its SHA-256 differs. Save it again.")
-    return _Stored(spec, identity, tensors)
-
-
-def _describe(spec: FieldSpec, identity: Identity) -> dict[str, Any]:
-    """Put a field in JSON's words."""
-    try:
-        library = version("residual-steer")
-    except PackageNotFoundError:
-        library = "unknown"
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "library_version": library,
-        "field": {
-            "name": spec.name,
-            "site": spec.site,
-            "ranks": {str(index): rank for index, rank in spec.ranks.items()},
-            "scale": spec.scale,
-            "activation": spec.activation,
-            "bias": spec.bias,
-            "dropout": spec.dropout,
-            "train": list(spec.train),
-        },
-        "backbone": {
-            "name": identity.name,
-            "class": identity.kind,
-            "blocks": len(identity.widths),
-            "widths": list(identity.widths),
-            "config": dict(identity.config),
-            "config_sha256": identity.config_hash,
-        },
-    }
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "format": (str,),
-    "format_version": (int,),
-    "library_version": (str,),
-    "sha256": (str,),
-    "field": (dict,),
-    "field.name": (str,),
-    "field.site": (str,),
-    "field.ranks": (dict,),
-    "field.scale": (int, float),
-    "field.activation": (str,),
-    "field.bias": (bool,),
-    "field.dropout": (int, float),
-    "field.train": (list,),
-    "backbone": (dict,),
-    "backbone.name": (str,),
-    "backbone.class": (str,),
-    "backbone.blocks": (int,),
-    "backbone.widths": (list,),
-    "backbone.config": (dict,),
-    "backbone.config_sha256": (str,),
-}
-
-
-def _parse(described: Any, source: str) -> tuple[FieldSpec, Identity]:
-    """Turn JSON's words into a field, refusing whatever `_describe` would not have written.
-
-    Raises:
-        SteerError: an entry is missing or of the wrong kind, or the format is not ours or newer.
-    """
-    for path, kinds in _KINDS.items():
-        value = described
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise SteerError(
-                f"{source} needs {' or '.join(kind.__name__ for kind in kinds)} at {path!r}; found {_short(value)}."
-            )
-    if described["format"] != FORMAT or described["format_version"] != FORMAT_VERSION:
-        raise SteerError(
-            f"{source} is of format {described['format']!r}, version {_short(described['format_version'])}; "
-            f"this library reads {FORMAT!r}, version {FORMAT_VERSION}."
-        )
-    told, stands = described["field"], described["backbone"]
-    widths = stands["widths"]
-    if len(widths) != stands["blocks"] or any(type(width) is not int or width < 1 for width in widths):
-        raise SteerError(f"{source} has {_short(widths)} as widths of {_short(stands['blocks'])} blocks.")
-    indices = {str(index): index for index in range(len(widths))}
-    if not told["ranks"] or any(key not in indices or type(rank) is not int for key, rank in told["ranks"].items()):
-        raise SteerError(f"{source} has {_short(told['ranks'])} as ranks of {len(widths)} blocks.")
-    if not all(isinstance(key, str) for key in told["train"]) or len(set(told["train"])) < len(told["train"]):
-        raise SteerError(f"{source} has {_short(told['train'])} as names of trained tensors.")
-    spec = FieldSpec(
-        name=told["name"],
-        site=told["site"],
-        ranks={indices[key]: told["ranks"][key] for key in sorted(told["ranks"], key=lambda key: indices[key])},
-        scale=told["scale"],
-        activation=told["activation"],
-        bias=told["bias"],
-        dropout=told["dropout"],
-        train=tuple(told["train"]),
-    )
-    identity = Identity(stands["name"], stands["class"], tuple(widths), stands["config"], stands["config_sha256"])
-    return spec, identity
-
-
-def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a description and its tensors."""
-    digest = hashlib.sha256()
-    described = {key: value for key, value in description.items() if key != "sha256"}
-    digest.update(json.dumps(described, sort_keys=True).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    if stored.dtype == like.dtype:
+        return stored
+    if stored.dtype not in _FLOATS or like.dtype not in _FLOATS:
+        raise SteerError(f"tensor {key} is stored as {stored.dtype}; this model needs {like.dtype}.")
+    value = stored.to(like.dtype)
+    if not torch.equal(value.isfinite(), stored.isfinite()):
+        raise SteerError(f"tensor {key} holds numbers too large for {like.dtype}, which this model needs.")
+    return value
 
 
 def _shape(identity: Identity) -> str:
     widths = sorted(set(identity.widths))
-    return f"{identity.name}, {len(identity.widths)} blocks of width {', '.join(map(str, widths))}"
+    return f"{identity.name[:100]}, {len(identity.widths)} blocks of width {_some([*map(str, widths)])}"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def _some(names: list[str]) -> str:
+    """Name the first of many."""
+    return ", ".join(name[:100] for name in names[:6]) + (", …" if len(names) > 6 else "")

@@ -45,13 +45,22 @@ def import_mamba_ssm() -> types.ModuleType:
 def _use_references() -> None:
     from mamba_ssm.modules import mamba2, mamba_simple
     from mamba_ssm.ops import selective_scan_interface
-    from mamba_ssm.ops.triton import layernorm_gated
+    from mamba_ssm.ops.triton import layer_norm, layernorm_gated
 
     mamba_simple.selective_scan_fn = selective_scan_interface.selective_scan_ref
     mamba_simple.selective_state_update = None
     mamba2.mamba_chunk_scan_combined = _chunk_scan
     mamba2.selective_state_update = None
     layernorm_gated.rmsnorm_fn = layernorm_gated.rms_norm_ref
+    layer_norm.rms_norm_fn = _rms_norm
+
+
+def _rms_norm(x, weight, bias, residual=None, residual_in_fp32=False, **options):
+    """Normalise as `rms_norm_fn` does, with the package's reference function; a residual is added before, unfused."""
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_ref
+
+    assert residual is None, "the reference keeps no residual in fp32"
+    return rms_norm_ref(x, weight, bias, **options)
 
 
 def _chunk_scan(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, return_final_states, **absent):

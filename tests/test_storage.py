@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import re
@@ -10,52 +9,19 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import residual_steer as rs
-from residual_steer.storage import DESCRIPTION, TENSORS
+from fields import IMAGES, assert_as, rewrite, save_one, shake, snapshot, vit
+from residual_steer.format import DESCRIPTION, TENSORS
+from residual_steer.state import steering_of
 
 PACKAGE = Path(rs.__file__).parent
 
 
-def vit(seed=0, depth=3, width=32, classes=5):
-    torch.manual_seed(seed)
-    model = VisionTransformer(
-        img_size=8, patch_size=4, in_chans=1, embed_dim=width, depth=depth, num_heads=4, num_classes=classes
-    )
-    return model.eval()
-
-
-def shake(model, name=None):
-    with torch.no_grad():
-        for parameter in rs.parameters(model, name):
-            parameter.normal_(std=0.3)
-    return model
-
-
-IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
-
-
-def snapshot(model):
-    """All that a failed call must leave alone."""
-    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
-    gradients = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return hooks, gradients, {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def assert_as(model, before):
-    hooks, gradients, state = snapshot(model)
-    assert (hooks, gradients) == before[:2]
-    assert state.keys() == before[2].keys()
-    assert all(torch.equal(state[key], before[2][key]) for key in state)
-
-
 @pytest.fixture
 def saved(tmp_path):
-    model = shake(rs.steer(vit(), rank={0: 4, 2: 2}, scale=0.5, activation="silu", dropout=0.1, train="head"))
-    rs.save(model, tmp_path / "field")
-    return tmp_path / "field", model(IMAGES)
+    return save_one(tmp_path / "field")
 
 
 def test_all_of_a_field_comes_back(saved):
@@ -163,21 +129,6 @@ def test_a_model_that_does_not_fit_is_refused_unchanged(saved, make, message):
     assert_as(model, before)
 
 
-def rewrite(folder, change_tensors=None, change_description=None):
-    """Save a field again with other contents, and a digest that agrees with them."""
-    from residual_steer.storage import _digest
-
-    tensors = safetensors.torch.load_file(folder / TENSORS)
-    description = json.loads((folder / DESCRIPTION).read_text())
-    if change_tensors:
-        change_tensors(tensors)
-    if change_description:
-        change_description(description)
-    description["sha256"] = _digest(description, tensors)
-    (folder / DESCRIPTION).write_text(json.dumps(description))
-    safetensors.torch.save_file(tensors, folder / TENSORS, {"residual_steer": json.dumps(description)})
-
-
 DAMAGE = {
     "no folder": (shutil.rmtree, "could not read a field.*No such file"),
     "no tensors": (lambda f: (f / TENSORS).unlink(), rf"No such file.*{TENSORS}"),
@@ -188,7 +139,7 @@ DAMAGE = {
     "not safetensors": (lambda f: (f / TENSORS).write_bytes(b"PK\x03\x04" * 99), "damaged"),
     "foreign safetensors": (
         lambda f: safetensors.torch.save_file({"lora_A": torch.zeros(2)}, f / TENSORS),
-        "holds no field",
+        "its SHA-256 differs|does not hold what it says",
     ),
     "not JSON": (lambda f: (f / DESCRIPTION).write_text("{"), "damaged one \\(JSONDecodeError"),
     "deep JSON": (lambda f: (f / DESCRIPTION).write_text("[" * 10**5), "RecursionError"),
@@ -215,6 +166,18 @@ DAMAGE = {
     "an infinite scale": (
         lambda f: rewrite(f, None, lambda d: d["field"].update(scale=float("inf"))),
         "`scale` is a finite number",
+    ),
+    "a scale beyond all floats": (
+        lambda f: rewrite(f, None, lambda d: d["field"].update(scale=10**400)),
+        "`scale` is a finite number",
+    ),
+    "an entry that is too deep": (
+        lambda f: rewrite(f, None, lambda d: d["backbone"]["config"].update(more={"deeper": {}})),
+        "nested more deeply than any description",
+    ),
+    "an entry that stands there twice": (
+        lambda f: (f / DESCRIPTION).write_text((f / DESCRIPTION).read_text().replace("{", '{"format": "x",', 1)),
+        "a key that stands there twice",
     ),
     "a huge rank": (lambda f: rewrite(f, None, lambda d: d["field"].update(ranks={"0": 10**30})), "`rank` is"),
     "a block too many": (lambda f: rewrite(f, None, lambda d: d["field"].update(ranks={"3": 1})), "as ranks of 3"),
@@ -277,7 +240,7 @@ FULL_DISK = """
 import resource, sys, torch
 sys.path.insert(0, {tests!r})
 import residual_steer as rs
-from test_storage import vit, shake
+from fields import vit, shake
 torch.manual_seed(1)
 model = shake(rs.steer(vit(), rank=32))
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
@@ -362,3 +325,64 @@ def test_a_folder_is_a_path(folder):
     for call in (lambda: rs.save(model, folder), lambda: rs.load(vit(), folder)):
         with pytest.raises(rs.SteerError, match=r"a folder is a path|could not"):
             call()
+
+
+@pytest.mark.parametrize("field", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_field_loads_into_its_own_type_from_any_float(saved, stored, field):
+    rewrite(saved[0], lambda tensors: tensors.update({key: value.to(stored) * 1.1 for key, value in tensors.items()}))
+    model = rs.load(vit().to(field), saved[0])
+    inside = safetensors.torch.load_file(saved[0] / TENSORS)
+    base, state = steering_of(model)
+    for key, tensor in state.tensors(base, "default").items():
+        assert tensor.dtype == field
+        assert torch.equal(tensor, inside[key].to(field))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.zeros(32, dtype=torch.int64),
+            "blocks.0.up.bias is stored as torch.int64; this model needs torch.float32",
+        ),
+        (torch.zeros(32, dtype=torch.bool), "stored as torch.bool"),
+        (torch.zeros(32, dtype=torch.complex64), "stored as torch.complex64"),
+        (torch.zeros(32, dtype=torch.float8_e4m3fn), "stored as torch.float8_e4m3fn"),
+        (torch.full((32,), 1e39, dtype=torch.float64), "numbers too large for torch.float32"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(saved, value, message):
+    rewrite(saved[0], lambda tensors: tensors.update({"blocks.0.up.bias": value}))
+    model = vit()
+    before = snapshot(model)
+    with pytest.raises(rs.SteerError, match=message):
+        rs.load(model, saved[0])
+    assert_as(model, before)
+
+
+def test_a_trained_buffer_keeps_its_integers(tmp_path):
+    def model():
+        found = vit()
+        found.head = nn.Sequential(nn.Linear(32, 5), nn.BatchNorm1d(5))
+        return found
+
+    steered = rs.steer(model(), rank=4, train="head")
+    steered.train()(IMAGES)
+    rs.save(steered, tmp_path)
+    assert rs.load(model(), tmp_path).head[1].num_batches_tracked == 1
+    rewrite(tmp_path, lambda tensors: tensors.update({"train.head.1.num_batches_tracked": torch.tensor(1.0)}))
+    with pytest.raises(rs.SteerError, match=r"is stored as torch\.float32; this model needs torch.int64"):
+        rs.load(model(), tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_header_without_our_description_is_made_good_by_the_other_file(saved, metadata):
+    folder, expected = saved
+    tensors = safetensors.torch.load_file(folder / TENSORS)
+    safetensors.torch.save_file(tensors, folder / TENSORS, metadata)
+    assert torch.equal(rs.load(vit(), folder)(IMAGES), expected)
+    tensors["blocks.0.up.bias"] += 1
+    safetensors.torch.save_file(tensors, folder / TENSORS, metadata)
+    with pytest.raises(rs.SteerError, match="its SHA-256 differs"):
+        rs.load(vit(), folder)

@@ -1,0 +1,146 @@
+"""A user of the Hub: pushes, loads, and asks for what is not there. Prints what came of each step, as JSON.
+
+Usage: hub_session.py FOLDER (online | offline)
+"""
+
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants
+from torch import nn
+
+import residual_steer as rs
+
+BATCH = torch.linspace(-1, 1, 2 * 3 * 8).reshape(2, 3, 8)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, z):
+        return z + torch.tanh(self.mlp(z))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, z):
+        for block in self.blocks:
+            z = block(z)
+        return self.head(z)
+
+
+@rs.register_backbone("net", matches=["__main__.Net"])
+def net(model):
+    return rs.Backbone(blocks=model.blocks, width=8, mlp="mlp")
+
+
+def fresh():
+    torch.manual_seed(0)
+    return Net()
+
+
+def steered(seed):
+    model = rs.steer(fresh(), rank=3, train="head")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rs.parameters(model):
+            parameter.normal_()
+    return model
+
+
+def state(model):
+    hooks = [(name, len(module._forward_hooks)) for name, module in model.named_modules()]
+    gradients = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    return hooks, gradients, {key: tensor.tolist() for key, tensor in model.state_dict().items()}
+
+
+FIELDS = {name: steered(seed) for seed, name in enumerate("ABC")}
+OUTPUTS = {name: model(BATCH) for name, model in FIELDS.items()}
+DONE = {}
+
+
+def attempt(step, call, model):
+    """Note which field the model has after the call, or the error, and whether it left the model alone."""
+    before = state(model)
+    try:
+        found = call(model)
+    except rs.SteerError as error:
+        DONE[step] = {"error": str(error), "unchanged": state(model) == before}
+    else:
+        DONE[step] = {
+            "gave": found if isinstance(found, str) else recognise(model),
+            "unchanged": state(model) == before,
+        }
+
+
+def recognise(model):
+    return [name for name, expected in OUTPUTS.items() if torch.equal(model(BATCH), expected)]
+
+
+def load(step, repo, **options):
+    attempt(step, lambda model: rs.load(model, repo, **options), fresh())
+
+
+def push(step, repo, which="A", **options):
+    attempt(step, lambda model: rs.push(model, repo, **options), FIELDS[which])
+
+
+def online():
+    push("push A", "me/field")
+    first = HfApi().model_info("me/field").sha
+    load("load A", "me/field")
+    push("push B", "me/field", "B", message="Better")
+    load("load B", "me/field")
+    load("load the first", "me/field", revision=first)
+    push("push privately", "me/secret", private=True)
+    load("load privately", "me/secret")
+    push("push privately to a public one", "me/field", private=True)
+
+    load("unknown repository", "me/absent")
+    load("unknown revision", "me/field", revision="v9")
+    load("unknown commit", "me/field", revision="0" * 40)
+    load("gated", "other/gated")
+    load("no field", "other/empty")
+    load("half a field", "other/half")
+    load("a name that cannot be", "me/two--dashes")
+    push("another's repository", "other/field")
+    push("no repository's name", "field")
+    load("another name here", "me/field", name="mine")
+
+    rs.save(FIELDS["C"], "me/field")
+    load("a local folder wins", "me/field")
+    load("a revision of a local folder", "me/field", revision="main")
+    attempt("a path is no name", lambda model: rs.load(model, Path("me/absent")), fresh())
+    os.rename("me", "moved")
+
+    token = os.environ.pop("HF_TOKEN")
+    load("privately, not logged in", "me/secret", revision="0" * 40)
+    push("push, not logged in", "me/field")
+    os.environ["HF_TOKEN"] = token
+
+    urllib.request.urlopen(f"{constants.ENDPOINT}/stop", data=b"").close()
+    load("server gone, cached", "me/field")
+    load("server gone", "me/never")
+    push("push, server gone", "me/field")
+
+
+def offline():
+    load("offline, cached", "me/field")
+    load("offline", "me/never")
+    push("push, offline", "me/field")
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    {"online": online, "offline": offline}[sys.argv[2]]()
+    print(json.dumps(DONE))
