@@ -60,6 +60,10 @@ class Injector(nn.Module):
             before = host.register_forward_pre_hook(self._keep if backbone.inplace else self._watch, with_kwargs=True)
             self._handles = [after, before]
 
+    def forward(self, z: Any) -> Any:
+        """Return what comes in: a host that calls its children one after another, an `nn.Sequential`, calls this too."""
+        return z
+
     @property
     def key(self) -> str:
         """The name under which the injector is registered in its host."""

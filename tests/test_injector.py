@@ -197,6 +197,34 @@ def test_a_block_declared_to_overwrite_its_input_is_steered_by_what_entered():
     torch.testing.assert_close(compiled(stream), actual)
 
 
+def test_a_block_that_is_a_sequence_is_steered():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    @rs.register_backbone("sequences", matches=[f"{Net.__module__}.{Net.__qualname__}"])
+    def describe(model):
+        return rs.Backbone(blocks=model.blocks, width=8)
+
+    net, stream = Net().requires_grad_(False), torch.randn(2, 3, 8)
+    expected = net(stream)
+    randomise(rs.steer(net, rank=4))
+    z = stream
+    for block in net.blocks:
+        z = block[1](block[0](z)) + closed_form(block.steering_block.fields["default"], z).float()
+    torch.testing.assert_close(net(stream), z)
+    with rs.use(net, None):
+        assert torch.equal(net(stream), expected)
+    rs.unsteer(net)
+    assert [len(block) for block in net.blocks] == [2, 2]
+
+
 def test_the_watch_over_a_block_ends_with_its_first_call():
     model = rs.steer(TABLE["gpt2"].build(), rank=4)
     block = TABLE["gpt2"].modules(model, "block")[0]
