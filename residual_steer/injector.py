@@ -61,7 +61,7 @@ class Injector(nn.Module):
             self._handles = [after, before]
 
     def forward(self, z: Any) -> Any:
-        """Return what comes in: a host that calls its children one after another, an `nn.Sequential`, calls this too."""
+        """Return what comes in: a host that calls all its children, an `nn.Sequential`, calls this too."""
         return z
 
     @property

@@ -189,9 +189,6 @@ class Steering:
                 if isinstance(tensors[key], nn.Parameter) and value.is_floating_point():
                     parts.setdefault(place, (key, []))[1].append((weight, value))
         for key, moves in parts.values():
-            if len(moves) == 1 and moves[0][0] == 1:
-                tensors[key].copy_(moves[0][1])
-                continue
             base = self.base[key].double()
             total = sum((weight * (value.to(base) - base) for weight, value in moves), base)
             tensors[key].copy_(total)

@@ -335,6 +335,21 @@ def test_a_head_whose_weight_is_taken_straight_is_noticed():
         case.run(model)
 
 
+def test_heads_chosen_in_inference_mode_can_train():
+    case = TABLE["timm-vit"]
+    model = randomise(three(case, train=["head"]))
+    with torch.inference_mode():
+        rs.use(model, ["law", "news"])
+        rs.thaw(model, "law")
+        case.run(model)
+    case.loss(model).backward()
+    assert all(p.grad is not None for p in rs.parameters(model, "law")[:-2])
+    with torch.inference_mode():
+        rs.use(model, "law")
+    case.loss(model).backward()
+    assert all(p.grad is not None for p in rs.parameters(model))
+
+
 @torch.no_grad()
 def test_heads_by_row_follow_casts_modes_and_copies():
     case = TABLE["timm-vit"]

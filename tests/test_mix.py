@@ -356,6 +356,20 @@ def test_a_mix_follows_casts_without_losing_its_weights():
     assert torch.equal(tables[0], torch.tensor([[1 / 3, 0.1]], dtype=torch.float64))
 
 
+def test_a_mix_follows_its_fields_to_their_device():
+    model = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0)
+    rs.use(model, {"a": 0.5, "b": 0.1})
+    model.to("meta")
+    blend = model.blocks[0].steering_block._some
+    assert (blend.table.device.type, blend.gates.device.type) == ("meta", "meta")
+
+
+def test_an_empty_batch_fits_a_list_of_one():
+    model = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0)
+    rs.use(model, ["a"])
+    assert model(stream(0)[:0]).shape == (0, LENGTH, WIDTH)
+
+
 def test_a_mix_chosen_in_inference_mode_can_train():
     model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
     with torch.inference_mode():

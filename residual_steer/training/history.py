@@ -24,10 +24,13 @@ class History:
         train: records with `step`, `loss` (of that step's batch), `lr`, `grad_norm`, `samples_per_s` and
             `seconds_per_step`.
         valid: records with `step`, `loss` and, for `(x, y)` pairs, `accuracy` from 0 to 1.
+        cache: with `cache_prefix`, how many `blocks` it spared, how many `rows` and `bytes` it holds, and the batches
+            it knew (`hits`) and did not know (`misses`); else None.
     """
 
     train: list[Record] = field(default_factory=list)
     valid: list[Record] = field(default_factory=list)
+    cache: Record | None = None
 
     @property
     def seconds_per_step(self) -> float:

@@ -31,12 +31,13 @@ from .history import History, Journal
 from .losses import Loss, measure
 from .modes import as_before, train_mode
 from .options import FitOptions
+from .prefix import Prefix
 from .stream import BatchStream
 
 __all__ = ["fit"]
 
 # What a run may be resumed with another value of: it does not change the weights.
-_FREE = {"checkpoint_every", "eval_every", "log_every", "progress", "resume", "trackers"}
+_FREE = {"cache_limit", "cache_prefix", "checkpoint_every", "eval_every", "log_every", "progress", "resume", "trackers"}
 
 
 def fit(
@@ -135,6 +136,7 @@ class _Run:
         self.train = train
         self.wrapped, self.optimizer, loader = self._prepare(model, optimizer, train)
         self.stream = BatchStream(loader)
+        self.prefix = self._make_prefix(loss) if options.cache_prefix is not False else None
         self.buffers = self._find_buffers()
         if options.seed is not None:
             set_seed(options.seed, device_specific=True)  # dropout differs between processes, the data order does not
@@ -154,6 +156,8 @@ class _Run:
         """Give the optimizer its learning rates back, and the user's loader its sampler, which accelerate replaced."""
         self._set_rates(1.0)
         self.stream.close()
+        if self.prefix is not None:
+            self.prefix.close()
         if self.sampler is not None:
             self.train.batch_sampler.sampler = self.sampler  # type: ignore[attr-defined]
 
@@ -197,7 +201,24 @@ class _Run:
                     self._checkpoint(self.folder)
         if self.options.trackers:
             self.accelerator.end_training()
+        if self.prefix is not None:
+            self.journal.history.cache = self.prefix.told()
         return self.journal.history
+
+    def _make_prefix(self, loss: Loss | None) -> Prefix:
+        if self.accelerator.num_processes > 1:
+            raise SteerError(
+                "`cache_prefix` works on one process, since rows go to others of several in every epoch; here are "
+                f"{self.accelerator.num_processes}. Leave it out, or launch one."
+            )
+        return Prefix(self.wrapped, self.train, loss, self.options)
+
+    def _next_batch(self) -> Any:
+        epoch = self.stream.epoch
+        batch = next(self.stream)
+        if self.prefix is not None and self.stream.epoch != epoch:
+            self.prefix.end_epoch()
+        return batch
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -213,10 +234,11 @@ class _Run:
         total: Tensor | None = None
         rows = 0
         for part in range(parts):
-            batch = send_to_device(next(self.stream), self.accelerator.device)
+            batch = send_to_device(self._next_batch(), self.accelerator.device)
             synchronise = part == parts - 1
             with contextlib.nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
-                outcome = measure(self.wrapped, batch, self.loss)
+                with contextlib.nullcontext() if self.prefix is None else self.prefix.over(batch):
+                    outcome = measure(self.wrapped, batch, self.loss)
                 self.accelerator.backward(outcome.loss / parts)
             value = outcome.loss.detach() / parts
             total = value if total is None else total + value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,10 @@ class FitOptions:
         log_every: steps between records.
         seed: of the data order, dropout and all else that is random; None leaves the generators alone.
         resume: go on from the newest checkpoint in `save_to`, if there is one.
+        cache_prefix: compute the blocks below the first one that trains once, in the first epoch, and keep what leaves
+            them, row by row: in memory if True, or in a folder that later runs with the same frozen weights, data and
+            precision read too. The losses stay the same to rounding; what would change them is refused.
+        cache_limit: largest size of that, in GiB.
         trackers: accelerate's trackers, such as `("tensorboard",)`.
         progress: show a progress bar.
 
@@ -47,6 +52,8 @@ class FitOptions:
     log_every: int = 10
     seed: int | None = 0
     resume: bool = False
+    cache_prefix: bool | str | os.PathLike[str] = False
+    cache_limit: float = 4.0
     trackers: Sequence[str] = ()
     progress: bool = True
 
@@ -61,7 +68,9 @@ class FitOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SteerError(f"`{name}` is a positive integer; received {value!r}.")
-        for name in ("weight_decay", "warmup", "clip"):
+        if not isinstance(self.cache_prefix, (bool, str, os.PathLike)) or self.cache_prefix == "":
+            raise SteerError(f"`cache_prefix` is True, False or a folder; received {self.cache_prefix!r}.")
+        for name in ("weight_decay", "warmup", "clip", "cache_limit"):
             value = getattr(self, name)
             if value is None and name == "clip":
                 continue

@@ -33,6 +33,11 @@ class BatchStream:
         self._epoch, self._taken = 0, 0
         self._start = self._capture()
 
+    @property
+    def epoch(self) -> int:
+        """How many times the data were read to their end."""
+        return self._epoch
+
     def __next__(self) -> Any:
         """Return the next batch.
 

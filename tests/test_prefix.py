@@ -1,0 +1,376 @@
+"""The frozen prefix computed once: the same losses, and a refusal with a reason where they would not be the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import residual_steer as rs
+from cases import CASES, LENGTH, VOCABULARY
+from residual_steer.training import next_token_loss
+from residual_steer.training.prefix_store import DiskStore, MemoryStore
+from runs import fit
+
+TABLE = {case.name: case for case in CASES}
+STEPS = 12  # of four batches an epoch
+
+
+class Texts(Dataset):
+    """Sixteen windows of tokens."""
+
+    def __init__(self, rows=16, noise=False):
+        self.ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(5))
+        self.noise = noise
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        ids = self.ids[index]
+        ids = torch.where(torch.rand(LENGTH) < 0.3, 4, ids) if self.noise else ids
+        return {"input_ids": ids, "labels": ids}
+
+
+class Images(Dataset):
+    def __init__(self, rows=16):
+        self.x = torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], index % 3
+
+
+def loader(case, **more):
+    return DataLoader(Images() if "vit" in case.name else Texts(), batch_size=4, shuffle=True, **more)
+
+
+def steered(case, **more):
+    model = case.build()
+    torch.manual_seed(0)
+    return rs.steer(model, **{"rank": 4, "layers": [1], **more})
+
+
+def train(case, model=None, data=None, **options):
+    loss = next_token_loss if case.name.startswith("mamba_ssm") else None
+    return fit(model or steered(case), data or loader(case), steps=STEPS, lr=0.03, log_every=1, loss=loss, **options)
+
+
+def losses(history):
+    return torch.tensor([record["loss"] for record in history.train])
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "gpt2", "mamba", "mamba2", "mamba_ssm-1", "mamba_ssm-2"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_losses_are_those_without_a_cache(name, place, tmp_path):
+    case = TABLE[name]
+    expected = losses(train(case))
+    assert expected[-4:].mean() < expected[:4].mean()
+    runs = []
+    for mixer in case.modules(model := steered(case), "mixer"):
+        mixer.register_forward_pre_hook(lambda *_, mixer=mixer: runs.append(mixer))
+    history = train(case, model, cache_prefix=True if place == "memory" else tmp_path / "streams")
+    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
+    cache = history.cache
+    assert (cache["blocks"], cache["rows"], cache["hits"], cache["misses"]) == (1, 16, 8, 4)
+    frozen, upper = case.modules(model, "mixer")
+    assert runs.count(upper) == STEPS + 2  # one batch is computed twice more, as a proof
+    assert runs.count(frozen) == 4 + 2 + 1  # an epoch, the two runs of the check, the proof
+    assert "forward" not in case.modules(model, "block")[0].__dict__
+
+
+def test_a_head_alone_needs_no_block_at_all():
+    case = TABLE["timm-vit"]
+
+    def probe():
+        model = case.build()
+        model.head.requires_grad_(True)
+        return model
+
+    expected = losses(train(case, probe()))
+    history = train(case, probe(), cache_prefix=True)
+    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
+    assert history.cache["blocks"] == 2
+
+
+def test_a_run_reads_what_an_earlier_one_left_on_disk(tmp_path):
+    case = TABLE["gpt2"]
+    first = train(case, cache_prefix=tmp_path)
+    again = train(case, cache_prefix=str(tmp_path), seed=3)
+    assert (again.cache["hits"], again.cache["misses"]) == (STEPS, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    torch.testing.assert_close(losses(again), losses(train(case, seed=3)), rtol=1e-4, atol=1e-5)
+    assert first.cache["bytes"] == again.cache["bytes"] == 16 * LENGTH * 16 * 4
+
+
+@pytest.mark.parametrize("change", ["weights", "depth", "precision"])
+def test_another_backbone_never_reads_a_stale_cache(change, tmp_path):
+    case = TABLE["gpt2"]
+    train(case, cache_prefix=tmp_path)
+    if change == "weights":
+        model = steered(case)
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-3
+        history = train(case, model, cache_prefix=tmp_path)
+    elif change == "depth":
+        model = case.build()
+        model.transformer.ln_f.requires_grad_(True)
+        history = train(case, model, cache_prefix=tmp_path)
+    else:
+        history = train(case, cache_prefix=tmp_path, precision="bf16")
+    assert history.cache["misses"] == 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_new_rows_are_computed_and_kept(tmp_path):
+    case = TABLE["gpt2"]
+    train(case, data=DataLoader(Texts(8), 4), cache_prefix=tmp_path)
+    history = train(case, data=DataLoader(Texts(16), 4), cache_prefix=tmp_path)
+    torch.testing.assert_close(losses(history), losses(train(case, data=DataLoader(Texts(16), 4))))
+    assert history.cache["rows"] == 16
+
+
+def test_mixed_precision_keeps_its_streams():
+    case = TABLE["gpt2"]
+    expected = losses(train(case, precision="bf16"))
+    history = train(case, precision="bf16", cache_prefix=True)
+    torch.testing.assert_close(losses(history), expected, rtol=2e-2, atol=2e-2)
+    assert history.cache["hits"] == 8
+
+
+def test_dropout_above_stays_what_it_was():
+    case = TABLE["gpt2"]
+
+    def model():
+        found = steered(case, dropout=0.5)
+        found.transformer.h[1].mlp.dropout.p = 0.5
+        return found
+
+    expected = losses(train(case, model()))
+    torch.testing.assert_close(losses(train(case, model(), cache_prefix=True)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_of_what_trains_are_not_disturbed_by_the_checks():
+    case = TABLE["timm-vit"]
+
+    def model():
+        found = case.build()
+        torch.manual_seed(0)
+        found.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
+        return rs.steer(found, rank=4, layers=[1], train="head")
+
+    plain, cached = model(), model()
+    train(case, plain)
+    train(case, cached, cache_prefix=True)
+    assert cached.head[0].num_batches_tracked == plain.head[0].num_batches_tracked == STEPS
+    torch.testing.assert_close(cached.head[0].running_mean, plain.head[0].running_mean, rtol=1e-4, atol=1e-5)
+
+
+def refused(case, message, model=None, data=None, **options):
+    model = model or steered(case)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    own = [name for name, module in model.named_modules() if "forward" in module.__dict__]
+    with pytest.raises(rs.SteerError, match=message):
+        train(case, model, data, **{"cache_prefix": True, **options})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [name for name, module in model.named_modules() if "forward" in module.__dict__] == own
+
+
+def test_refusals_name_their_reason():
+    gpt2 = TABLE["gpt2"]
+    refused(gpt2, "here the first block trains", steered(gpt2, layers=None))
+    refused(gpt2, r"lm_head.weight|transformer.wte.weight trains, and the frozen", steered(gpt2, train="lm_head"))
+    dropping = steered(gpt2)
+    dropping.transformer.h[0].mlp.dropout.p = 0.2
+    refused(gpt2, r"is random.*below block 1 \(transformer.h.0.mlp.dropout\)", dropping)
+    refused(gpt2, "are augmented", data=DataLoader(Texts(noise=True), 4))
+    refused(gpt2, r"16 rows, 448 bytes each, would take .*`cache_limit` is 1e-06", cache_limit=1e-6)
+    compiled = steered(gpt2)
+    compiled.transformer.h[1] = torch.compile(compiled.transformer.h[1], backend="eager")
+    refused(gpt2, "a compiled model does not ask", compiled)
+    refused(gpt2, "no known backbone", nn.Linear(3, 3))
+    for value in (3, "", None):
+        refused(gpt2, f"`cache_prefix` is True, False or a folder; received {value!r}", cache_prefix=value)
+    refused(gpt2, "`cache_limit` is a number", cache_limit=-1)
+
+
+def test_a_loss_that_calls_the_model_twice_is_refused():
+    case = TABLE["gpt2"]
+
+    def twice(model, batch):
+        return model(**batch).loss + model(**batch).loss
+
+    with pytest.raises(rs.SteerError, match="this one called it 2 times"):
+        fit(steered(case), loader(case), steps=2, loss=twice, cache_prefix=True)
+
+
+def test_a_batch_whose_rows_cannot_be_told_apart_is_refused():
+    case = TABLE["gpt2"]
+    batch = {"input_ids": Texts().ids[:4], "labels": Texts().ids[:4], "use_cache": False}
+    with pytest.raises(rs.SteerError, match=r"in its first dimension, here 4; this batch has False"):
+        fit(steered(case), [batch], steps=2, cache_prefix=True)
+
+
+def test_a_model_that_looks_into_its_lower_blocks_is_refused():
+    """Its loss reads what block 0 computes inside, which is not there when the block is handed through."""
+    case = TABLE["gpt2"]
+    model, seen = steered(case), []
+    model.transformer.h[0].mlp.register_forward_hook(lambda _, args, out: seen.append(out.detach().abs().mean()))
+
+    def peeking(model, batch):
+        seen.append(torch.zeros(()))
+        return model(**batch).loss + 100 * seen[-1].abs()
+
+    with pytest.raises(rs.SteerError, match="with its frozen blocks handed through"):
+        fit(model, loader(case), steps=STEPS, loss=peeking, cache_prefix=True)
+
+
+class Drifting(Texts):
+    """Data that stay the same while they are checked and in the first epoch, and then change."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        row = super().__getitem__(index)
+        return {key: (ids + max(0, self.reads - 17) // 16) % VOCABULARY for key, ids in row.items()}
+
+
+def test_data_that_change_between_epochs_are_noticed():
+    with pytest.warns(UserWarning, match="no batch of the second epoch"):
+        fit(steered(TABLE["gpt2"]), DataLoader(Drifting(), 4), steps=9, cache_prefix=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Open stores of a folder, and close them."""
+    opened = []
+
+    def open_store(limit=10**6):
+        opened.append(DiskStore(tmp_path, limit))
+        return opened[-1]
+
+    yield open_store
+    for store in opened:
+        store.close()
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_store_gives_back_what_it_was_given(kind, disk):
+    store = MemoryStore(10**6) if kind == "memory" else disk()
+    rows = {
+        bytes([i]) * 16: [torch.randn(3, 2), torch.randn(i + 1).to(torch.bfloat16), torch.tensor(i)] for i in range(5)
+    }
+    for key, row in rows.items():
+        store.add(key, row)
+    for _ in range(2):
+        for key, row in rows.items():
+            (found,) = store.get([key])
+            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(found, row, strict=True))
+        store.flush()
+    assert b"nothing" not in store
+    assert len(store) == 5
+
+
+def test_a_store_keeps_within_its_limit(disk):
+    for store in (MemoryStore(100), disk(100)):
+        for i in range(5):
+            store.add(bytes([i]) * 16, [torch.zeros(10)])
+        assert len(store) == 2
+        assert store.bytes == 80
+
+
+def fill(store):
+    for i in range(3):
+        store.add(bytes([i]) * 16, [torch.full((4,), float(i))])
+    store.flush()
+    return store
+
+
+def test_rows_after_the_last_flush_are_forgotten(disk):
+    store = fill(disk())
+    store.add(b"x" * 16, [torch.zeros(4)])
+    store._file.close()
+    store._lock.close()
+    store._dirty = False  # as if it had been killed
+    again = disk()
+    assert len(again) == 3
+    again.add(b"y" * 16, [torch.ones(4)])
+    assert torch.equal(again.get([b"y" * 16])[0][0], torch.ones(4))
+    assert torch.equal(again.get([bytes([2]) * 16])[0][0], torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("damage", ["index", "streams", "truncated"])
+def test_a_damaged_cache_is_computed_again(damage, disk, tmp_path):
+    fill(disk()).close()
+    name = "index.safetensors" if damage == "index" else "streams.bin"
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(b"{}" if damage == "index" else content[:5] if damage == "truncated" else b"")
+    store = disk()
+    assert len(store) == 0
+    store.add(b"z" * 16, [torch.ones(2)])
+    assert torch.equal(store.get([b"z" * 16])[0][0], torch.ones(2))
+
+
+def test_one_run_at_a_time(disk):
+    pytest.importorskip("fcntl")
+    store = fill(disk())
+    with pytest.raises(rs.SteerError, match="that no other run uses"):
+        disk()
+    store.close()
+    assert len(disk()) == 3
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_prefix import TABLE, train, steered, loader
+import residual_steer as rs
+case = TABLE["gpt2"]
+model = steered(case)
+steps = []
+def die(*_):
+    steps.append(1)
+    if len(steps) == 7:
+        os.kill(os.getpid(), 9)
+model.lm_head.register_forward_hook(die)
+train(case, model, cache_prefix={folder!r})
+"""
+
+
+def test_a_killed_run_leaves_a_cache_that_can_be_read(tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert finished.returncode == -9
+    case = TABLE["gpt2"]
+    history = train(case, cache_prefix=tmp_path)
+    torch.testing.assert_close(losses(history), losses(train(case)), rtol=1e-4, atol=1e-5)
+
+
+def test_resuming_with_a_cache(tmp_path):
+    case = TABLE["gpt2"]
+    expected = losses(train(case))
+
+    class Stop(Exception):
+        pass
+
+    model, steps = steered(case), []
+
+    def stop(*_):
+        steps.append(1)
+        if len(steps) == 9:
+            raise Stop
+
+    handle = model.lm_head.register_forward_hook(stop)
+    with pytest.raises(Stop):
+        train(case, model, save_to=tmp_path, checkpoint_every=2, cache_prefix=True)
+    handle.remove()
+    history = train(case, steered(case), save_to=tmp_path, resume=True, cache_prefix=True)
+    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
