@@ -142,6 +142,14 @@ def test_freeze_and_thaw(case):
     assert trainable(model) == set()
 
 
+def test_a_new_field_is_not_frozen_by_a_namesake():
+    model = three(TABLE["gpt2"])
+    rs.freeze(model, "art")
+    rs.unsteer(model, "art")
+    rs.steer(model, rank=2, name="art")
+    assert rs.fields(model)["art"].state == "acts, trains"
+
+
 def test_freezing_keeps_the_head_too():
     model = rs.steer(TABLE["timm-vit"].build(), rank=2, train="head")
     assert model.head.weight.requires_grad
@@ -198,6 +206,7 @@ def test_removing_one_field_leaves_the_others(case, acting):
     rs.unsteer(model, "art")
     assert [field.name for field in rs.fields(model)] == ["law", "news"]
     assert list(model.state_dict()) == list(never.state_dict())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in never.named_modules()]
     assert rs.summary(model).acting == (None if "art" in (acting or ()) else acting)
     for name, output in expected.items():
         rs.use(model, name)
@@ -267,14 +276,15 @@ def test_weights_sum_what_the_heads_learned():
     assert torch.equal(model.head.weight, base)
 
 
-def test_a_tied_tensor_is_summed_once():
+@pytest.mark.parametrize("other", ["transformer.wte", "lm_head"])
+def test_a_tied_tensor_is_summed_once(other):
     model = TABLE["gpt2"].build()
     tied = model.lm_head.weight
     base = tied.detach().clone()
     rs.steer(model, rank=2, name="law", train=["lm_head", "transformer.wte"])
     with torch.no_grad():
         tied += 1
-    rs.steer(model, rank=2, name="art", train="transformer.wte")
+    rs.steer(model, rank=2, name="art", train=other)
     with torch.no_grad():
         tied += 10
     rs.use(model, {"law": 0.5, "art": 0.25})
