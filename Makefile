@@ -4,10 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo serve bench test check format clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
 	$(BIN)/python examples/compare_transformer_mamba.py
+
+serve: $(VENV)/installed  ## Serve many tasks in one batch from one frozen backbone, each row by its own field
+	$(BIN)/python examples/serve_many_tasks.py
+
+bench: $(VENV)/installed  ## Time one batch under many fields against one field, on GPT-2-small's shape
+	$(BIN)/python benchmarks/many_fields.py
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 	$(BIN)/python -m pytest -n 2

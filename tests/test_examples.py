@@ -241,3 +241,71 @@ def test_errors_are_one_line(example, tmp_path, language_model, pictures, text_f
     assert said in error
     assert error.count("\n") == 0
     assert error.startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def service(example):
+    """The script that serves many tasks, as a module."""
+    import serve_many_tasks
+
+    return serve_many_tasks
+
+
+@pytest.fixture(scope="module")
+def served(service, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fields")
+    return out, service.serve_all(service.parse(["--quick", "--cache", str(cache), "--out", str(out)]))
+
+
+def test_rows_of_a_mixed_batch_are_served_as_alone(service, served):
+    out, found = served
+    assert set(found) == {"GPT-2", "Mamba", "ViT"}
+    for backbone, result in found.items():
+        fields = {path.name for path in (out / backbone.lower()).iterdir()}
+        assert len(fields) == 3
+        text = backbone != "ViT"
+        assert {field for _, field in result.metric} == fields | {None}
+        assert {task for task, _ in result.metric} == fields | ({"Python"} if text else set())
+        assert result.scoring <= service.TOLERANCE
+        assert result.ratio > 0
+        assert (result.generation is not None) == (result.generation_ratio is not None) == text
+        assert not text or result.generation <= service.TOLERANCE
+        assert all((out / backbone.lower() / field / "steering.json").exists() for field in fields)
+
+
+def test_a_row_that_is_served_by_another_field_is_an_error(service, served):
+    """Rows of a batch that do not get their own field: the example must say so rather than print a number."""
+    import residual_steer as rs
+    from small_backbones import RECIPES, build_gpt2
+    from tasks import quicker
+
+    out, _ = served
+    model = build_gpt2(quicker(RECIPES["GPT-2"]).config).eval()
+    for name in ("prose", "capitals"):
+        rs.load(model, out / "gpt-2" / name)
+    ids = torch.arange(4 * 8).view(4, 8)
+    rows = ["prose", "capitals", None, "prose"]
+    assert service.largest_difference(model, rows, lambda own: service.logits(model, ids[own])) <= service.TOLERANCE
+
+    def shuffled(own):
+        return service.logits(model, ids[own]).flip(0)
+
+    with pytest.raises(rs.SteerError, match="differ from separate runs"):
+        service.largest_difference(model, rows, shuffled)
+
+    def reselected(own):
+        with rs.use(model, None) if len(own) < 4 else rs.use(model, rows):
+            return service.logits(model, ids[own])
+
+    with pytest.raises(rs.SteerError, match="differ from separate runs"):
+        service.largest_difference(model, rows, reselected)
+
+
+def test_the_best_of_every_row_is_bold(service):
+    from types import SimpleNamespace
+
+    metric = {("a", None): 3.0, ("a", "f"): 1.0, ("b", None): 2.0, ("b", "f"): 2.004}
+    for kind, bold in (("text", ["1.00", "2.00", "2.00"]), ("images", ["3.0", "2.0", "2.0"])):
+        lines = service.table(metric, SimpleNamespace(kind=kind, unit="u", backbone="B")).splitlines()
+        assert len({len(line) for line in lines}) == 1
+        assert [part for line in lines for part in line.split("**")[1::2]] == bold

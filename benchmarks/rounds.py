@@ -1,0 +1,223 @@
+"""Timing in interleaved rounds, so that ratios hold on a machine that is not quiet.
+
+Every round runs every variant once, each time beginning with another one. What slows the machine down for a while slows
+all variants of a round alike; so a ratio is taken within each round, and the median of these ratios is reported with
+its quartiles.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from residual_steer import SteerError
+from residual_steer.files import make_folder, write_whole
+
+__all__ = ["Rounds", "Spread", "Variant", "machine", "markdown", "play", "save_json", "spread", "versions"]
+
+PACKAGES = ("residual-steer", "torch", "transformers", "timm", "peft", "mamba-ssm", "causal-conv1d", "numpy")
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are held against each other.
+
+    Attributes:
+        name: as in the table.
+        run: what is timed; it receives what `before` returned.
+        before: what is done first and not timed, such as selecting a field and copying a cache.
+    """
+
+    name: str
+    run: Callable[[Any], object]
+    before: Callable[[], Any] = _nothing
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        """Write `median (low – high)`, each number as `spec` says."""
+        return f"{self.median:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What `play` measured.
+
+    Attributes:
+        seconds: of each variant, one number for every round.
+    """
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def time(self, name: str) -> Spread:
+        """Return a variant's seconds.
+
+        Raises:
+            SteerError: there is no such variant.
+        """
+        return spread(self._of(name))
+
+    def ratio(self, name: str, reference: str) -> Spread:
+        """Return how many times as long as `reference` a variant takes, from the ratios of each round.
+
+        Raises:
+            SteerError: there is no such variant.
+        """
+        return spread([one / other for one, other in zip(self._of(name), self._of(reference), strict=True)])
+
+    def record(self, reference: str) -> dict[str, Any]:
+        """Return everything for a JSON file, ratios against `reference`.
+
+        Raises:
+            SteerError: there is no such variant.
+        """
+        return {
+            name: {
+                "seconds": vars(self.time(name)),
+                "ratio": vars(self.ratio(name, reference)),
+                "reference": reference,
+                "rounds": list(values),
+            }
+            for name, values in self.seconds.items()
+        }
+
+    def _of(self, name: str) -> Sequence[float]:
+        if name not in self.seconds:
+            raise SteerError(f"a variant is one of {', '.join(self.seconds)}; received {name!r}.")
+        return self.seconds[name]
+
+
+def play(
+    variants: Sequence[Variant],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    repeats: int = 1,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Rounds:
+    """Time variants in interleaved rounds.
+
+    Args:
+        variants: what to time, with different names.
+        rounds: how often each is measured.
+        warmup: rounds before those, which are not measured.
+        repeats: how often `run` is called in one measurement, whose time is divided by it; for what takes microseconds.
+        device: where the work is done; a CUDA device is synchronised before each reading of the clock.
+        clock: gives seconds.
+
+    Raises:
+        SteerError: no variant, two of the same name, or no round.
+    """
+    names = [variant.name for variant in variants]
+    if not names or len(set(names)) < len(names):
+        raise SteerError(f"variants are one or more of different names; received {names}.")
+    if rounds < 1 or repeats < 1 or warmup < 0:
+        raise SteerError(
+            f"`rounds` and `repeats` are 1 or more, `warmup` 0 or more; received {rounds}, {repeats} and {warmup}."
+        )
+    cuda = torch.device(device).type == "cuda"
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, rounds):
+        first = turn % len(variants)
+        for variant in (*variants[first:], *variants[:first]):
+            given = variant.before()
+            if cuda:
+                torch.cuda.synchronize(device)
+            started = clock()
+            for _ in range(repeats):
+                variant.run(given)
+            if cuda:
+                torch.cuda.synchronize(device)
+            if turn >= 0:
+                seconds[variant.name].append((clock() - started) / repeats)
+    return Rounds(seconds)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the median and the quartiles of one or more numbers, interpolated between neighbours."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Describe where this ran."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {
+        "system": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter and are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["torch"] = torch.__version__  # says also what it was built for
+    return found
+
+
+def save_json(record: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> None:
+    """Write a record, with what is needed to get it again, whole or not at all.
+
+    Raises:
+        SteerError: it cannot be written; what was there before is untouched.
+    """
+    whole = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(device),
+        "versions": versions(),
+        **record,
+    }
+    make_folder(path.parent)
+    write_whole({path: (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()})
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first column to the left and the others, which are numbers, to the right."""
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(heads), rule, *map(line, rows)])

@@ -1,0 +1,95 @@
+"""Backbones of well-known shapes with random weights: what they compute says nothing, how long they take does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SHAPES", "Shape"]
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A backbone to be timed.
+
+    Attributes:
+        about: what it is.
+        make: builds it, tiny if asked to.
+        length: default number of tokens of a row; None for a model of images, whose size is fixed.
+        cache: the keyword under which the model takes and returns its cache; None if it has none.
+    """
+
+    about: str
+    make: Callable[[bool], nn.Module]
+    length: int | None
+    cache: str | None
+
+    def build(self, *, tiny: bool = False, device: torch.device | str = "cpu") -> nn.Module:
+        """Return the model, frozen, in evaluation mode; the same weights each time."""
+        torch.manual_seed(0)
+        return self.make(tiny).to(device).eval().requires_grad_(False)
+
+    def batch(self, model: nn.Module, rows: int, length: int | None) -> Tensor:
+        """Return random input: token ids `(rows, length)`, or images `(rows, channels, height, width)`."""
+        generator = torch.Generator().manual_seed(1)
+        device = next(model.parameters()).device
+        if self.length is None:
+            size = (rows, 3, *model.patch_embed.img_size)
+            return torch.randn(size, generator=generator).to(device)
+        size = (rows, length or self.length)
+        return torch.randint(model.config.vocab_size, size, generator=generator).to(device)
+
+    def prefill(self, call: Call, inputs: Tensor, **more: Any) -> Tensor:
+        """Return the logits of the whole batch: of a language model for the next token only, as `generate` asks."""
+        if self.cache is None:
+            return call(inputs)
+        return call(input_ids=inputs, use_cache=True, logits_to_keep=1, **more).logits
+
+    def cached(self, call: Call, inputs: Tensor) -> Any:
+        """Return the cache that reading `inputs` leaves."""
+        return call(input_ids=inputs, use_cache=True, logits_to_keep=1)[self.cache]
+
+    def decode(self, call: Call, token: Tensor, cache: Any, **more: Any) -> Tensor:
+        """Return the logits after one more token, `(rows, 1)`, which is written into `cache`."""
+        return call(input_ids=token, use_cache=True, **{self.cache: cache}, **more).logits
+
+    @staticmethod
+    def fresh(cache: Any) -> Any:
+        """Return a copy of a cache, since decoding writes into it."""
+        return copy.deepcopy(cache)
+
+
+def _gpt2(tiny: bool) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**(small if tiny else {})))
+
+
+def _mamba(tiny: bool) -> nn.Module:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    shape = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24}
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(**(small if tiny else shape)))
+
+
+def _vit(tiny: bool) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**(small if tiny else {}))
+
+
+SHAPES = {
+    "gpt2": Shape("GPT-2-small's shape (transformers)", _gpt2, length=64, cache="past_key_values"),
+    "mamba": Shape("mamba-130m's shape (transformers)", _mamba, length=16, cache="cache_params"),
+    "vit": Shape("ViT-B/16's shape, 224 × 224 pixels (timm)", _vit, length=None, cache=None),
+}

@@ -1,0 +1,212 @@
+"""The benchmarks' arithmetic, with a clock of our own, and that they time what they say. Nothing here asks how fast."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import residual_steer as rs
+
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["--tiny", "--rank", "2", "--rows", "4", "--length", "5", "--counts", "1", "2", "4", "--weighted", "3"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The script as a module; its siblings are imported as if it had been run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import many_fields
+
+        yield many_fields
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def rounds(bench):
+    import rounds
+
+    return rounds
+
+
+class Clock:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+def test_median_and_quartiles(rounds):
+    assert rounds.spread([4.0, 1.0, 3.0, 2.0, 5.0]) == rounds.Spread(3.0, 2.0, 4.0)
+    assert rounds.spread([1.0, 2.0]) == rounds.Spread(1.5, 1.25, 1.75)
+    assert rounds.spread([7.0]) == rounds.Spread(7.0, 7.0, 7.0)
+    assert f"{rounds.Spread(1.0, 0.5, 2.0):.1f}" == "1.0 (0.5–2.0)"
+
+
+def test_a_ratio_is_taken_within_each_round(rounds):
+    measured = rounds.Rounds({"one": [1.0, 10.0, 2.0], "two": [2.0, 30.0, 2.0]})
+    assert measured.ratio("two", "one").median == 2.0  # of 2, 3 and 1; the ratio of medians would be 1
+    assert measured.ratio("one", "one") == rounds.Spread(1.0, 1.0, 1.0)
+    assert measured.time("one").median == 2.0
+    record = measured.record("one")
+    assert record["two"]["ratio"]["median"] == 2.0
+    assert record["two"]["rounds"] == [2.0, 30.0, 2.0]
+
+
+def test_every_round_begins_with_another_variant_and_warm_up_is_not_measured(rounds):
+    clock, calls = Clock(), []
+
+    def variant(name, seconds):
+        def before():
+            clock.spend(100)  # not measured
+            return name
+
+        def run(given):
+            assert given == name
+            calls.append(name)
+            clock.spend(seconds + (1000 if len(calls) <= 3 else 0))
+
+        return rounds.Variant(name, run, before)
+
+    measured = rounds.play([variant("a", 1), variant("b", 2), variant("c", 3)], 4, warmup=1, clock=clock)
+    assert "".join(calls[3:]) == "abc" + "bca" + "cab" + "abc"
+    assert sorted(calls[:3]) == ["a", "b", "c"]
+    assert measured.seconds == {"a": [1] * 4, "b": [2] * 4, "c": [3] * 4}
+
+
+def test_a_measurement_of_several_calls_is_divided_by_them(rounds):
+    clock = Clock()
+    measured = rounds.play([rounds.Variant("a", lambda _: clock.spend(2))], 3, repeats=5, clock=clock)
+    assert measured.seconds == {"a": [2.0] * 3}
+
+
+def test_what_cannot_be_timed_is_refused(rounds):
+    variant = rounds.Variant("a", lambda _: None)
+    for variants, count in (([], 1), ([variant, variant], 1), ([variant], 0)):
+        with pytest.raises(rs.SteerError, match="received"):
+            rounds.play(variants, count)
+    with pytest.raises(rs.SteerError, match="one of a; received 'b'"):
+        rounds.play([variant], 1).ratio("a", "b")
+
+
+def test_tables_line_up(rounds):
+    lines = rounds.markdown(["what", "ms"], [["a", "1.00"], ["longer", "10.00"]]).splitlines()
+    assert lines == ["| what   |    ms |", "|--------|------:|", "| a      |  1.00 |", "| longer | 10.00 |"]
+
+
+def test_a_record_names_the_machine_and_replaces_what_was_there_whole(rounds, tmp_path):
+    path = tmp_path / "new" / "record.json"
+    rounds.save_json({"results": {"a": 1}}, path)
+    with pytest.raises(TypeError):
+        rounds.save_json({"results": object()}, path)
+    record = json.loads(path.read_text())
+    assert record["results"] == {"a": 1}
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert record["machine"]["cpu"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "transformers"} <= set(record["versions"])
+    assert record["date"].endswith("+00:00")
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("backbone", ["gpt2", "mamba", "vit"])
+def test_many_fields_from_end_to_end(bench, tmp_path, capsys, backbone):
+    assert bench.main([*SMALL, "--backbone", backbone, "--rounds", "2", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / f"many_fields-{backbone}-cpu.json").read_text())
+    own = {"frozen", "one field", "1 by row", "2 by row", "4 by row", "3 with weights"}
+    assert set(record["results"]) == ({"prefill"} if backbone == "vit" else {"prefill", "decode"})
+    for phase, variants in record["results"].items():
+        assert own <= set(variants)
+        for name, variant in variants.items():
+            assert variant["reference"] == ("PEFT: one adapter" if name.startswith("PEFT") else "one field")
+            assert len(variant["rounds"]) == (2 if phase == "prefill" else 6)
+            assert min(variant["rounds"]) > 0
+        assert variants["one field"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert set(record["use"]) == own
+    table = (tmp_path / f"many_fields-{backbone}-cpu.md").read_text()
+    assert table in capsys.readouterr().out
+    shown = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert own <= set(shown)
+    if backbone == "gpt2" and bench.has_peft():
+        assert {"one adapter", "1 by row"} <= set(shown)
+
+
+def built(bench, backbone="gpt2", more=()):
+    return bench.build(bench.parse([*SMALL, "--backbone", backbone, *more]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["gpt2", "mamba"])
+def test_every_measurement_of_decoding_starts_from_the_same_cache(bench, backbone):
+    setting = built(bench, backbone)
+    one = setting.contenders[1]
+    first = setting.run("decode", one, setting.before("decode", one))
+    assert torch.equal(setting.run("decode", one, setting.before("decode", one)), first)
+    cache = setting.before("decode", one)
+    assert torch.equal(setting.run("decode", one, cache), first)
+    assert not torch.equal(setting.run("decode", one, cache), first)  # a cache that was used has grown
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("2 by row", ["f0", "f0", "f0", "f1"], "rows of f1 differ"),
+        ("2 by row", None, "rows of f0 differ"),
+        ("4 by row", ["f1", "f0", "f2", "f3"], "rows of f0 differ"),
+        ("3 with weights", {"f0": 1.0, "f1": -0.5}, "the weighted sum"),
+    ],
+)
+def test_a_computation_that_is_not_what_it_is_called_is_not_timed(bench, name, wrong, said):
+    setting = built(bench)
+    bench.check(setting, bench.PHASES)
+    (found,) = [each for each in setting.contenders if each.name == name]
+    object.__setattr__(found, "select", lambda: rs.use(setting.model, wrong))
+    with pytest.raises(rs.SteerError, match=said):
+        bench.check(setting, bench.PHASES)
+
+
+@torch.no_grad()
+def test_fields_that_do_nothing_are_not_timed(bench):
+    setting = built(bench, "vit")
+    for name, parameter in setting.model.named_parameters():
+        if "steering_" in name:
+            parameter.zero_()
+    with pytest.raises(rs.SteerError, match="moves the output by 0 of"):
+        bench.check(setting, ["prefill"])
+
+
+@torch.no_grad()
+def test_adapters_of_the_peer_are_checked_too(bench):
+    pytest.importorskip("peft")
+    setting = built(bench, more=["--rows", "8", "--counts", "8"])
+    (found,) = [each for each in setting.contenders if each.name == "PEFT: 8 by row"]
+    found.more["adapter_names"] = found.more["adapter_names"][::-1]
+    with pytest.raises(rs.SteerError, match="PEFT: 8 by row, prefill: rows of f0 differ"):
+        bench.check(setting, ["prefill"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--rank", "0"], ["--rounds", "0"], ["--counts", "5"], ["--length", "1"], ["--rank", "33"], ["--output", "FILE"]],
+)
+def test_errors_are_one_line(bench, tmp_path, capsys, arguments):
+    (tmp_path / "file").write_text("")
+    arguments = [str(tmp_path / "file") if argument == "FILE" else argument for argument in arguments]
+    output = [] if "--output" in arguments else ["--output", str(tmp_path)]
+    assert bench.main([*SMALL, "--backbone", "vit", "--rounds", "1", *arguments, *output]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert error.count("\n") == 0
