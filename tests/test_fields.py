@@ -217,6 +217,17 @@ def test_removing_one_field_leaves_the_others(case, acting):
         rs.unsteer(model, "sport")
 
 
+@torch.no_grad()
+def test_a_field_that_was_removed_is_not_computed_by_a_compiled_mix():
+    case = TABLE["gpt2"]
+    model = randomise(rs.steer(rs.steer(case.build(), rank=2, name="law"), rank=3, name="art"))
+    rs.use(model, {"law": 0.5})
+    rs.unsteer(model, "art")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(case.run(compiled), case.run(model))
+
+
 def test_with_the_last_field_goes_the_steering(case):
     model = case.build()
     next(model.parameters()).requires_grad_(True)
