@@ -69,7 +69,7 @@ def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:
             warnings.warn(
                 "training transformers' Mamba on a CPU takes time and memory that grow with the square of the length. "
                 "Install mambapy for a linear scan: pip install 'residual-steer[cpu-mamba]'.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return []
     handles = []

@@ -93,7 +93,7 @@ class Backbone:
     """Where the residual stream of a model is found.
 
     Attributes:
-        blocks: the residual blocks, in the order of the stream.
+        blocks: the residual blocks, in the order of the stream. The first dimension of the stream is the batch.
         width: the width d of the stream; one number, or one per block where it changes.
         mixer: attribute path of the attention or SSM inside a block (`"attn"`), if there is one.
         mlp: attribute path of the feed-forward inside a block, if there is one.

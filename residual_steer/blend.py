@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from .field import ACTIVATIONS, HRes, add_product
 from .mix import Mix, row_factor
 
-__all__ = ["Blend"]
+__all__ = ["Blend", "Tables"]
+
+Tables = dict[Any, tuple[Tensor, Tensor]]  # those made for one selection: most points of a model hold the same fields
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,15 @@ class Blend:
     runs: tuple[tuple[str, float, int], ...]
 
     @classmethod
-    def of(cls, mix: Mix, fields: Mapping[str, HRes]) -> Blend:
+    def of(cls, mix: Mix, fields: Mapping[str, HRes], tables: Tables) -> Blend:
         """Lay out the coefficients that `mix` has for `fields`, zero for those that it does not name."""
         names = tuple(sorted(fields, key=lambda name: _kind(fields[name])))  # stable: the order of the model otherwise
         chosen = [fields[name] for name in names]
-        off = (0.0,) * len(mix.table)
-        columns = tuple(mix.columns.get(name, off) for name in names)
-        scales = tuple(field.scale for field in chosen)
         weight = chosen[0].down.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        table, gates = _tables(columns, scales, tuple(field.rank for field in chosen), dtype, weight.device)
+        key = (names, tuple((field.scale, field.rank) for field in chosen), weight.dtype, weight.device)
+        if key not in tables:
+            tables[key] = _tables(mix, names, chosen, weight)
+        table, gates = tables[key]
         runs = tuple((*kind, sum(field.rank for field in run)) for kind, run in groupby(chosen, _kind))
         return cls(names, table, gates, runs)
 
@@ -68,7 +69,7 @@ class Blend:
         table, gates = self.table, self.gates
         if len(table) > 1:
             factor = row_factor(len(table), y.shape[0])
-            if factor > 1:
+            if factor != 1:
                 table, gates = table.repeat_interleave(factor, 0), gates.repeat_interleave(factor, 0)
         channels = chosen[0].channels
         hidden = F.linear(z.movedim(channels, -1).to(dtype), *_down(chosen, dtype))
@@ -88,20 +89,18 @@ class Blend:
         return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
 
 
-@lru_cache(maxsize=64)  # most points of a model hold the same fields
 @torch.inference_mode(False)  # or a backward pass could not keep them
-def _tables(
-    columns: tuple[tuple[float, ...], ...],
-    scales: tuple[float, ...],
-    ranks: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
+def _tables(mix: Mix, names: Sequence[str], fields: Sequence[HRes], like: Tensor) -> tuple[Tensor, Tensor]:
     """Return coefficients times λ, by row, of fields and of their hidden units."""
-    rows = [[weight * scale for weight in column] for column, scale in zip(columns, scales, strict=True)]
-    table = torch.tensor(rows, dtype=dtype, device="cpu").t().contiguous()
-    units = [place for place, rank in enumerate(ranks) for _ in range(rank)]
-    return table.to(device), table[:, units].to(device)
+    off = (0.0,) * len(mix.table)
+    columns = [
+        [weight * field.scale for weight in mix.columns.get(name, off)]
+        for name, field in zip(names, fields, strict=True)
+    ]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    table = torch.tensor(columns, dtype=dtype, device="cpu").t().contiguous()
+    units = [place for place, field in enumerate(fields) for _ in range(field.rank)]
+    return table.to(like.device), table[:, units].to(like.device)
 
 
 def _down(fields: Sequence[HRes], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone, bulk_dtype, read_stream, replace_stream, write_stream
-from .blend import Blend
+from .blend import Blend, Tables
 from .errors import SteerError
 from .field import HRes
 from .mix import OFF, Mix, row_factor
@@ -45,7 +45,7 @@ class Injector(nn.Module):
         self.read = backbone.read if site == "block" else read_stream
         self.write = backbone.write if site == "block" else write_stream
         self.fields = nn.ModuleDict()
-        self.select(OFF)
+        self.select(OFF, {})
         self._compute_dtype = bulk_dtype(host)
         self._host = (host,)  # in a tuple, since a module would become a child
         self._entered: Tensor | None = None
@@ -75,11 +75,15 @@ class Injector(nn.Module):
             handle.remove()
         delattr(self._host[0], self.key)
 
-    def select(self, mix: Mix) -> None:
+    def select(self, mix: Mix, tables: Tables) -> None:
         """Let those fields of `mix` act that stand at this point.
 
         One field that acts on every row alike takes a path of its own. Otherwise only the fields that act are computed,
         but under `torch.compile` all that stand here: so neither other weights nor other rows make another graph.
+
+        Args:
+            mix: which fields act.
+            tables: of coefficients, which points with the same fields share.
         """
         fields = {name: cast(HRes, field) for name, field in self.fields.items()}
         acting = {name: field for name, field in fields.items() if name in mix.names}
@@ -91,9 +95,9 @@ class Injector(nn.Module):
             if not others and len(set(mix.columns[name])) == 1:
                 self._alone = name, mix.columns[name][0]
             else:
-                self._some = Blend.of(mix, acting)
+                self._some = Blend.of(mix, acting, tables)
         if fields and not mix.by_name:
-            self._every = self._some if self._some is not None and acting == fields else Blend.of(mix, fields)
+            self._every = self._some if self._some is not None and acting == fields else Blend.of(mix, fields, tables)
         self._on = bool(acting) or self._every is not None
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -163,7 +167,7 @@ class Injector(nn.Module):
         if probe.is_floating_point():
             self._compute_dtype = probe.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.select(self.mix)  # the coefficients follow the fields to their device
+        self.select(self.mix, {})  # the coefficients follow the fields to their device
         return self
 
     def __getstate__(self) -> dict[str, Any]:

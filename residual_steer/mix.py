@@ -106,7 +106,7 @@ def row_factor(rows: int, batch: int) -> int:
     Raises:
         SteerError: the batch has no multiple of that many rows.
     """
-    if rows > 1 and (batch % rows or not batch):
+    if batch % rows:
         raise SteerError(
             f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every row."
         )

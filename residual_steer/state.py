@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backbone import Backbone, bulk_dtype
+from .blend import Tables
 from .errors import SteerError
 from .field import HRes
+from .heads import Entry, Heads
 from .injector import Injector
 from .mix import OFF, Mix
 from .spec import FieldSpec
@@ -34,10 +39,8 @@ class Steering:
         mix: which fields act.
         wish: by field, whether it was asked to train (`thaw`) or not to (`freeze`).
         injectors: the module at each steered point, by site and block index.
-        switches: the module at each head of which fields have their own values.
-        handles: hooks that the family needs while the model is steered.
-        base: original values of the base tensors that any field trains.
-        trained: those tensors as each field left them, but for the field whose values are in the model now.
+        heads: the base tensors that fields train along.
+        handles: hooks on the model itself, and those that the family needs while it is steered.
     """
 
     backbone: Backbone
@@ -46,10 +49,16 @@ class Steering:
     mix: Mix = OFF
     wish: dict[str, bool] = field(default_factory=dict)
     injectors: dict[tuple[str, int], Injector] = field(default_factory=dict)
-    switches: list[Switch] = field(default_factory=list)
+    heads: Heads = field(default_factory=Heads)
     handles: list[RemovableHandle] = field(default_factory=list)
-    base: dict[str, Tensor] = field(default_factory=dict)
-    trained: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def install(self, model: nn.Module) -> None:
+        """Attach to a model that is about to get its first field."""
+        if self.backbone.prepare is not None:  # first, since it may raise, as may a warning
+            self.handles.extend(self.backbone.prepare(self.backbone.blocks))
+        self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self._leave, always_call=True))
+        setattr(model, ATTRIBUTE, self)
 
     def name_of(self, name: str | None) -> str:
         """Return the name of a field, the one that acts for None.
@@ -71,7 +80,10 @@ class Steering:
 
         So mixes for serving require no gradient, and neither other weights nor other rows are another graph to compile.
         """
-        return name in self.mix.names and self.wish.get(name, self.mix.by_name)
+        return self._trains_in(self.mix, name)
+
+    def _trains_in(self, mix: Mix, name: str) -> bool:
+        return name in mix.names and self.wish.get(name, mix.by_name)
 
     def fields(self, name: str) -> dict[int, HRes]:
         """Return the modules of one field by block index."""
@@ -84,11 +96,8 @@ class Steering:
         return found
 
     def values(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        """Return the base tensors that one field trains, with that field's values."""
-        if name != self.mix.alone:
-            return self.trained[name]
-        tensors = base_tensors(model)
-        return {key: tensors[key] for key in self.specs[name].train}
+        """Return the base tensors that one field trains, its own."""
+        return self.heads.values(name, _base_entries(model))
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """Return every tensor of a field: its own, by block, and those of the base that it trains, `train.…`."""
@@ -99,166 +108,77 @@ class Steering:
         }
         return own | {f"train.{key}": tensor for key, tensor in self.values(model, name).items()}
 
+    @torch.inference_mode(False)  # what is made here is to be trained, whatever mode the caller is in
     def add(self, model: nn.Module, spec: FieldSpec) -> None:
-        """Make the field of `spec` and select it. Every check has been made before."""
+        """Make the field of `spec` and select it; if that fails, all is as it was."""
         made = {}
         for index in spec.ranks:
             block = self.backbone.blocks[index]
             dtype = torch.promote_types(bulk_dtype(block), torch.float32)
             made[index] = spec.build(index, self.backbone, device=_device(block), dtype=dtype)
-        for index, module in made.items():
-            injector = self.injectors.get((spec.site, index))
-            if injector is None:
-                injector = self.injectors[spec.site, index] = Injector(self.backbone, index, spec.site)
-            module.train(injector.training)
-            injector.fields[spec.name] = module
-        self.select(model, OFF)  # so that what is kept as the base's is the base's, under every name of a tied tensor
-        tensors = base_tensors(model)
-        for name in spec.train:
-            if name not in self.base:
-                self.base[name] = tensors[name].detach().clone()
-        self.specs[spec.name] = spec
-        self.trained[spec.name] = {name: self.base[name].clone() for name in spec.train}
-        self._attach_switches(model)
-        self.select(model, Mix.parse(spec.name, self.specs))
+        before = self.mix
+        self.select(model, OFF)  # so that what the field begins with, and what is kept as the base's, is the base's
+        try:
+            inside = {id(module) for block in self.backbone.blocks for module in block.modules()}
+            self.specs[spec.name] = spec
+            self.heads.open(spec.name, spec.train, _base_entries(model), inside)
+            for index, module in made.items():
+                injector = self.injectors.get((spec.site, index))
+                if injector is None:
+                    injector = self.injectors[spec.site, index] = Injector(self.backbone, index, spec.site)
+                module.train(injector.training)
+                injector.fields[spec.name] = module
+            self.select(model, Mix.parse(spec.name, self.specs))
+        except BaseException:
+            self.mix = OFF if spec.name in self.mix.names else self.mix
+            self.discard(model, spec.name)
+            self.select(model, before)
+            raise
 
     @torch.inference_mode(False)  # what is made here may be saved for a backward pass later
     @torch.no_grad()
     def select(self, model: nn.Module, mix: Mix) -> None:
-        """Let the fields of a mix act, and train as `trains` says.
-
-        A field's own values of the base tensors that it trains act with it: they are put in place if it acts alone,
-        with weights their differences from the base's values are summed, and by row the module is computed for each.
+        """Let the fields of a mix act, with what they trained along, and train as `trains` says.
 
         Raises:
-            SteerError: a base tensor that a field trains was replaced or resized since, or cannot differ by row.
+            SteerError: a base tensor that a field trains was removed or resized since, or cannot be mixed as asked.
+                Nothing has changed.
         """
-        tensors = base_tensors(model)
-        lost = self._lost(tensors, {*self.mix.names, *mix.names})
+        entries = _base_entries(model)
+        lost = self.heads.lost(dict.fromkeys((*self.mix.names, *mix.names)), entries)
         if lost:
             raise SteerError(
                 f"the model was changed since it was steered: {', '.join(lost)}, which a field trains, is gone or has "
                 "another shape. Undo that change first, or `unsteer` and steer again."
             )
-        heads = self._heads(model, mix.names) if mix.differs else {}
-        self._place(tensors, mix)
+        for key, _, _, tensor in entries:
+            if key in self.required and key not in self.heads.there and tensor.requires_grad:
+                tensor.requires_grad_(False)
+        self.heads.select(mix, entries, lambda name: self._trains_in(mix, name))
         self.mix = mix
-        opened = self.specs[mix.alone].train if mix.alone is not None and self.trains(mix.alone) else ()
-        for key in self.required.keys() & tensors.keys():
-            if tensors[key].requires_grad:
-                tensors[key].requires_grad_(False)
-        for key in opened:  # second, since tied parameters go by several names
-            if isinstance(tensors[key], nn.Parameter) and tensors[key].is_floating_point():
-                tensors[key].requires_grad_(True)
-        trains = {name: self.trains(name) for name in self.specs}
+        tables: Tables = {}
         for injector in self.injectors.values():
-            injector.select(mix)
+            injector.select(mix, tables)
             for name, module in injector.fields.items():
-                _let_train(module, trains.get(name, False))
-        for switch in self.switches:
-            own = heads.get(id(switch), {})
-            switch.select(mix, {name: {k: self.trained[name][v] for k, v in at.items()} for name, at in own.items()})
-
-    def _lost(self, tensors: dict[str, Tensor], names: Iterable[str]) -> list[str]:
-        """Return the base tensors that fields train and that are no longer what they were."""
-        keys = [key for name in names for key in self.specs[name].train]
-        return [key for key in keys if key not in tensors or tensors[key].shape != self.base[key].shape]
-
-    def _place(self, tensors: dict[str, Tensor], mix: Mix) -> None:
-        """Put aside the values of the field that acted alone, and in place those that a mix asks for."""
-        before, after = self.mix.alone, mix.alone
-        if before is not None and before == after:
-            return
-        if before is not None:
-            self.trained[before] = {key: tensors[key].detach().clone() for key in self.specs[before].train}
-        for name in self.mix.names:
-            for key in self.specs[name].train:
-                tensors[key].copy_(self.base[key])
-        if after is not None:
-            for key, value in self.trained.pop(after, {}).items():
-                tensors[key].copy_(value)
-        elif not mix.differs:
-            self._compose(tensors, mix)
-
-    def _compose(self, tensors: dict[str, Tensor], mix: Mix) -> None:
-        """Set base + Σ w·(the field's − base), once for a tied tensor; buffers, such as counts, stay the base's."""
-        parts: dict[int, tuple[str, list[tuple[float, Tensor]]]] = {}
-        for name, weight in zip(mix.names, mix.table[0], strict=True):
-            own = {id(tensors[key]): (key, value) for key, value in self.trained[name].items()}
-            for place, (key, value) in own.items():
-                if isinstance(tensors[key], nn.Parameter) and value.is_floating_point():
-                    parts.setdefault(place, (key, []))[1].append((weight, value))
-        for key, moves in parts.values():
-            base = self.base[key].double()
-            total = sum((weight * (value.to(base) - base) for weight, value in moves), base)
-            tensors[key].copy_(total)
-
-    def _attach_switches(self, model: nn.Module) -> None:
-        """Put a switch on every module of which fields have their own values, where one can stand."""
-        opened = {id(tensor) for key, tensor in base_tensors(model).items() if key in self.base}
-        inside = {id(module) for block in self.backbone.blocks for module in block.modules()}
-        standing = {id(switch.host) for switch in self.switches}
-        for _, module, _, tensor in _base_entries(model):
-            if id(tensor) in opened and id(module) not in inside | standing and Switch.fits(module):
-                if not self.switches:
-                    self.handles.append(model.register_forward_hook(self._settle))
-                self.switches.append(Switch(module))
-                standing.add(id(module))
-
-    def _settle(self, model: nn.Module, args: object, output: object) -> None:
-        if not torch.compiler.is_compiling():
-            for switch in self.switches:
-                switch.settle()
-
-    def _heads(self, model: nn.Module, names: Iterable[str]) -> dict[int, dict[str, dict[str, str]]]:
-        """Say where the base tensors that fields train are: by switch and field, the host's name of each and its key.
-
-        Raises:
-            SteerError: one is in a module that cannot be computed for every field.
-        """
-        found: dict[int, dict[str, dict[str, str]]] = {}
-        switches = {id(switch.host): switch for switch in self.switches}
-        names = [name for name in names if self.specs[name].train]
-        entries = _base_entries(model) if names else []
-        tensors = {key: tensor for key, _, _, tensor in entries}
-        for name in names:
-            own = {id(tensors[key]): key for key in self.specs[name].train}
-            for key, module, local, tensor in entries:
-                if id(tensor) not in own:
-                    continue
-                if id(module) not in switches:
-                    raise SteerError(
-                        f"field {name!r} has its own value of {key}, in which the rows of one batch cannot differ: it "
-                        "is used inside the blocks, or by a module that has others inside it. Use such a field by name "
-                        "or with weights, for the whole batch."
-                    )
-                found.setdefault(id(switches[id(module)]), {}).setdefault(name, {})[local] = own[id(tensor)]
-        return found
+                _let_train(module, name, self.trains(name))
 
     def discard(self, model: nn.Module, name: str) -> None:
         """Take one of several fields away; a mix in which it acts ends."""
         self.select(model, OFF if name in self.mix.names else self.mix)
-        for index in self.specs[name].ranks:
-            injector = self.injectors[self.specs[name].site, index]
-            del injector.fields[name]
+        for (site, index), injector in list(self.injectors.items()):
+            if name in injector.fields:
+                del injector.fields[name]
             if not injector.fields:
-                self.injectors.pop((self.specs[name].site, index)).detach()
+                self.injectors.pop((site, index)).detach()
         del self.specs[name]
-        self.trained.pop(name, None)
         self.wish.pop(name, None)
-        opened = {key for spec in self.specs.values() for key in spec.train}
-        self.base = {key: value for key, value in self.base.items() if key in opened}
-        shared = {id(tensor) for key, tensor in base_tensors(model).items() if key in opened}
-        for switch in list(self.switches):
-            if not any(id(tensor) in shared for tensor in (*switch.host.parameters(), *switch.host.buffers())):
-                switch.detach()
-                self.switches.remove(switch)
+        self.heads.close(name, _base_entries(model))
         self.select(model, self.mix)
 
     def remove(self, model: nn.Module) -> None:
         """Take away everything that steering added, and put back what it changed."""
-        tensors = base_tensors(model)
-        lost = self._lost(tensors, self.mix.names)
+        entries = _base_entries(model)
+        lost = self.heads.lost(self.mix.names, entries)
         if lost:
             warnings.warn(
                 f"the values before steering of {', '.join(lost)} were not put back: the model was changed since.",
@@ -268,13 +188,45 @@ class Steering:
             self.select(model, OFF)
         for injector in self.injectors.values():
             injector.detach()
-        for switch in self.switches:
+        for switch in self.heads.switches:
             switch.detach()
         for handle in self.handles:
             handle.remove()
+        tensors = base_tensors(model)
         for name in self.required.keys() & tensors.keys():
             tensors[name].requires_grad_(self.required[name])
         delattr(model, ATTRIBUTE)
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Hold the rows of a mix against the batch that the model is called with.
+
+        `generate` calls it with every row repeated; what a model does to its rows inside, each point finds out itself.
+
+        Raises:
+            SteerError: the batch has another number of rows.
+        """
+        if torch.compiler.is_compiling() or self.mix.rows is None:
+            return
+        sizes = [x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1]
+        if not sizes:
+            return
+        batch, rows = max(sizes), self.mix.rows
+        if batch != rows and (batch % rows or not _generating()):
+            raise SteerError(
+                f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every "
+                "row; only `generate` may repeat rows, for beams and several sequences."
+            )
+        for switch in self.heads.switches:
+            switch.batch = batch
+
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the batch, and hear from the switches if the call has finished."""
+        if torch.compiler.is_compiling() or self.mix.rows is None:
+            return
+        for switch in self.heads.switches:
+            switch.batch = None
+            if output is not None:
+                switch.settle()
 
 
 def steering_of(model: nn.Module) -> tuple[nn.Module, Steering]:
@@ -297,9 +249,9 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, _, _, tensor in _base_entries(model)}
 
 
-def _base_entries(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """List the base's tensors: plain name, the module that has it, its name there, and the tensor."""
-    found: list[tuple[str, nn.Module, str, Tensor]] = []
+def _base_entries(model: nn.Module) -> list[Entry]:
+    """List the base's tensors."""
+    found: list[Entry] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -318,11 +270,40 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
 
 
-def _let_train(field: nn.Module, on: bool) -> None:
-    for linear in field._modules.values():
+def _let_train(module: nn.Module, name: str, on: bool) -> None:
+    """Open or close a field's parameters; the last of them notices a backward pass after it was closed."""
+    last: Any = getattr(module.get_submodule("up"), "weight", None)
+    for linear in module._modules.values():
         for parameter in linear._parameters.values() if linear is not None else ():
             if parameter is not None and parameter.requires_grad is not on:
                 parameter.requires_grad_(on)
+                if on and parameter is last and not parameter._backward_hooks:
+                    parameter.register_hook(_Watch(name, parameter))
+
+
+class _Watch:
+    """Refuse a gradient for a parameter that trains no more, which autograd would drop without a word."""
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self._name, self._parameter = name, weakref.ref(parameter)
+
+    def __call__(self, gradient: Tensor) -> None:
+        parameter = self._parameter()
+        if parameter is not None and not parameter.requires_grad:
+            raise SteerError(
+                f"backward() reached field {self._name!r} after a selection was made in which it does not train: its "
+                "gradient would be lost. Call backward() before the selection changes, inside the `with`."
+            )
+
+
+def _generating() -> bool:
+    """Say whether some `generate` is running: it repeats the rows that it was called with."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
@@ -26,18 +27,33 @@ class Selection:
     def __init__(self, model: nn.Module, mix: Mix, before: Mix) -> None:
         self._model, self._mix, self._before = model, mix, before
 
+    def __repr__(self) -> str:
+        return f"<selected: {self._mix}>"
+
     def __enter__(self) -> None:
         """Enter; the selection is in effect already, unless another one was made since."""
         base, state = steering_of(self._model)
+        if state.mix != self._mix:
+            self._before = state.mix
         state.select(base, Mix.parse(self._mix.asked(), state.specs))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore what was selected before, also after an exception; a field that was removed since is not missed."""
+        """Restore what was selected before, also after an exception; a field that was removed since is not missed.
+
+        Raises:
+            SteerError: the model was changed, so that this cannot be; after an exception that is a warning.
+        """
         state = self._model.__dict__.get(ATTRIBUTE)
-        if isinstance(state, Steering) and all(name in state.specs for name in self._before.names):
+        if not isinstance(state, Steering) or not all(name in state.specs for name in self._before.names):
+            return
+        try:
             state.select(self._model, Mix.parse(self._before.asked(), state.specs))
+        except SteerError as failed:
+            if error is None:
+                raise
+            warnings.warn(f"what was selected before was not restored: {failed}", stacklevel=2)
 
 
 def steer(
@@ -114,14 +130,14 @@ def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
             )
     points = [state.backbone.point(index, spec.site) for index in spec.ranks]
     if len({id(point) for point in points}) < len(points):
-        raise SteerError(f"some blocks share one module at site {spec.site!r}; steer the site 'block' instead.")
+        raise SteerError(
+            f"some blocks share one module at site {spec.site!r}: steer another site, or name one of them in `layers`."
+        )
     if not state.specs:
-        if state.backbone.prepare is not None:  # first, since it may raise, as may a warning
-            state.handles.extend(state.backbone.prepare(state.backbone.blocks))
-        setattr(model, ATTRIBUTE, state)
+        state.install(model)
     try:
         state.add(model, spec)
-    except Exception:
+    except BaseException:
         if not state.specs:
             state.remove(model)
         raise
@@ -152,7 +168,8 @@ def use(model: nn.Module, mix: Asked) -> Selection:
     """Select which fields act, at once; in a `with` statement, until the block is left.
 
     What a field trained along, such as a classifier, acts with it. A field that is selected by its name also trains,
-    unless it is frozen; in every other mix only fields that were thawed train, and base modules do not.
+    unless it is frozen; in every other mix only fields that were thawed do. Call `backward()` before the selection
+    changes: a gradient that arrives when its field does not train is an error.
 
     Args:
         model: a steered model.
@@ -161,8 +178,8 @@ def use(model: nn.Module, mix: Asked) -> Selection:
             - None: the frozen model, bit for bit;
             - a field's name;
             - `{name: weight}`: the stream moves by Σ w·λ·H. Weights may be negative (arithmetic, arXiv 2306.14870);
-            - a list with a name or None for every row of the batch. Where a model repeats its rows, as `generate` does
-              for beams and `num_return_sequences`, each entry stands for as many consecutive rows.
+            - a list with a name or None for every row of the batch. Where `generate` repeats rows, for beams and
+              `num_return_sequences`, each entry stands for as many consecutive ones.
 
     Raises:
         SteerError: no such field, a weight that is no finite number, an empty list, fields that trained what the rows
@@ -171,6 +188,11 @@ def use(model: nn.Module, mix: Asked) -> Selection:
     """
     base, state = steering_of(model)
     before, chosen = state.mix, Mix.parse(mix, state.specs)
+    if isinstance(model, nn.parallel.DistributedDataParallel) and chosen.by_name and chosen.names != before.names:
+        raise SteerError(
+            "what trains cannot change once a model is wrapped in DistributedDataParallel, which synchronises what "
+            "trained when it was wrapped. Select first and wrap after, or give weights: {name: 1.0}."
+        )
     state.select(base, chosen)
     return Selection(base, chosen, before)
 
@@ -185,9 +207,7 @@ def freeze(model: nn.Module, name: str | None = None) -> None:
     Raises:
         SteerError: no such field, not one that acts, or the model is not steered.
     """
-    base, state = steering_of(model)
-    state.wish[state.name_of(name)] = False
-    state.select(base, state.mix)
+    _wish(model, name, False)
 
 
 def thaw(model: nn.Module, name: str | None = None) -> None:
@@ -203,9 +223,19 @@ def thaw(model: nn.Module, name: str | None = None) -> None:
     Raises:
         SteerError: no such field, not one that acts, or the model is not steered.
     """
+    _wish(model, name, True)
+
+
+def _wish(model: nn.Module, name: str | None, on: bool) -> None:
     base, state = steering_of(model)
-    state.wish[state.name_of(name)] = True
-    state.select(base, state.mix)
+    name = state.name_of(name)
+    before = dict(state.wish)
+    state.wish[name] = on
+    try:
+        state.select(base, state.mix)
+    except SteerError:
+        state.wish = before
+        raise
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -221,8 +251,7 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     base, state = steering_of(model)
     name = state.name_of(name)
     found = [p for module in state.fields(name).values() for p in module.parameters()]
-    tensors = base_tensors(base)
-    opened = {id(tensors[key]): tensors[key] for key in state.specs[name].train}
+    opened = {id(tensor): tensor for tensor in state.values(base, name).values()}
     return found + [tensor for tensor in opened.values() if isinstance(tensor, nn.Parameter)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Switch(nn.Module):
-    """Stand on one base module of which fields have their own values.
+    """Stand on one base module of which fields have their own tensors.
 
     Args:
         host: a module without children, outside the steered blocks.
@@ -35,8 +35,9 @@ class Switch(nn.Module):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         self._host = (host,)  # in a tuple, since a module would become a child
-        self._twins: tuple[tuple[nn.Module, Tensor], ...] = ()
+        self._twins: tuple[tuple[nn.Module, Tensor, bool], ...] = ()  # the module, its rows, whether there are any
         self._met = False
+        self.batch: int | None = None  # rows of the model's batch, while it runs outside torch.compile
         host.add_module(self.key, self)
         # First in line, so that whoever watches the host sees what the rows really get.
         self._handle = host.register_forward_hook(self._after, with_kwargs=True, prepend=True)
@@ -48,48 +49,76 @@ class Switch(nn.Module):
 
     @staticmethod
     def fits(host: nn.Module) -> bool:
-        """Whether a module can be computed again with other values: it has no children, and its own forward."""
-        return all(isinstance(child, Switch) for child in host.children()) and "forward" not in host.__dict__
+        """Whether a module can be computed again with other tensors.
+
+        It has no children, its own forward, and no weight that a hook computes (older weight norm, pruning).
+        """
+        alone = all(isinstance(child, Switch) for child in host.children())
+        return alone and not any(name == "forward" or isinstance(x, Tensor) for name, x in host.__dict__.items())
 
     def detach(self) -> None:
         """Take away the child and the hook, and nothing else."""
         self._handle.remove()
         delattr(self.host, self.key)
 
-    def select(self, mix: Mix, values: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Give the rows of each field the host with that field's values.
+    def select(self, mix: Mix, tensors: Mapping[str, Mapping[str, Tensor]], trains: Callable[[str], bool]) -> None:
+        """Give the rows of each field the host with that field's tensors.
 
         Args:
             mix: says which rows are whose.
-            values: by field, the host's tensors by their names in it; a field that is not there keeps the host's own.
+            tensors: by field, the host's tensors by their names in it; a field that is not there keeps the host's.
+            trains: says whether a field trains.
         """
-        host = self.host
-        device = next(iter((*host.parameters(), *host.buffers()))).device
+        device = next(iter((*self.host.parameters(), *self.host.buffers()))).device
+        off = (0.0,) * len(mix.table)
         twins = []
-        for name in mix.names if mix.differs else ():
-            if name in values:
-                rows = torch.tensor(mix.columns[name], device=device) != 0
-                twins.append((_twin(host, values[name]), rows))
+        for name, own in tensors.items():
+            for parameter in own.values():
+                if isinstance(parameter, nn.Parameter) and parameter.is_floating_point():
+                    parameter.requires_grad_(trains(name))
+            rows = torch.tensor(mix.columns.get(name, off), device=device) != 0
+            twins.append((_twin(self.host, own), rows, name in mix.names))
         self._twins = tuple(twins)
         self._met = False
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-        for twin, rows in self._twins:
+        """Choose every row's output.
+
+        Under `torch.compile` every field's is computed, so that other rows are not another graph.
+
+        Raises:
+            SteerError: what goes in or comes out has no rows.
+        """
+        compiling = torch.compiler.is_compiling()
+        for twin, rows, acting in self._twins:
+            if not compiling and not acting:
+                continue
             other = twin(*args, **kwargs)
-            if not isinstance(other, Tensor) or not isinstance(output, Tensor):
-                raise SteerError(
-                    f"the rows of this batch have different values of {type(host).__name__}, which returns "
-                    f"{type(output).__name__} and no tensor of rows. Select one field at a time."
-                )
-            chosen = rows.repeat_interleave(row_factor(len(rows), output.shape[0]))
+            self._check(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None), output)
+            size = self.batch if output.shape[0] == 1 and self.batch else output.shape[0]
+            chosen = rows.repeat_interleave(row_factor(len(rows), size))
             output = torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), other, output)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self._met = True
         return output
 
+    def _check(self, entered: Tensor | None, output: Any) -> None:
+        """Refuse a call that is not row by row: a table of positions, tokens picked out of the batch.
+
+        Raises:
+            SteerError: it is none.
+        """
+        fits = isinstance(output, Tensor) and entered is not None and entered.dim() > 1 and output.dim() > 1
+        if not fits or (self.batch is not None and output.shape[0] not in (1, self.batch)):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise SteerError(
+                f"the rows of this batch have their own {type(self.host).__name__}, whose output, {shape}, has not the "
+                f"batch's rows{f', {self.batch},' if self.batch else ''} in front. Use one field at a time."
+            )
+
     def settle(self) -> None:
         """Warn if the model has run without calling the host: some kernels take a module's weight straight."""
-        if self._twins and not self._met:
+        if any(acting for _, _, acting in self._twins) and not self._met:
             warnings.warn(
                 f"the rows of this batch have their own values of a {type(self.host).__name__} that this call did "
                 "not go through; where its weight was used, it was the base's. Select one field at a time instead.",
@@ -99,29 +128,35 @@ class Switch(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Switch:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for twin, _ in self._twins:
-            twin._apply(fn)  # type: ignore[no-untyped-call]
         probe = fn(torch.empty(0))
-        self._twins = tuple((twin, rows.to(probe.device)) for twin, rows in self._twins)
+        for twin, _, _ in self._twins:
+            twin._apply(fn)  # type: ignore[no-untyped-call]
+        self._twins = tuple((twin, rows.to(probe.device), acting) for twin, rows, acting in self._twins)
         return self
 
     def train(self, mode: bool = True) -> Switch:
         """Follow the host's mode."""
-        for twin, _ in self._twins:
+        for twin, _, _ in self._twins:
             twin.train(mode)
         super().train(mode)
         return self
 
 
-def _twin(host: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """Return the same module with other values, and nobody's hooks; what is not in `values` is shared."""
+def _twin(host: nn.Module, own: Mapping[str, Tensor]) -> nn.Module:
+    """Return the same module with other tensors, and nobody's hooks; what is not in `own` is shared.
+
+    Buffers are copied: running statistics of a batch that several fields share belong to none of them.
+    """
     twin = copy.copy(host)
     hooks: dict[str, Any] = {name: OrderedDict() for name in _HOOKS}
-    twin.__dict__.update(hooks, _parameters=dict(host._parameters), _buffers=dict(host._buffers), _modules={})
-    for name, value in values.items():
+    buffers = {name: None if buffer is None else buffer.clone() for name, buffer in host._buffers.items()}
+    twin.__dict__.update(hooks, _parameters=dict(host._parameters), _buffers=buffers, _modules={})
+    for name, value in own.items():
         like: Tensor = getattr(host, name)
-        if name in twin._parameters:
-            twin._parameters[name] = nn.Parameter(value.to(like), requires_grad=False)
+        if name in buffers:
+            buffers[name] = value.to(like, copy=True)
         else:
-            twin._buffers[name] = value.to(like)
+            if value.device != like.device or value.dtype != like.dtype:
+                value.data, value.grad = value.data.to(like), None
+            twin._parameters[name] = value  # type: ignore[assignment]
     return twin

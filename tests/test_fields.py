@@ -290,18 +290,15 @@ def test_weights_sum_what_the_heads_learned():
 @pytest.mark.parametrize("other", ["transformer.wte", "lm_head"])
 def test_a_tied_tensor_is_summed_once(other):
     model = TABLE["gpt2"].build()
-    tied = model.lm_head.weight
-    base = tied.detach().clone()
-    rs.steer(model, rank=2, name="law", train=["lm_head", "transformer.wte"])
-    with torch.no_grad():
-        tied += 1
-    rs.steer(model, rank=2, name="art", train=other)
-    with torch.no_grad():
-        tied += 10
-    rs.use(model, {"law": 0.5, "art": 0.25})
-    torch.testing.assert_close(tied, base + 0.5 + 2.5)
-    rs.use(model, None)
-    assert torch.equal(tied, base)
+    base = model.lm_head.weight.detach().clone()
+    for name, by, train in (("law", 1, ["lm_head", "transformer.wte"]), ("art", 10, other)):
+        rs.steer(model, rank=2, name=name, train=train)
+        with torch.no_grad():
+            model.lm_head.weight += by
+    for mix, by in (({"law": 0.5, "art": 0.25}, 3), ("law", 1), ("art", 10), (None, 0), ({"art": -1}, -10)):
+        rs.use(model, mix)
+        assert model.lm_head.weight is model.transformer.wte.weight
+        torch.testing.assert_close(model.lm_head.weight, base + by)
 
 
 @torch.no_grad()

@@ -95,7 +95,10 @@ def fit(
     if settings.trackers and folder is None:
         raise SteerError("`trackers` write their logs under `save_to`; give it a folder.")
     if not any(p.requires_grad for p in model.parameters()):
-        raise SteerError("nothing to train: no parameter of the model requires a gradient. Steer it first.")
+        raise SteerError(
+            "nothing to train: no parameter of the model requires a gradient. Steer it, select a field by its name, or "
+            "`thaw` one."
+        )
     resumed = _find_resumable(folder, settings)
     with as_before(model), accelerate_as_before(settings):
         run = _Run(model, train, steps, lr, loss, optimizer, folder, settings)
