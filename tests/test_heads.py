@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import residual_steer as rs
-from cases import CASES, randomise
+from cases import CASES, VOCABULARY, randomise
 from residual_steer.injector import Injector
 from runs import fit
 from test_steering import fingerprint, same
@@ -336,3 +336,37 @@ def test_what_trains_cannot_change_under_data_parallelism():
         rs.use(wrapped, ["law", "art"])
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_two_fields_that_train_one_tied_tensor_by_its_two_names():
+    model = GPT2.build()
+    tied = model.lm_head.weight
+    original = tied.detach().clone()
+    rs.steer(model, name="a", rank=2, train="transformer.wte")
+    with torch.no_grad():
+        model.transformer.wte.weight += 1
+    rs.steer(model, name="b", rank=2, train="lm_head")
+    for name, by in (("b", 0), ("a", 1)):
+        rs.use(model, name)
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert torch.equal(model.lm_head.weight, original + by)
+    rs.unsteer(model)
+    assert model.lm_head.weight is model.transformer.wte.weight is tied
+    assert torch.equal(tied, original)
+
+
+def test_a_model_whose_head_was_resized_can_still_be_unsteered():
+    model = rs.steer(GPT2.build(), rank=2, train="lm_head")
+    model.resize_token_embeddings(VOCABULARY + 3)
+    with pytest.raises(rs.SteerError, match=r"lm_head.weight, which a field trains, is gone or has another shape"):
+        rs.use(model, None)
+    with pytest.warns(UserWarning, match=r"lm_head.weight were not put back"):
+        rs.unsteer(model)
+    assert not any("steering_" in name for name, _ in model.named_modules())
+
+
+def test_a_base_parameter_may_be_replaced_while_steered():
+    model = rs.steer(GPT2.build(), rank=2)
+    nn.utils.parametrizations.weight_norm(model.transformer.ln_f)
+    rs.use(model, None)
+    rs.unsteer(model)
