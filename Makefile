@@ -12,8 +12,9 @@ demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here
 serve: $(VENV)/installed  ## Serve many tasks in one batch from one frozen backbone, each row by its own field
 	$(BIN)/python examples/serve_many_tasks.py
 
-bench: $(VENV)/installed  ## Time one batch under many fields against one field, on GPT-2-small's shape
+bench: $(VENV)/installed  ## What steering costs, and many fields in one batch; quarter of an hour and more
 	$(BIN)/python benchmarks/many_fields.py
+	$(BIN)/python benchmarks/cost.py
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 	$(BIN)/python -m pytest -n 2

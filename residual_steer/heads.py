@@ -91,8 +91,6 @@ class Heads:
         self._take_stock(entries)
         weights = dict(zip(mix.names, mix.table[0], strict=True)) if not mix.differs else {}
         switched = self._switched(mix, entries) if mix.rows is not None else None
-        if switched is not None:
-            weights = {}
         slots: dict[int, list[Entry]] = {}
         for entry in entries:
             slots.setdefault(id(entry[3]), []).append(entry)

@@ -115,6 +115,21 @@ def test_statistics_act_with_the_field_that_gathered_them():
 
 
 @torch.no_grad()
+def test_statistics_go_on_after_a_cast_which_replaces_them(tmp_path):
+    model = normed()
+    rs.use(model, "law")
+    model.double().train()(torch.randn(8, 3, 16, 16).double() + 5)
+    mean = model.head[0].running_mean.clone()
+    rs.save(model, tmp_path, "law")
+    rs.use(model, None)
+    rs.use(model, "law")
+    assert torch.equal(model.head[0].running_mean, mean)
+    fresh = VIT.build()
+    fresh.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
+    assert torch.equal(rs.load(fresh, tmp_path).head[0].running_mean, mean.float())
+
+
+@torch.no_grad()
 def test_statistics_of_several_fields_are_not_summed():
     model = normed()
     rs.steer(model, rank=2, name="new", train="head")
