@@ -416,10 +416,13 @@ def test_heads_by_row_compile():
         torch.testing.assert_close(case.run(compiled), case.run(model))
 
 
-def test_a_head_with_a_forward_of_another_cannot_differ_by_row():
+@pytest.mark.parametrize("late", [False, True])
+def test_a_head_with_a_forward_of_another_cannot_differ_by_row(late):
     model = TABLE["timm-vit"].build()
-    model.head.forward = model.head.forward  # as accelerate's hooks do it
+    if not late:
+        model.head.forward = model.head.forward  # as accelerate's hooks do it
     for name in ("law", "art"):
         rs.steer(model, rank=2, name=name, train="head")
+    model.head.forward = model.head.forward
     with pytest.raises(rs.SteerError, match="cannot differ"):
         rs.use(model, ["law", "art"])
