@@ -111,7 +111,7 @@ def report(options: argparse.Namespace) -> None:
         times = timed(shape, methods, inputs, options)
         text = table(methods, rows, times)
         record = {
-            "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+            "options": {key: value for key, value in vars(options).items() if key != "output"},
             "shape": shape.about,
             "batch": list(inputs.shape),
             "aims": AIMS,

@@ -127,7 +127,7 @@ def report(options: argparse.Namespace) -> None:
     kind = torch.device(options.device).type
     stem = f"many_fields-{options.backbone}-{kind}{'-compiled' * options.compile}"
     record = {
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "options": {key: value for key, value in vars(options).items() if key != "output"},
         "shape": setting.shape.about,
         "batch": list(setting.inputs.shape),
         "unit": "seconds of wall-clock time" if options.clock == "wall" else "seconds of processor time",

@@ -207,10 +207,11 @@ class Steering:
         """
         if torch.compiler.is_compiling() or self.mix.rows is None:
             return
-        sizes = [x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 1]
-        if not sizes:
+        given = (*args, *(value for key, value in kwargs.items() if key != "position_ids"))  # which may be one for all
+        batch = next((x.shape[0] for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
+        rows = self.mix.rows
+        if batch is None:
             return
-        batch, rows = max(sizes), self.mix.rows
         if batch != rows and (batch % rows or not _generating()):
             raise SteerError(
                 f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every "
