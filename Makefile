@@ -15,6 +15,7 @@ serve: $(VENV)/installed  ## Serve many tasks in one batch from one frozen backb
 bench: $(VENV)/installed  ## What steering costs, and many fields in one batch; quarter of an hour and more
 	$(BIN)/python benchmarks/many_fields.py
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/prefix.py
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 	$(BIN)/python -m pytest -n 2

@@ -106,6 +106,19 @@ def test_many_fields_launch_no_more_operations_than_two(cost):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("name", ["gpt2", "vit", "mamba"])
+def test_the_cache_of_the_prefix_is_timed_on_the_same_training(cost, name, tmp_path, capsys):
+    import prefix
+
+    arguments = ["--tiny", "--rank", "4", "--rounds", "1", "--backbone", name, "--output", str(tmp_path)]
+    assert prefix.main(arguments) == 0
+    record = json.loads((tmp_path / f"prefix-{name}-cpu.json").read_text())
+    assert len(record["later"]) == len(record["first"]) == 1
+    assert "the last 1 of 2 blocks steered" in capsys.readouterr().out
+    assert prefix.main([*arguments, "--last", "2"]) == 1
+    assert "--last is from 1 to 1; received 2" in capsys.readouterr().err
+
+
 def test_the_benchmark_runs_from_end_to_end(cost, tmp_path, capsys):
     arguments = ["--tiny", "--rank", "4", "--rounds", "1", "--backbone", "gpt2", "--output", str(tmp_path)]
     assert cost.main(arguments) == 0
