@@ -94,7 +94,7 @@ class Switch(nn.Module):
             if not compiling and not acting:
                 continue
             other = twin(*args, **kwargs)
-            self._check(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None), output)
+            self._check([x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)], output)
             size = self.batch if output.shape[0] == 1 and self.batch else output.shape[0]
             chosen = rows.repeat_interleave(row_factor(len(rows), size))
             output = torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), other, output)
@@ -102,13 +102,13 @@ class Switch(nn.Module):
             self._met = True
         return output
 
-    def _check(self, entered: Tensor | None, output: Any) -> None:
+    def _check(self, entered: list[Tensor], output: Any) -> None:
         """Refuse a call that is not row by row: a table of positions, tokens picked out of the batch.
 
         Raises:
             SteerError: it is none.
         """
-        fits = isinstance(output, Tensor) and entered is not None and entered.dim() > 1 and output.dim() > 1
+        fits = isinstance(output, Tensor) and bool(entered) and entered[0].dim() > 1 and output.dim() > 1
         if not fits or (self.batch is not None and output.shape[0] not in (1, self.batch)):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise SteerError(
