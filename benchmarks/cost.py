@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import residual_steer as rs
 from contenders import has_peft
 from counters import Counts, count
-from rounds import Rounds, Variant, markdown, play, save_json
+from rounds import Rounds, Variant, exit_status, markdown, play, save_json
 from shapes import SHAPES, Shape
 
 SITES = ("block", "mixer", "mlp", "input")
@@ -64,12 +64,7 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    try:
-        report(parse(arguments))
-    except rs.SteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: report(parse(arguments)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import residual_steer as rs
 from contenders import Contender, adapters, fields, has_peft
-from rounds import Rounds, Variant, markdown, play, save_json
+from rounds import Rounds, Variant, exit_status, markdown, play, save_json
 from shapes import SHAPES, Shape
 
 COUNTS, PEER_COUNTS = (1, 2, 4, 8, 16), (1, 8, 16)
@@ -77,12 +77,7 @@ class Setting:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    try:
-        report(parse(arguments))
-    except rs.SteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: report(parse(arguments)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import residual_steer as rs
-from rounds import markdown, save_json, spread
+from rounds import exit_status, markdown, save_json, spread
 from shapes import SHAPES, Shape
 
 EPOCHS, BATCHES = 3, 3
@@ -46,12 +46,7 @@ class Rows(Dataset[Any]):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    try:
-        report(parse(arguments))
-    except rs.SteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: report(parse(arguments)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

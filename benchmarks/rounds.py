@@ -26,7 +26,18 @@ import torch
 from residual_steer import SteerError
 from residual_steer.files import make_folder, write_whole
 
-__all__ = ["Rounds", "Spread", "Variant", "machine", "markdown", "play", "save_json", "spread", "versions"]
+__all__ = [
+    "Rounds",
+    "Spread",
+    "Variant",
+    "exit_status",
+    "machine",
+    "markdown",
+    "play",
+    "save_json",
+    "spread",
+    "versions",
+]
 
 PACKAGES = ("residual-steer", "torch", "transformers", "timm", "peft", "mamba-ssm", "causal-conv1d", "numpy")
 
@@ -156,6 +167,16 @@ def play(
             if turn >= 0:
                 seconds[variant.name].append((clock() - started) / repeats)
     return Rounds(seconds)
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Run a benchmark; an error of ours is a line on stderr and status 1."""
+    try:
+        work()
+    except SteerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -21,7 +21,7 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["as_path", "make_folder", "sync_folder", "write_whole"]
+__all__ = ["as_path", "fcntl", "lock", "make_folder", "sync_folder", "write_whole"]
 
 _SUFFIX = ".partial"
 
@@ -68,7 +68,7 @@ def _open_aside(path: Path) -> tuple[Path, IO[bytes]]:
     while True:
         name = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
         file = open(name, "xb")  # noqa: SIM115 – who asked for it closes it, once it is in place
-        if not _lock(file, wait=True) or _is_at(file, name):
+        if not lock(file, wait=True) or _is_at(file, name):
             return name, file
         file.close()  # another writer swept it away before it was locked
 
@@ -78,11 +78,11 @@ def _sweep(path: Path) -> None:
     for found in path.parent.iterdir():
         if found.name.startswith(f".{path.name}.") and found.name.endswith(_SUFFIX):
             with contextlib.suppress(OSError), open(found, "r+b") as file:
-                if _lock(file, wait=False) and _is_at(file, found):
+                if lock(file, wait=False) and _is_at(file, found):
                     os.unlink(found)
 
 
-def _lock(file: IO[bytes], *, wait: bool) -> bool:
+def lock(file: IO[bytes], *, wait: bool) -> bool:
     """Lock an open file until it is closed; return False where that cannot be done, or somebody else holds it."""
     if fcntl is None:
         return False

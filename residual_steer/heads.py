@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import SteerError
 from .mix import Mix
-from .switch import Switch
+from .switch import Switch, follow
 
 __all__ = ["Entry", "Heads"]
 
@@ -88,6 +88,8 @@ class Heads:
         Raises:
             SteerError: rows cannot differ in what a field trained, or statistics cannot be summed.
         """
+        if not self.base:
+            return
         self._take_stock(entries)
         weights = dict(zip(mix.names, mix.table[0], strict=True)) if not mix.differs else {}
         switched = self._switched(mix, entries) if mix.rows is not None else None
@@ -96,10 +98,9 @@ class Heads:
             slots.setdefault(id(entry[3]), []).append(entry)
         groups = [group for group in slots.values() if any(key in self.base for key, *_ in group)]
         targets = [self._target([key for key, *_ in group], weights) for group in groups]
-        for group, (owner, target) in zip(groups, targets, strict=True):
-            like = group[0][3]
-            placed = _follow(target, like)
-            if placed is not like:
+        placings = [follow(target, group[0][3]) for group, (_, target) in zip(groups, targets, strict=True)]
+        for group, (owner, _), placed in zip(groups, targets, placings, strict=True):
+            if placed is not group[0][3]:
                 for _, module, local, _ in group:
                     setattr(module, local, placed)
             for key, *_ in group:
@@ -181,13 +182,3 @@ class Heads:
 def _copy(tensor: Tensor) -> Tensor:
     value = tensor.detach().clone()
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-
-
-def _follow(tensor: Tensor, like: Tensor) -> Tensor:
-    """Bring a tensor that was not in the model to where, and to the type in which, its place is now."""
-    if tensor.device == like.device and tensor.dtype == like.dtype:
-        return tensor
-    if not isinstance(tensor, nn.Parameter):
-        return tensor.to(like)
-    tensor.data, tensor.grad = tensor.data.to(like), None
-    return tensor

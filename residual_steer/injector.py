@@ -118,12 +118,14 @@ class Injector(nn.Module):
         """
         if self._every is not None and torch.compiler.is_compiling():
             return self._every.add_to(y, z, self._compute_dtype, self.fields)
+        if self._some is not None:
+            return self._some.add_to(y, z, self._compute_dtype, self.fields)
         if self.mix.rows is not None:
             row_factor(self.mix.rows, y.shape[0])
-        if self._alone is not None:
-            name, weight = self._alone
-            return cast(HRes, self.fields[name]).add_to(y, z, self._compute_dtype, weight)
-        return y if self._some is None else self._some.add_to(y, z, self._compute_dtype, self.fields)
+        if self._alone is None:
+            return y
+        name, weight = self._alone
+        return cast(HRes, self.fields[name]).add_to(y, z, self._compute_dtype, weight)
 
     def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Copy the stream that enters, before a block that works in place overwrites it."""

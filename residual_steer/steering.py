@@ -49,7 +49,7 @@ class Selection:
         if not isinstance(state, Steering) or not all(name in state.specs for name in self._before.names):
             return
         try:
-            state.select(self._model, Mix.parse(self._before.asked(), state.specs))
+            state.select(self._model, self._before)
         except SteerError as failed:
             if error is None:
                 raise

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import SteerError
 from .mix import Mix, row_factor
 
-__all__ = ["Switch"]
+__all__ = ["Switch", "follow"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -156,7 +156,15 @@ def _twin(host: nn.Module, own: Mapping[str, Tensor]) -> nn.Module:
         if name in buffers:
             buffers[name] = value.to(like, copy=True)
         else:
-            if value.device != like.device or value.dtype != like.dtype:
-                value.data, value.grad = value.data.to(like), None
-            twin._parameters[name] = value  # type: ignore[assignment]
+            twin._parameters[name] = follow(value, like)  # type: ignore[assignment]
     return twin
+
+
+def follow(tensor: Tensor, like: Tensor) -> Tensor:
+    """Bring a tensor that was not in the model to where, and to the type in which, its place is now."""
+    if tensor.device == like.device and tensor.dtype == like.dtype:
+        return tensor
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.to(like)
+    tensor.data, tensor.grad = tensor.data.to(like), None
+    return tensor

@@ -55,7 +55,7 @@ def test_writers_at_the_same_time_leave_each_other_alone(tmp_path):
 
 @needs_locks
 def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
-    lock, made = files._lock, []
+    lock, made = files.lock, []
 
     def late(file, *, wait):
         if wait and not made:
@@ -63,7 +63,7 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeyp
             os.unlink(file.name)  # as another writer's sweep does, which came between
         return lock(file, wait=wait)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(files, "lock", late)
     write_whole({tmp_path / "file": b"new"})
     assert made
     assert (tmp_path / "file").read_bytes() == b"new"

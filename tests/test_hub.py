@@ -153,7 +153,8 @@ def test_the_code_on_a_card_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = card_of(gpt2("someone/small-gpt2"))
     data = hub.ModelCard(card).data
-    assert (data.library_name, data.base_model, data.tags) == (
+    told = data.to_dict()
+    assert (told["library_name"], told["base_model"], told["tags"]) == (
         "residual-steer",
         "someone/small-gpt2",
         ["residual-steer", "gpt2"],

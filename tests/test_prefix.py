@@ -374,3 +374,25 @@ def test_resuming_with_a_cache(tmp_path):
     history = train(case, steered(case), save_to=tmp_path, resume=True, cache_prefix=True)
     torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
+
+
+def test_a_frozen_field_below_is_part_of_what_is_kept(tmp_path):
+    """Another strength of it is another stream, which is not read from the folder of the first."""
+    case = TABLE["gpt2"]
+
+    def run(weight, **options):
+        model = steered(case, layers=[0], name="low")
+        with torch.no_grad():
+            for parameter in rs.parameters(model):
+                parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+        torch.manual_seed(0)
+        rs.steer(model, rank=4, layers=[1], name="top")
+        rs.use(model, {"low": weight, "top": 1.0})
+        rs.thaw(model, "top")
+        return train(case, model, **options)
+
+    for weight in (1.0, -1.0):
+        history = run(weight, cache_prefix=tmp_path)
+        assert history.cache["misses"] == 4
+        torch.testing.assert_close(losses(history), losses(run(weight)), rtol=1e-4, atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 2

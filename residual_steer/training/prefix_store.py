@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from residual_steer import files
 from residual_steer.errors import SteerError
 from residual_steer.files import make_folder, write_whole
 
@@ -79,7 +81,7 @@ class DiskStore:
         self._layouts: list[list[tuple[str, list[int]]]] = []
         self._dirty = False
         try:
-            self._lock = _lock(folder / "lock")
+            self._lock = _hold(folder / "lock")
             self._file = (folder / "streams.bin").open("a+b")
         except OSError as error:
             raise SteerError(
@@ -182,20 +184,14 @@ class DiskStore:
         return size
 
 
-def _lock(path: Path) -> BinaryIO:
+def _hold(path: Path) -> BinaryIO:
     """Hold a file that no other run holds; the system lets go of it however the run ends.
 
     Raises:
         OSError: another run holds it.
     """
     file = path.open("ab")
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if files.fcntl is not None and not files.lock(file, wait=False):
         file.close()
-        raise
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
     return file
