@@ -1,0 +1,364 @@
+"""What an experiment found: tables, plots and verdicts, with everything that is needed to find it again.
+
+    Result(
+        name="retrieval", title="Associative recall", about="…", command=command_line(), seeds=(0, 1, 2),
+        settings={"steps": 500}, machine=machine(), versions=versions(), seconds=81.5,
+        tables=(Table("Recall", columns=(Column("method", "method"), Column("accuracy", "accuracy", "%", "up", 2)),
+                      rows=({"method": "H-Res", "accuracy": Measured.of([81.9, 82.4, 82.1])},)),),
+    ).save("results/retrieval.json")
+
+Every class checks itself when it is made, whether by a program or by `Result.load`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from residual_steer.errors import SteerError
+from residual_steer.files import as_path, make_folder, write_whole
+
+from .environment import portable
+from .schema import check_fields, decode, encode, short
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Axis",
+    "Cell",
+    "Column",
+    "Measured",
+    "Plot",
+    "Result",
+    "Series",
+    "Table",
+    "Verdict",
+    "read_json",
+]
+
+FORMAT, FORMAT_VERSION = "residual_steer.result", 1
+CLAIMS = range(1, 11)  # the paper's, as claims.py lists them
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number that was measured with several seeds; in a text, `82.14 ± 0.31`.
+
+    Attributes:
+        mean: over the seeds; NaN where any of them gave no finite number.
+        spread: sample standard deviation (divided by count - 1); 0 for one seed, which has none.
+        count: how many seeds.
+    """
+
+    mean: float
+    spread: float
+    count: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.count < 1 or self.spread < 0 or (self.count == 1 and self.spread > 0):
+            raise SteerError(
+                "a measured number has a count of 1 or more and a spread of 0 or more, which is 0 for a single seed; "
+                f"received a count of {self.count} and a spread of {self.spread:g}."
+            )
+        if math.isnan(self.mean) or math.isnan(self.spread):
+            object.__setattr__(self, "mean", math.nan)
+            object.__setattr__(self, "spread", math.nan)
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measured:
+        """Return mean and spread of one value per seed; a seed that diverged is not left out, but makes them NaN.
+
+        Raises:
+            SteerError: there is no value.
+        """
+        if not len(values):
+            raise SteerError("a measured number needs the value of at least one seed; received none.")
+        numbers = [float(value) for value in values]
+        if not all(map(math.isfinite, numbers)):
+            return cls(math.nan, math.nan, len(numbers))
+        return cls(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0, len(numbers))
+
+    def __str__(self) -> str:
+        """Write the spread with two digits that count, and the mean as far as the spread goes."""
+        if math.isnan(self.mean):
+            return "–"
+        if not self.spread:
+            return f"{self.mean:.6g}"
+        decimals = max(0, 1 - math.floor(math.log10(self.spread)))
+        return f"{self.mean:.{decimals}f} ± {self.spread:.{decimals}f}"
+
+
+Cell = str | int | float | Measured | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        key: of its cells in the rows.
+        label: its head.
+        unit: shown behind the label; "" for none.
+        better: whether larger ("up") or smaller ("down") numbers are better, whose best is marked; None for neither.
+        digits: behind the decimal point, of all its numbers but integers.
+    """
+
+    key: str
+    label: str
+    unit: str = ""
+    better: Literal["up", "down"] | None = None
+    digits: int = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.digits <= 12:
+            raise SteerError(f"a column has 0 to 12 digits behind the decimal point; received {self.digits}.")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column names the rows.
+
+    Attributes:
+        title: above it.
+        columns: with different keys.
+        rows: cells by the key of their column; one that is left out is None.
+        notes: lines below it.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Mapping[str, Cell], ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        keys = [column.key for column in self.columns]
+        if not keys or len(set(keys)) < len(keys):
+            raise SteerError(f"a table has columns of different keys; received {keys}.")
+        for row in self.rows:
+            if row.keys() - set(keys):
+                raise SteerError(f"a row has cells for {', '.join(keys)}; received {', '.join(row)}.")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a plot.
+
+    Attributes:
+        label: what it shows.
+        unit: behind the label; "" for none.
+        log: whether it is logarithmic, which bars ignore along x.
+    """
+
+    label: str
+    unit: str = ""
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __str__(self) -> str:
+        """Write the label with its unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a plot shows of one method.
+
+    Attributes:
+        name: of the method; the same name has the same colour and marker in every plot.
+        x: numbers; for bars, the names of groups.
+        y: as many numbers, with a spread or without; None where there is none.
+        labels: in a scatter plot, one for each point; if left out, a series of a single point is labelled by its name.
+    """
+
+    name: str
+    x: tuple[float | Measured | str, ...]
+    y: tuple[float | Measured | None, ...]
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if len(self.x) != len(self.y) or (self.labels and len(self.labels) != len(self.x)):
+            raise SteerError(
+                f"a series has as many y as x, and a label for each point or none at all; {self.name!r} has "
+                f"{len(self.x)} x, {len(self.y)} y and {len(self.labels)} labels."
+            )
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture.
+
+    Attributes:
+        title: above it.
+        kind: "lines" with bands where y has a spread; "scatter", labelled points with bars of error, as in the paper's
+            figure 2; "bars", grouped by x.
+        x: the axis along the bottom.
+        y: the axis at the left.
+        series: one for every method, with different names.
+        notes: lines below it.
+    """
+
+    title: str
+    kind: Literal["lines", "scatter", "bars"]
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        names = [series.name for series in self.series]
+        if not names or len(set(names)) < len(names):
+            raise SteerError(f"a plot has series of different names; received {names}.")
+        for series in self.series:
+            texts = sum(isinstance(x, str) for x in series.x)
+            if texts != (len(series.x) if self.kind == "bars" else 0):
+                wanted = "the name of a group" if self.kind == "bars" else "a number"
+                raise SteerError(f"an x of {self.kind} is {wanted}; {series.name!r} has {short(series.x)}.")
+            if self.kind == "bars" and len(set(series.x)) < len(series.x):
+                raise SteerError(f"a series has one bar in a group; {series.name!r} has {short(series.x)}.")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a result says about one of the paper's claims.
+
+    Attributes:
+        claim: its number, 1 to 10.
+        verdict: in these words.
+        paper: the paper's number that this is held against.
+        ours: what was measured here, with spread and seeds.
+        command: that measures it again.
+        missing: what a fuller test would need; "" for nothing.
+    """
+
+    claim: int
+    verdict: Literal["holds", "does not hold", "partly holds", "not run here", "can't be tested here"]
+    paper: str
+    ours: str
+    command: str
+    missing: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.claim not in CLAIMS:
+            raise SteerError(f"the paper's claims are 1 to {CLAIMS[-1]}; received {self.claim}.")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that one experiment found.
+
+    Attributes:
+        name: of its files: small letters and digits, with `-`, `_` or `.` between them.
+        title: of its section in the report.
+        about: what was done, in a few sentences; blank lines part paragraphs.
+        command: that does it again; see `command_line`.
+        seeds: that were run.
+        settings: what was chosen, as JSON.
+        machine: where it ran; see `machine`.
+        versions: of Python and packages; see `versions`.
+        tables: what was found, in numbers.
+        plots: what was found, in pictures.
+        verdicts: on claims of the paper.
+        seconds: wall-clock time of the whole.
+        records: the raw runs, as any JSON; not shown in the report.
+    """
+
+    name: str
+    title: str
+    about: str
+    command: str
+    seeds: tuple[int, ...]
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    seconds: float = 0.0
+    records: Any = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not re.fullmatch(r"[a-z0-9]+([-_.][a-z0-9]+)*", self.name) or len(self.name) > 100:
+            raise SteerError(
+                f"a result's name is small letters and digits, with -, _ or . between them; received {self.name!r}."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, whole or not at all; paths of this machine are cut to their last names.
+
+        Raises:
+            SteerError: it cannot be written; what was there before is untouched.
+        """
+        place = as_path(path)
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **portable(encode(self))}
+        make_folder(place.parent)
+        write_whole({place: (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """Read what `save` wrote, and nothing else.
+
+        Raises:
+            SteerError: the file cannot be read or is no result; a field is missing, unknown or wrong.
+        """
+        return cls.parse(read_json(as_path(path)), str(path))
+
+    @classmethod
+    def parse(cls, content: Any, source: str) -> Result:
+        """Make a result of JSON.
+
+        Args:
+            content: what `read_json` returned.
+            source: how messages call it.
+
+        Raises:
+            SteerError: it is no result; a field is missing, unknown or wrong.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise SteerError(f'{source} is no result: it needs an object with "format": "{FORMAT}".')
+        fields = dict(content)
+        kind, version = fields.pop("format"), fields.pop("format_version", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise SteerError(
+                f"{source} is of format {kind!r}, version {short(version)}; "
+                f"this library reads version {FORMAT_VERSION}."
+            )
+        return decode(cls, fields, source)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, as strict as JSON is: no key twice in an object, and no NaN.
+
+    Raises:
+        SteerError: the file cannot be read, or is no JSON.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            raise ValueError("a key stands twice in an object")
+        return dict(pairs)
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"JSON has no {name}")
+
+    try:
+        return json.loads(path.read_bytes().decode(), object_pairs_hook=once, parse_constant=refuse)
+    except OSError as error:
+        raise SteerError(f"could not read {path}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SteerError(f"{path} holds no JSON: {str(error)[:200]}.") from error
