@@ -1,0 +1,144 @@
+"""Associative recall, as a synthetic task (Arora et al. 2023, "Zoology", arXiv 2312.04927)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from residual_steer.data.checks import check_integer, check_number, check_tokens, generator
+from residual_steer.data.rows import TokenRows
+from residual_steer.errors import SteerError
+from residual_steer.training import randomness
+from residual_steer.training.losses import IGNORE
+from residual_steer.training.modes import as_before
+
+__all__ = ["mqar", "recall"]
+
+_CHUNK = 1024  # rows that are drawn at once: memory for 1024 × keys numbers
+
+
+def mqar(
+    size: int,
+    *,
+    pairs: int = 8,
+    length: int = 64,
+    keys: Iterable[int] = range(1, 4096),
+    values: Iterable[int] = range(4096, 8192),
+    noise: Iterable[int] = (0,),
+    power: float = 0.01,
+    seed: int = 0,
+) -> TokenRows:
+    """Return rows of multi-query associative recall (MQAR).
+
+    A row starts with `pairs` different keys, each followed by its value: `k1 v1 k2 v2 …`. All values of a row differ,
+    and a key means another value in every row, so that nothing but the row itself tells it. The rest of the row is cut
+    into slots of two tokens, and every key comes back in a slot of its own, again followed by its value, as in a text:
+
+        input_ids   5  91   8  77   0   0   8  77   0   0   5  91
+        labels      ·   ·   ·   ·   ·   ·   ·  77   ·   ·   ·  91     (· is -100)
+
+    Labels are aligned as transformers wants them, which shifts them itself: a label stands where its value stands, one
+    after the query, and is predicted at the query, from what stands before the value. Zoology's own code puts the label
+    at the query and something else in the value's place; what has to be predicted, and from what, is the same.
+
+    Slots are taken key by key without replacement; slot g = 1, 2, … is drawn with probability proportional to
+    g^(power - 1), Zoology's power law of the gaps between repetitions in real text: small powers bring queries
+    close to the pairs, 1 spreads them evenly. Tokens that are in no pair are drawn evenly from `noise`.
+
+    Tasks differ by their `keys` and `values`: pre-train on some, adapt to others. Another `seed` gives other rows, for
+    validation; the same arguments give the same rows.
+
+    Args:
+        size: rows.
+        pairs: key-value pairs of a row, each queried once.
+        length: tokens of a row, at least 4 · `pairs`.
+        keys: tokens that are keys, at least `pairs` of them.
+        values: tokens that are values, at least `pairs` of them; none is a key.
+        noise: tokens that fill a row; none is a key or a value.
+        power: α of the power law of gaps, 0.01 in Zoology.
+        seed: from 0 to 2^40 - 1.
+
+    Returns:
+        Dicts of `input_ids` and `labels`, both int64 `(length,)`. A model of them needs a vocabulary beyond the
+        largest token: 8192 with these defaults, as in Zoology.
+
+    Raises:
+        SteerError: an argument outside these ranges, or a token in two roles.
+
+    >>> row = mqar(1, pairs=2, length=12, keys=range(1, 10), values=range(70, 100))[0]
+    >>> int((row["labels"] != -100).sum())
+    2
+    """
+    size, pairs = check_integer("size", size, 1), check_integer("pairs", pairs, 1)
+    length = check_integer("length", length, 4 * pairs)
+    power = check_number("power", power)
+    of = {"keys": check_tokens("keys", keys, pairs), "values": check_tokens("values", values, pairs)}
+    of["noise"] = check_tokens("noise", noise, 1)
+    twice = [token for token, count in Counter(torch.cat(list(of.values())).tolist()).items() if count > 1]
+    if twice:
+        raise SteerError(f"`keys`, `values` and `noise` have no token in common; received {twice[0]} more than once.")
+    random = generator(seed)
+    chunks = [_draw(min(_CHUNK, size - start), pairs, length, power, of, random) for start in range(0, size, _CHUNK)]
+    ids, labels = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return TokenRows(input_ids=ids, labels=labels)
+
+
+def _draw(
+    size: int, pairs: int, length: int, power: float, of: Mapping[str, Tensor], random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return inputs and labels of `size` rows, `(size, length)` each."""
+
+    def different(weights: Tensor) -> Tensor:
+        """Draw `pairs` different indices for every row, one after the other."""
+        return torch.multinomial(weights.expand(size, -1), pairs, generator=random)
+
+    keys = of["keys"][different(torch.ones(len(of["keys"])))]
+    values = of["values"][different(torch.ones(len(of["values"])))]
+    gaps = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float64)
+    queries = 2 * pairs + 2 * different(gaps ** (power - 1))
+    ids = of["noise"][torch.randint(len(of["noise"]), (size, length), generator=random)]
+    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
+    ids.scatter_(1, queries, keys).scatter_(1, queries + 1, values)
+    labels = torch.full_like(ids, IGNORE).scatter_(1, queries + 1, values)
+    return ids, labels
+
+
+@torch.no_grad()
+def recall(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> float:
+    """Return the share of labels that a causal language model predicts as its first choice, from 0 to 1.
+
+    For rows of `mqar`, that is the share of queries that are answered. The model runs in evaluation mode on its own
+    device; modes and random generators are left as they were.
+
+    Args:
+        model: maps `input_ids`, `(batch, length)`, to an output with `.logits`, `(batch, length, vocabulary)`.
+        loader: batches with `input_ids` and `labels`, `(batch, length)`, which are shifted here; -100 does not count.
+
+    Raises:
+        SteerError: a batch is not of this kind, or the loader has no label that counts.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    right = total = 0
+    with as_before(model), randomness.apart():
+        model.eval()
+        for batch in loader:
+            if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
+                raise SteerError(f"`recall` takes dict batches with input_ids and labels; received {_kind(batch)}.")
+            inputs = {name: value for name, value in send_to_device(batch, device).items() if name != "labels"}
+            labels = batch["labels"][:, 1:].to(device)
+            counts = labels != IGNORE
+            guesses = model(**inputs).logits[:, :-1].argmax(-1)
+            right += int((guesses == labels)[counts].sum())
+            total += int(counts.sum())
+    if not total:
+        raise SteerError("the loader gave nothing to recall: no batch, or no label that counts.")
+    return right / total
+
+
+def _kind(batch: object) -> str:
+    return f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"

@@ -1,0 +1,297 @@
+"""What is made from a seed: associative recall and the latent tasks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+from residual_steer import SteerError, fit
+from residual_steer.data import latent, mqar, recall
+from residual_steer.data.latent import embedding, rule
+
+
+class Lookup(nn.Module):
+    """Answers from nothing but what stands before: with the token that followed the same token for the first time."""
+
+    def __init__(self, vocabulary, forgets=0):
+        super().__init__()
+        self.vocabulary, self.forgets = vocabulary, forgets
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, input_ids):
+        assert not self.training
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        for row, tokens in enumerate(input_ids.tolist()):
+            for position, token in enumerate(tokens):
+                before = tokens[: max(0, position - self.forgets)]
+                if token in before[:-1]:
+                    logits[row, position, before[before.index(token) + 1]] = 1.0
+        return SimpleNamespace(logits=logits)
+
+
+SIZES = st.integers(1, 6).flatmap(
+    lambda pairs: st.tuples(
+        st.just(pairs), st.integers(4 * pairs, 60), st.integers(0, 5), st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0])
+    )
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, st.integers(0, 2**40 - 1))
+def test_every_query_is_labelled_with_the_value_of_its_key(sizes, seed):
+    pairs, length, spare, power = sizes
+    keys, values = range(10, 10 + pairs + spare), range(40, 40 + pairs + spare)
+    data = mqar(7, pairs=pairs, length=length, keys=keys, values=values, noise=(2, 3), power=power, seed=seed)
+    assert len(data) == 7
+    for row in data:
+        assert [(name, t.shape, t.dtype) for name, t in row.items()] == [
+            (name, (length,), torch.int64) for name in ("input_ids", "labels")
+        ]
+        ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+        bound = dict(zip(ids[0 : 2 * pairs : 2], ids[1 : 2 * pairs : 2], strict=True))
+        assert len(bound) == len(set(bound.values())) == pairs
+        assert set(bound) <= set(keys)
+        assert set(bound.values()) <= set(values)
+        answers = [i for i, label in enumerate(labels) if label != -100]
+        assert len(answers) == pairs
+        assert {ids[i - 1] for i in answers} == set(bound)
+        for i in answers:
+            assert i >= 2 * pairs + 1
+            assert labels[i] == ids[i] == bound[ids[i - 1]]
+            assert ids[2 * pairs : i].count(labels[i]) == 0  # it stands nowhere before but beside its key
+        rest = [t for i, t in enumerate(ids) if i >= 2 * pairs and not {i, i + 1} & set(answers)]
+        assert set(rest) <= {2, 3}
+
+
+def small(seed, size=64, **options):
+    options = {"pairs": 4, "length": 32, "keys": range(1, 30), "values": range(30, 60), **options}
+    return mqar(size, seed=seed, **options)
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_gives_others():
+    first, again, other = small(0).columns, small(0).columns, small(1).columns
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    rows = {tuple(row) for row in first["input_ids"].tolist()}
+    assert len(rows) == 64
+    assert not rows & {tuple(row) for row in other["input_ids"].tolist()}
+
+
+def test_rows_beyond_one_drawing():
+    data = small(0, size=1500)
+    assert len({tuple(row) for row in data.columns["input_ids"].tolist()}) == len(data) == 1500
+
+
+def test_rows_share_no_memory_with_the_data():
+    data = small(0)
+    data[3]["input_ids"].zero_()
+    assert data[3]["input_ids"].any()
+
+
+def test_the_power_law_of_gaps():
+    """With one pair, its slot is one draw from p(g) ∝ g^(power - 1)."""
+    gaps = torch.arange(1, 16).double()
+    for power in (0.01, 1.0):
+        ids = mqar(20_000, pairs=1, length=32, power=power, seed=3, keys=[1], values=[2]).columns["input_ids"]
+        seen = (ids[:, 2::2] == 1).double().mean(0)
+        wanted = gaps ** (power - 1) / (gaps ** (power - 1)).sum()
+        assert (seen - wanted).abs().max() < 0.012  # three standard deviations of the most frequent slot
+
+
+def test_what_fills_a_row_is_drawn_evenly():
+    ids = mqar(2000, pairs=1, length=20, keys=[1], values=[2], noise=range(3, 8)).columns["input_ids"]
+    counts = ids.flatten().bincount()[3:].double()
+    assert (counts / counts.sum() - 0.2).abs().max() < 0.01
+
+
+def test_keys_and_values_are_drawn_evenly():
+    ids = mqar(4000, pairs=2, length=8, keys=range(1, 6), values=range(6, 11)).columns["input_ids"][:, :4]
+    assert (ids.flatten().bincount()[1:] / 1600 - 1).abs().max() < 0.1
+
+
+def test_a_lookup_recalls_everything_and_modes_and_random_numbers_stay():
+    model = Lookup(60).train()
+    before = torch.get_rng_state()
+    assert recall(model, DataLoader(small(0), batch_size=10, shuffle=True)) == 1.0
+    assert model.training
+    assert model.dropout.training
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_lookup_that_sees_less_recalls_less():
+    share = recall(Lookup(60, forgets=25), DataLoader(small(0), batch_size=10))
+    labels, ids = small(0).columns["labels"], small(0).columns["input_ids"]
+    found = total = 0
+    for row, marks in zip(ids.tolist(), labels.tolist(), strict=True):
+        for i in (i for i, mark in enumerate(marks) if mark != -100):
+            total += 1
+            found += row.index(row[i - 1]) < i - 1 - 25 - 1
+    assert 0 < share < 1
+    assert share == found / total
+
+
+def gpt2(vocabulary, length, **options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, n_positions=length, n_embd=32, n_layer=2, n_head=2, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **options,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_an_untrained_model_is_at_chance():
+    share = recall(gpt2(60, 32), DataLoader(small(0, size=500), batch_size=100))
+    assert share < 4 / 60
+
+
+def test_the_models_own_loss_is_over_the_queries():
+    """The label is predicted one position before it: what transformers' loss shifts is what `recall` shifts."""
+    model, batch = gpt2(60, 32).eval(), next(iter(DataLoader(small(0), batch_size=8)))
+    with torch.no_grad():
+        output = model(**batch)
+    answers = (batch["labels"] != -100).nonzero()
+    chances = output.logits.log_softmax(-1)
+    by_hand = [-chances[row, i - 1, batch["labels"][row, i]] for row, i in answers.tolist()]
+    torch.testing.assert_close(output.loss, torch.stack(by_hand).mean())
+
+
+def test_an_answer_cannot_be_seen_before_it_is_given():
+    model, row = gpt2(60, 32).eval(), small(0)[0]
+    answers = (row["labels"] != -100).nonzero().flatten().tolist()
+    with torch.no_grad():
+        whole = model(input_ids=row["input_ids"][None]).logits[0]
+        for i in answers:
+            changed = row["input_ids"].clone()
+            changed[i:] = 0
+            torch.testing.assert_close(model(input_ids=changed[None]).logits[0, i - 1], whole[i - 1])
+
+
+def test_a_model_learns_it():
+    """Two pairs of few tokens: in a few seconds far beyond the half that guessing among the row's values gives."""
+    torch.manual_seed(1)
+    options = {"pairs": 2, "length": 8, "keys": range(1, 5), "values": range(5, 9)}
+    model = gpt2(9, 8)
+    train = DataLoader(mqar(4000, **options, seed=0), batch_size=64, shuffle=True)
+    valid = DataLoader(mqar(300, **options, seed=1), batch_size=100)
+    fit(model, train, steps=200, lr=5e-3, progress=False)
+    assert recall(model, valid) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": 0}, "`size` is an integer of at least 1; received 0"),
+        ({"size": True}, "received True"),
+        ({"pairs": 0}, "at least 1"),
+        ({"length": 15}, "`length` is an integer of at least 16; received 15"),
+        ({"power": -1}, "at least 0; received -1"),
+        ({"power": float("nan")}, "received nan"),
+        ({"keys": range(3)}, "`keys` lists at least 4 different tokens"),
+        ({"keys": [1, 1, 2, 3, 4]}, "different tokens"),
+        ({"keys": [-1, 2, 3, 4, 5]}, "different tokens"),
+        ({"values": "abcdef"}, "`values` lists"),
+        ({"values": [30.5, 31.5, 32.5, 33.5]}, "`values` lists"),
+        ({"values": 7}, "received 7"),
+        ({"noise": ()}, "`noise` lists at least 1"),
+        ({"values": range(29, 60)}, "received 29 more than once"),
+        ({"noise": (0, 31)}, "received 31 more than once"),
+        ({"seed": -1}, "`seed` is an integer from 0"),
+        ({"seed": 2**40}, "`seed` is an integer from 0"),
+        ({"seed": None}, "received None"),
+    ],
+)
+def test_mqar_errors(options, said):
+    with pytest.raises(SteerError, match=said):
+        small(**{"seed": 0, **options})
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ([], "nothing to recall"),
+        ([{"input_ids": torch.ones(1, 3).long(), "labels": torch.full((1, 3), -100)}], "nothing to recall"),
+        ([(torch.ones(1, 3), torch.ones(1))], "received a tuple"),
+        ([{"input_ids": torch.ones(1, 3).long()}], "received the keys input_ids"),
+    ],
+)
+def test_recall_errors(batches, said):
+    with pytest.raises(SteerError, match=said):
+        recall(Lookup(5), batches)
+
+
+def test_latent_rows_are_what_the_definition_says():
+    x, y = latent(3000, noise=0.5, seed=4).tensors
+    assert x.shape == (3000, 16, 64)
+    assert x.dtype == torch.float32
+    assert y.shape == (3000,)
+    assert y.dtype == torch.int64
+    u, rest = recovered(x)
+    assert (u.mean(0)).abs().max() < 0.1
+    assert (u.var(0) - 1).abs().max() < 0.15
+    assert rest.std().item() == pytest.approx(0.5 * (1 - 8 / 1024) ** 0.5, rel=0.01)
+    assert (rule(u, 0) == y).float().mean() > 0.95
+    assert embedding().square().sum(-1).mean().item() == pytest.approx(1, abs=0.05)
+
+
+def recovered(x):
+    """Return u as least squares finds it, and what it does not explain."""
+    matrix, flat = embedding().flatten(0, 1), x.flatten(1)
+    u = torch.linalg.lstsq(matrix, flat.T).solution.T
+    return u, flat - u @ matrix.T
+
+
+def test_tasks_share_the_tokens_and_differ_in_their_labels():
+    rows = [latent(4000, task=task).tensors for task in range(4)]
+    assert all(torch.equal(x, rows[0][0]) for x, _ in rows)
+    for i, (_, y) in enumerate(rows):
+        assert 0.46 < y.float().mean() < 0.54
+        for _, other in rows[:i]:
+            assert 0.2 < (y == other).float().mean() < 0.8
+
+
+def test_latent_rows_depend_on_their_seed_alone():
+    assert torch.equal(latent(10, seed=1).tensors[0], latent(10, seed=1).tensors[0])
+    assert not torch.equal(latent(10, seed=1).tensors[0], latent(10, seed=2).tensors[0])
+    assert torch.equal(latent(10, seed=1, noise=0.0).tensors[1], latent(10, seed=1).tensors[1])
+
+
+def test_without_noise_the_oracle_is_always_right_and_the_rule_is_not_linear():
+    x, y = latent(4000, noise=0.0).tensors
+    u, _ = recovered(x)
+    assert (rule(u, 0) == y).float().mean() > 0.999
+    plane = torch.linalg.lstsq(u, y[:, None] * 2.0 - 1).solution
+    assert ((u @ plane)[:, 0].gt(0).long() == y).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("task", [0, 1, 2])
+def test_the_best_possible_accuracy_is_far_above_nine_tenths(task):
+    """Bayes: u given x is Gaussian, and the label is what most of it says."""
+    x, y = latent(1000, task=task, seed=9).tensors
+    matrix = embedding().flatten(0, 1)
+    covariance = torch.linalg.inv(torch.eye(8) + matrix.T @ matrix)
+    mean = x.flatten(1) @ matrix @ covariance
+    spread = torch.linalg.cholesky(covariance)
+    votes = sum(rule(mean + torch.randn(mean.shape) @ spread.T, task) for _ in range(25))
+    assert ((votes > 12).long() == y).float().mean() > 0.94
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": 0}, "`size`"),
+        ({"task": -1}, "`task` is an integer of at least 0"),
+        ({"task": 1.5}, "received 1.5"),
+        ({"tokens": 0}, "`tokens`"),
+        ({"latents": 0}, "`latents`"),
+        ({"width": 0}, "`width`"),
+        ({"noise": -0.1}, "`noise`"),
+        ({"noise": "1"}, "received '1'"),
+        ({"seed": -3}, "`seed`"),
+    ],
+)
+def test_latent_errors(options, said):
+    with pytest.raises(SteerError, match=said):
+        latent(**{"size": 4, **options})
