@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from . import data
+from . import baselines, data
 from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
@@ -22,6 +22,7 @@ __all__ = [
     "HRes",
     "SteerError",
     "backbones",
+    "baselines",
     "data",
     "fields",
     "find_backbone",

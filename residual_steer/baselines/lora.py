@@ -1,0 +1,157 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), by PEFT, put into the model where it stands."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from residual_steer.errors import SteerError
+
+from .bypass import Part, is_linear, parts_of
+from .parts import Subject, Trained, count
+
+__all__ = ["lora", "merge_layers"]
+
+# What LoRA usually adapts in a mixer, the first that is there: joint projections of attention, queries and values
+# alone, as in the paper, and what an SSM calls as modules. Anything else gets it on all linear layers of the mixer.
+_USUAL = (("c_attn",), ("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("in_proj", "x_proj"))
+
+
+def lora(
+    subject: Subject,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    layers: Sequence[int] | None = None,
+    targets: Sequence[str] | str | None = None,
+) -> Trained:
+    """Add alpha/rank · B·A to the weight of linear layers, with B = 0 at the start.
+
+    The keys of the state dict change for the layers that are adapted: PEFT puts `.base_layer` into them, until `merge`.
+
+    By default the joint projection of attention is adapted where there is one, queries and values elsewhere, and in a
+    Mamba `in_proj` and `x_proj`. Layers whose weight the model reads without calling them are left out, since LoRA
+    would do nothing there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s Mamba-1, and all its other layers while it
+    takes its fused path; `x_proj` in transformers' Mamba where the kernels are installed; `qkv` of timm's EVA, unless
+    its `qkv_bias_separate` is set. What remains of the mixer then is adapted.
+
+    Args:
+        subject: the model.
+        rank: r.
+        alpha: the factor of the update is alpha/rank; None is 1.
+        dropout: of what enters A, in training mode.
+        layers: which blocks.
+        targets: names or globs of linear layers inside the blocks, in place of the default, such as `["in_proj"]`.
+
+    Raises:
+        SteerError: PEFT is not installed or refuses; an option out of range; targets that match no linear layer, or one
+            that is not called.
+    """
+    count("rank", rank)
+    alpha = float(rank) if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise SteerError(f"`alpha` is a positive number; received {alpha!r}.")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise SteerError(f"`dropout` is a probability in [0, 1); received {dropout!r}.")
+    paths = _usual(subject, layers) if targets is None else _chosen(subject, layers, targets)
+    try:
+        import peft
+    except ImportError as error:
+        raise SteerError("'lora' is PEFT's: pip install 'residual-steer[peft]'.") from error
+    model: Any = subject.model
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's hint says int; it divides
+        lora_dropout=dropout,
+        target_modules="|".join(map(re.escape, paths)),  # matched as a whole, so that nothing else is
+        fan_in_fan_out=any(not isinstance(model.get_submodule(path), nn.Linear) for path in paths),
+    )
+    had = "peft_config" in model.__dict__
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except (ValueError, TypeError) as error:
+        merge_layers(model, update=False)
+        if not had:
+            model.__dict__.pop("peft_config", None)
+        raise SteerError(f"PEFT refused: {error}") from error
+    parameters = []
+    for layer in _layers(model):
+        layer.train(layer.get_base_layer().training)
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+                parameters.append(parameter)
+    return Trained(parameters, called=paths)
+
+
+def merge_layers(model: Any, update: bool = True) -> int:
+    """Put the plain layers back, with or without what LoRA learned in their weights; return how many there were."""
+    layers = {id(layer): layer for layer in _layers(model)}
+    for layer in layers.values():
+        if update:
+            layer.merge(safe_merge=True)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in layers:
+                parent._modules[name] = layers[id(child)].get_base_layer()
+    model.__dict__.pop("peft_config", None)
+    return len(layers)
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _usual(subject: Subject, layers: Sequence[int] | None) -> list[str]:
+    parts = parts_of(subject, layers, is_linear)
+    called = [part for part in parts if part.remedy is None]
+    mixer = f"{subject.backbone.mixer}."
+    inside = [part for part in called if part.path.startswith(mixer)] or called
+    if not inside:
+        remedies = sorted({part.remedy for part in parts if part.remedy})
+        raise SteerError(
+            "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
+            + (f"The model reads the weights itself; to change that, {' or '.join(remedies)}." if remedies else "")
+        )
+    for names in _USUAL:
+        found = [part.name for part in inside if part.path.rpartition(".")[2] in names]
+        if found:
+            return found
+    return [part.name for part in inside]
+
+
+def _chosen(subject: Subject, layers: Sequence[int] | None, targets: Sequence[str] | str) -> list[str]:
+    patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise SteerError(f"`targets` is a list of names or globs of linear layers inside blocks; received {targets!r}.")
+    parts = parts_of(subject, layers, is_linear)
+    found: dict[str, Part] = {}
+    for pattern in patterns:
+        hits = {part.name: part for part in parts if _matches(part.path, pattern)}
+        if not hits:
+            there = ", ".join(sorted({part.path for part in parts})) or "none"
+            raise SteerError(f"the target {pattern!r} matches no linear layer inside a block; there are: {there}.")
+        found |= hits
+    silent = [part for part in found.values() if part.remedy is not None]
+    if silent:
+        named = ", ".join(sorted({part.path for part in silent}))
+        remedies = sorted({part.remedy for part in silent if part.remedy})
+        raise SteerError(
+            f"LoRA on {named} would do nothing: the model reads the weight there without calling the layer. "
+            + (f"To adapt it, {' or '.join(remedies)}." if remedies else "Choose other `targets`.")
+        )
+    return list(found)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Say whether a pattern is a path inside a block, or the end of one, from a dot on."""
+    parts = path.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))

@@ -1,0 +1,187 @@
+"""Every method on every backbone: what it trains, that it trains, and that nothing else moves."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import residual_steer as rs
+from cases import CASES
+
+OPTIONS = {
+    "hres": {"rank": 4},
+    "adaptformer": {"rank": 4},
+    "parallel-adapter": {"rank": 4},
+    "lora": {"rank": 2},
+    "prompt": {"length": 3},
+    "prefix": {"length": 3},
+    "vpt-shallow": {"length": 3},
+    "vpt-deep": {"length": 3},
+}
+TEXT = ("gpt2", "mamba", "falcon")
+SSM = ("mamba", "falcon")
+HEADLESS = ("hf-dinov2", "hf-clip")
+
+
+def reason(method, case):
+    """Return what the error of a method that makes no sense on a case says, None for all others."""
+    gpt2, ssm = case.name.startswith("gpt2"), case.name.startswith(SSM)
+    if method == "adaptformer" and "mlp" not in case.points:
+        return r"beside the MLP .* 'parallel-adapter'"
+    if method == "prompt" and not case.name.startswith(TEXT):
+        return r"'vpt-shallow'"
+    if method == "prefix" and ssm:
+        return r"no keys and values .* 'prompt'"
+    if method == "prefix" and not gpt2:
+        return r"'vpt-deep'"
+    if method.startswith("vpt") and gpt2:
+        return r"'prompt' .* 'prefix'"
+    if method == "linear" and case.name in HEADLESS:
+        return "has none"
+    return None
+
+
+GRID = [(method, case) for method in rs.baselines.methods() for case in CASES]
+MAKES_SENSE = [pytest.param(m, c, id=f"{m}-{c.name}") for m, c in GRID if reason(m, c) is None]
+MAKES_NONE = [pytest.param(m, c, id=f"{m}-{c.name}") for m, c in GRID if reason(m, c) is not None]
+FROZEN_BASE = ("hres", "adaptformer", "parallel-adapter", "lora", "prompt", "prefix", "vpt-shallow", "vpt-deep", "ssf")
+CHANGED = ("prompt", "prefix", "vpt-shallow", "vpt-deep")  # what a fresh one computes is not what the frozen model does
+
+every_sense = pytest.mark.parametrize(("method", "case"), MAKES_SENSE)
+
+
+def applied(method, case, **more):
+    torch.manual_seed(4)
+    return rs.baselines.apply(case.build(), method, **OPTIONS.get(method, {}), **more)
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def base_of(model, names):
+    """Return the base's tensors by the names they had before a method: PEFT renames those of the layers it adapts."""
+    found = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    return {name: found[name] for name in names}
+
+
+@functools.cache
+def reached(name):
+    """The parameters that plain autograd reaches when everything trains."""
+    case = next(case for case in CASES if case.name == name)
+    model = case.build().train().requires_grad_(True)
+    case.loss(model).backward()
+    named = model.named_parameters(remove_duplicate=False)  # tied embeddings under both names
+    return {name for name, p in named if p.grad is not None and p.grad.abs().max() > 1e-9}
+
+
+def descend(model, case, steps=2):
+    """Take real steps; return the trained tensors' gradients in the last one."""
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        case.loss(model).backward()
+        optimizer.step()
+    model.eval()
+    return {name: p.grad for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize(("method", "case"), MAKES_NONE)
+def test_a_method_that_makes_no_sense_says_why_and_changes_nothing(method, case):
+    model = case.build().requires_grad_(True)
+    keys, hooks = list(model.state_dict()), count_hooks(model)
+    with pytest.raises(rs.SteerError, match=f"(?s){reason(method, case)}"):
+        rs.baselines.apply(model, method, **OPTIONS.get(method, {}))
+    assert list(model.state_dict()) == keys
+    assert count_hooks(model) == hooks
+    assert all(p.requires_grad for p in model.parameters())
+    rs.steer(model, rank=2)
+
+
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@every_sense
+@torch.no_grad()  # PyTorch picks another matrix product where a weight requires a gradient
+def test_it_starts_where_the_frozen_model_is(method, case):
+    frozen = case.build()
+    expected = case.run(frozen)
+    model = applied(method, case)
+    assert isinstance(model, type(frozen))
+    actual = case.run(model)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual, expected) is (method not in CHANGED)
+
+
+@every_sense
+def test_it_trains_what_it_names_and_moves_nothing_else(method, case):
+    model = applied(method, case)
+    names = list(case.build().state_dict())
+    before = {name: tensor.clone() for name, tensor in base_of(model, names).items()}
+    open_ = trained(model)
+    assert open_
+    gradients = descend(model, case)
+    idle = {name for name, g in gradients.items() if g is None or g.abs().max() <= 1e-9}
+    if method in FROZEN_BASE:
+        assert not idle
+        assert not any(id(p) == id(q) for p in open_.values() for q in case.build().parameters())
+    else:
+        assert set(open_) - idle == set(open_) & reached(case.name)
+    after = base_of(model, names)
+    moved = {name for name in names if not torch.equal(before[name], after[name])}
+    allowed = (
+        set()
+        if method in FROZEN_BASE
+        else {n for n, p in model.named_parameters(remove_duplicate=False) if n in idle or p.requires_grad}
+    )
+    assert allowed - idle <= moved <= allowed
+
+
+@every_sense
+def test_a_copy_and_a_saved_state_compute_the_same(method, case):
+    model = applied(method, case)
+    descend(model, case)
+    expected = case.run(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(case.run(twin), expected)
+    with torch.no_grad():
+        for p in trained(twin).values():
+            p.add_(1)
+    assert not torch.equal(case.run(twin), expected)
+    assert torch.equal(case.run(model), expected)
+    saved = {name: p.detach().clone() for name, p in trained(model).items()}
+    fresh = applied(method, case)
+    missing, unexpected = fresh.load_state_dict(saved, strict=False)
+    assert not unexpected
+    assert not set(missing) & set(saved)
+    assert torch.equal(case.run(fresh), expected)
+
+
+def rows(case):
+    """Return four rows of a batch of the case, with labels where it is a language model."""
+    torch.manual_seed(5)
+    batches = [case.batch() for _ in range(2)]
+    tensors = {
+        key: torch.cat([b[key] for b in batches]) for key, v in batches[0].items() if isinstance(v, torch.Tensor)
+    }
+    return [{key: value[i] for key, value in tensors.items()} for i in range(4)]
+
+
+@every_sense
+def test_fit_trains_it(method, case):
+    model = applied(method, case)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+
+    def loss(model, batch):
+        output = model(**batch)
+        for name in ("logits", "last_hidden_state"):
+            output = getattr(output, name, output)
+        return output.float().square().mean() + output.float()[..., 0].mean()
+
+    rs.fit(model, DataLoader(rows(case), 2), steps=2, lr=1e-2, loss=loss, progress=False)
+    assert any(not torch.equal(before[name], p) for name, p in trained(model).items())
