@@ -1,6 +1,6 @@
-"""The one exception of the library."""
+"""The one exception of the library, and the two kinds of it that a program may want to tell apart."""
 
-__all__ = ["SteerError"]
+__all__ = ["Diverged", "SteerError", "Unsuitable"]
 
 
 class SteerError(ValueError):
@@ -8,3 +8,11 @@ class SteerError(ValueError):
 
     Whatever raises it has changed nothing: neither the model nor a file.
     """
+
+
+class Diverged(SteerError):
+    """A training whose loss or gradient became NaN or infinite; the model is as it was after the last good step."""
+
+
+class Unsuitable(SteerError):
+    """A method that makes no sense on a backbone, such as prefix tuning on a model without keys and values."""

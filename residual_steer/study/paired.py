@@ -1,0 +1,67 @@
+"""Whether one method is better than another, judged by differences on the same seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from residual_steer.errors import SteerError
+
+__all__ = ["Difference", "difference"]
+
+# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; beyond the last, the normal distribution's is near
+_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, with its 95 % interval (Student's t).
+
+    Attributes:
+        mean: of one minus other.
+        margin: half the width of the interval; infinite for a single pair.
+        count: number of pairs.
+    """
+
+    mean: float
+    margin: float
+    count: int
+
+    @property
+    def sign(self) -> int:
+        """1 if the interval lies above zero, -1 if below, 0 if it holds zero: no difference could be seen."""
+        return 0 if abs(self.mean) <= self.margin else int(math.copysign(1, self.mean))
+
+    def __str__(self) -> str:
+        """Write `+2.77 (95 % interval 1.90 to 3.64, 10 seeds)`."""
+        if math.isinf(self.margin):
+            return f"{self.mean:+.3g} (one seed)"
+        low, high = self.mean - self.margin, self.mean + self.margin
+        return f"{self.mean:+.3g} (95 % interval {low:.3g} to {high:.3g}, {self.count} seeds)"
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """Compare two methods, seed by seed.
+
+    Args:
+        one: a number for every seed.
+        other: numbers for the same seeds in the same order.
+
+    Raises:
+        SteerError: there are none, or not as many.
+    """
+    if not one or len(one) != len(other):
+        raise SteerError(
+            f"paired numbers are one or more, as many of one as of the other; received {len(one)} and {len(other)}."
+        )
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count == 1:
+        return Difference(mean, math.inf, 1)
+    quantile = _QUANTILES[count - 2] if count - 2 < len(_QUANTILES) else 1.96 + 2.5 / (count - 1)
+    return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count), count)

@@ -1,0 +1,106 @@
+"""What a study compares methods on, and the methods it compares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from residual_steer.errors import SteerError
+from residual_steer.training.losses import Loss
+
+__all__ = ["Arm", "Problem", "rates_around"]
+
+Score = Callable[[nn.Module, str, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A frozen backbone and what it is to be adapted to.
+
+    Attributes:
+        name: as in tables.
+        fresh: from a seed to a new copy of the backbone, its untrained parts, such as a new head, made from that seed.
+        train: from a seed to a loader of training data, as `fit` takes it.
+        score: from a model, a split, `"valid"` or `"test"`, and a seed to numbers by name. The learning rate is chosen
+            on the first split and the result is taken from the second.
+        metric: which of these numbers counts.
+        better: `"up"` if more of it is better, `"down"` if less.
+        steps: optimizer steps, the same for every method.
+        identity: plain values that tell this problem from every other: sizes, seeds, a digest of the backbone's
+            weights. With equal ones a finished run is read back instead of made again.
+        train_also: names of base modules that every method trains, such as a new classifier.
+        loss: as in `fit`.
+        fit: other options of `fit`.
+
+    Raises:
+        SteerError: `better` is another word, or `steps` is below 1.
+    """
+
+    name: str
+    fresh: Callable[[int], nn.Module]
+    train: Callable[[int], Iterable[Any]]
+    score: Score
+    metric: str
+    better: str
+    steps: int
+    identity: Mapping[str, Any]
+    train_also: tuple[str, ...] = ()
+    loss: Loss | None = None
+    fit: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.better not in ("up", "down"):
+            raise SteerError(f"`better` is 'up' or 'down'; received {self.better!r}.")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise SteerError(f"`steps` is a positive integer; received {self.steps!r}.")
+
+    def worth(self, scores: Mapping[str, float] | None) -> float:
+        """Return a number that is larger the better the scores are; -inf for those of a run that diverged."""
+        if scores is None or math.isnan(scores[self.metric]):
+            return -math.inf
+        return scores[self.metric] if self.better == "up" else -scores[self.metric]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of a study, with the learning rates that are tried.
+
+    Attributes:
+        name: as in tables.
+        method: as `baselines.apply` takes it.
+        rates: peak learning rates; a fair study gives every arm as many.
+        options: of the method.
+
+    Raises:
+        SteerError: no rate, two equal ones, or one that is not positive.
+    """
+
+    name: str
+    method: str
+    rates: tuple[float, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rates or len(set(self.rates)) < len(self.rates) or not all(0 < r < math.inf for r in self.rates):
+            raise SteerError(f"`rates` are one or more different positive numbers; received {self.rates!r}.")
+
+
+def rates_around(centre: float, count: int = 3, factor: float = 3.0) -> tuple[float, ...]:
+    """Return `count` learning rates, each `factor` times the one before, with `centre` in their middle.
+
+    >>> rates_around(1e-2)
+    (0.00333, 0.01, 0.03)
+
+    Raises:
+        SteerError: `centre` is not positive, `count` is below 1, or `factor` is not above 1.
+    """
+    if not centre > 0 or count < 1 or not factor > 1:
+        raise SteerError(
+            "learning rates are positive, at least one, and grow by a factor above 1; received "
+            f"centre={centre!r}, count={count!r}, factor={factor!r}."
+        )
+    return tuple(float(f"{centre * factor ** (i - (count - 1) / 2):.3g}") for i in range(count))

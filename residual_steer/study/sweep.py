@@ -1,0 +1,188 @@
+"""A fair comparison: for every method the same steps, a learning-rate sweep of the same size, the same seeds.
+
+Each rate is tried with the first seed; the one that is best on validation data is used with all seeds, and what is
+reported is measured on test data that chose nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from residual_steer import baselines
+from residual_steer.errors import Diverged, SteerError, Unsuitable
+from residual_steer.training import fit
+
+from .budget import adapted, trainable
+from .ledger import Ledger
+from .problem import Arm, Problem
+
+__all__ = ["Entry", "Run", "every_run", "sweep"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        rate: its peak learning rate.
+        seed: of the model's new parts, the method's weights and the data's order.
+        valid: scores on validation data; None if the loss became NaN or infinite.
+        test: scores on test data; None likewise.
+        merged: the same after LoRA was folded into the weights; None for other methods.
+        trainable: number of parameters that trained.
+        total: number of all parameters, the method's included.
+        seconds_per_step: median wall-clock seconds of a step; None likewise.
+        seconds: wall-clock time of the whole, scoring included.
+    """
+
+    rate: float
+    seed: int
+    valid: dict[str, float] | None
+    test: dict[str, float] | None
+    merged: dict[str, float] | None
+    trainable: int
+    total: int
+    seconds_per_step: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one problem.
+
+    Attributes:
+        arm: the method.
+        rate: the learning rate that was best on validation data; None if all diverged, or the method was refused.
+        trials: one run for every rate, with the first seed.
+        runs: one run for every seed, with that rate.
+        refused: why the method makes no sense on this backbone; empty if it does.
+    """
+
+    arm: Arm
+    rate: float | None
+    trials: tuple[Run, ...]
+    runs: tuple[Run, ...]
+    refused: str = ""
+
+    @property
+    def every(self) -> tuple[Run, ...]:
+        """All runs, those that chose the learning rate first, none twice."""
+        return (*self.trials, *(run for run in self.runs if run not in self.trials))
+
+    @property
+    def at_edge(self) -> bool:
+        """Say whether the best rate was the lowest or the highest tried, so that a better one may lie beyond."""
+        return (
+            self.rate is not None
+            and len(self.arm.rates) > 2
+            and self.rate in (min(self.arm.rates), max(self.arm.rates))
+        )
+
+    def results(self, metric: str, *, merged: bool = False) -> list[float]:
+        """Return a number of every seed that did not diverge, measured on test data."""
+        found = [run.merged if merged else run.test for run in self.runs]
+        return [scores[metric] for scores in found if scores is not None]
+
+
+def sweep(
+    problem: Problem, arms: Sequence[Arm], seeds: Sequence[int], ledger: Ledger | None = None, *, progress: bool = True
+) -> list[Entry]:
+    """Compare methods on a problem.
+
+    Args:
+        problem: what they are compared on.
+        arms: the methods, with different names.
+        seeds: at least one; three or more give a spread.
+        ledger: where finished runs are kept and found.
+        progress: whether to show a bar.
+
+    Returns:
+        An entry for every arm, in their order.
+
+    Raises:
+        SteerError: no arm, two of the same name, no seed, two equal ones; or what `fit` raises but for a divergence,
+            which is a result.
+    """
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) < len(names):
+        raise SteerError(f"arms are one or more of different names; received {names}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise SteerError(f"seeds are one or more different integers; received {list(seeds)}.")
+    ledger = Ledger() if ledger is None else ledger
+    total = sum(len(arm.rates) + len(seeds) - 1 for arm in arms)
+    with tqdm(total=total, unit="run", desc=problem.name, disable=not progress, leave=False) as bar:
+        return [_compare(problem, arm, seeds, ledger, bar) for arm in arms]
+
+
+def every_run(entries: Iterable[Entry]) -> list[Run]:
+    """Return all runs of a study."""
+    return [run for entry in entries for run in entry.every]
+
+
+def _compare(problem: Problem, arm: Arm, seeds: Sequence[int], ledger: Ledger, bar: Any) -> Entry:
+    bar.set_postfix_str(arm.name)
+    reason = refusal(problem, arm)
+    if reason:
+        bar.update(len(arm.rates) + len(seeds) - 1)
+        return Entry(arm, None, (), (), reason)
+
+    def run(rate: float, seed: int) -> Run:
+        found = Run(**ledger.get_or(_key(problem, arm, rate, seed), lambda: asdict(_train(problem, arm, rate, seed))))
+        bar.update()
+        return found
+
+    trials = [run(rate, seeds[0]) for rate in arm.rates]
+    best = max(trials, key=lambda trial: problem.worth(trial.valid))
+    if problem.worth(best.valid) == -math.inf:
+        bar.update(len(seeds) - 1)
+        return Entry(arm, None, tuple(trials), ())
+    return Entry(arm, best.rate, tuple(trials), (best, *(run(best.rate, seed) for seed in seeds[1:])))
+
+
+def refusal(problem: Problem, arm: Arm) -> str:
+    """Return why a method makes no sense on a problem's backbone; empty if it does."""
+    try:
+        adapted(problem, arm, 0)
+    except Unsuitable as error:
+        return str(error)
+    return ""
+
+
+def _train(problem: Problem, arm: Arm, rate: float, seed: int) -> Run:
+    started = time.perf_counter()
+    model = adapted(problem, arm, seed)
+    count = dict(zip(("trainable", "total"), trainable(model), strict=True))
+    options = {"progress": False, "seed": seed, "log_every": 1, **problem.fit}
+    try:
+        history = fit(model, problem.train(seed), steps=problem.steps, lr=rate, loss=problem.loss, **options)
+    except Diverged:
+        return Run(rate, seed, None, None, None, seconds_per_step=None, seconds=time.perf_counter() - started, **count)
+    valid, test = problem.score(model, "valid", seed), problem.score(model, "test", seed)
+    merged = None
+    if arm.method == "lora":
+        merged = problem.score(baselines.merge(model), "test", seed)
+    seconds = {"seconds_per_step": history.seconds_per_step, "seconds": time.perf_counter() - started}
+    return Run(rate, seed, valid, test, merged, **seconds, **count)
+
+
+def _key(problem: Problem, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+    """Return all that a run depends on."""
+    return {
+        "problem": problem.name,
+        "identity": dict(problem.identity),
+        "steps": problem.steps,
+        "fit": dict(problem.fit),
+        "method": arm.method,
+        "options": dict(arm.options),
+        "rate": rate,
+        "seed": seed,
+        "versions": {"residual-steer": importlib.metadata.version("residual-steer"), "torch": torch.__version__},
+    }

@@ -1,0 +1,98 @@
+"""From the entries of a study to the tables and plots of a report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from residual_steer.report.result import Cell, Column, Measured, Table
+
+from .problem import Problem
+from .sweep import Entry
+
+__all__ = ["comparison", "measured", "records"]
+
+
+def measured(entry: Entry, metric: str, *, scale: float = 1.0, merged: bool = False) -> Measured | None:
+    """Return what an entry reached on test data over its seeds; None if it was refused, or any seed diverged.
+
+    Args:
+        entry: one method.
+        metric: which score.
+        scale: what to multiply it by, such as 100 for percent.
+        merged: LoRA's scores after it was folded into the weights.
+    """
+    values = entry.results(metric, merged=merged)
+    return Measured.of([scale * value for value in values]) if values and len(values) == len(entry.runs) else None
+
+
+def comparison(
+    title: str, problem: Problem, entries: Sequence[Entry], column: Column, *, scale: float = 1.0, merged: bool = False
+) -> Table:
+    """Return a table with a row for every method.
+
+    Args:
+        title: above it.
+        problem: what they were compared on.
+        entries: the methods.
+        column: how the problem's metric is shown; its key is the metric's name.
+        scale: what to multiply it by.
+        merged: whether LoRA gets a second row, for its weights folded in.
+    """
+    columns = (
+        Column("method", "method"),
+        Column("trainable", "trainable parameters"),
+        Column("share", "share of all", "%", digits=2),
+        Column("rate", "learning rate", digits=5),
+        column,
+        Column("step", "time of a step", "ms", digits=1),
+    )
+    rows: list[dict[str, Cell]] = []
+    for entry in entries:
+        rows.append({"method": entry.arm.name, **_sizes(entry), column.key: measured(entry, column.key, scale=scale)})
+        if merged and entry.runs and entry.runs[0].merged is not None:
+            value = measured(entry, column.key, scale=scale, merged=True)
+            rows.append({"method": f"{entry.arm.name}, merged", column.key: value})
+    return Table(title, columns, tuple(rows), tuple(_notes(problem, entries)))
+
+
+def records(problem: Problem, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return every run as plain values, those that chose the learning rate included."""
+    found = []
+    for entry in entries:
+        about = {"problem": problem.name, "method": entry.arm.name, "options": dict(entry.arm.options)}
+        if entry.refused:
+            found.append({**about, "refused": entry.refused})
+        found += [{**about, "chosen": run.rate == entry.rate, **vars(run)} for run in entry.every]
+    return found
+
+
+def _sizes(entry: Entry) -> dict[str, Cell]:
+    if not entry.runs:
+        return {}
+    run = entry.runs[0]
+    seconds = [run.seconds_per_step for run in entry.runs if run.seconds_per_step is not None]
+    return {
+        "trainable": run.trainable,
+        "share": 100 * run.trainable / run.total,
+        "rate": f"{run.rate:g}",
+        "step": 1000 * statistics.median(seconds) if seconds else None,
+    }
+
+
+def _notes(problem: Problem, entries: Sequence[Entry]) -> list[str]:
+    tried = {len(entry.arm.rates) for entry in entries}
+    seeds = {len(entry.runs) for entry in entries if entry.runs}
+    notes = [
+        f"{problem.steps} steps for every method; {'–'.join(map(str, sorted(tried)))} learning rates tried with the first "
+        f"seed, the best on validation data used with {'–'.join(map(str, sorted(seeds)))} seeds; measured on test data."
+    ]
+    notes += [f"{entry.arm.name}: {entry.refused}" for entry in entries if entry.refused]
+    edge = [f"{entry.arm.name} ({entry.rate:g})" for entry in entries if entry.at_edge]
+    if edge:
+        notes.append(f"Best at the edge of the rates tried, so that a better one may lie beyond: {', '.join(edge)}.")
+    lost = [entry.arm.name for entry in entries if not entry.refused and entry.rate is None]
+    if lost:
+        notes.append(f"Diverged at every learning rate: {', '.join(lost)}.")
+    return notes
