@@ -107,7 +107,6 @@ def count_hooks(model):
 
 
 @every_sense
-@torch.no_grad()  # PyTorch picks another matrix product where a weight requires a gradient
 def test_it_starts_where_the_frozen_model_is(method, case):
     frozen = case.build()
     expected = case.run(frozen)
@@ -115,7 +114,10 @@ def test_it_starts_where_the_frozen_model_is(method, case):
     assert isinstance(model, type(frozen))
     actual = case.run(model)
     assert actual.shape == expected.shape
-    assert torch.equal(actual, expected) is (method not in CHANGED)
+    if method == "full":  # PyTorch picks another matrix product where a weight requires a gradient
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert torch.equal(actual, expected) is (method not in CHANGED)
 
 
 @every_sense

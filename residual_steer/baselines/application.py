@@ -21,7 +21,11 @@ from .guard import Guard
 from .heads import full, linear
 from .lora import lora, merge_layers
 from .parts import Subject, Trained
+from .prefix import prefix
 from .presets import adaptformer, hres, parallel_adapter
+from .prompt import prompt
+from .ssf import ssf
+from .vpt import vpt_deep, vpt_shallow
 
 __all__ = ["apply", "merge", "methods"]
 
@@ -36,6 +40,11 @@ _STEERED: Mapping[str, Callable[..., nn.Module]] = {
 }
 _ATTACHED: Mapping[str, Callable[..., Trained]] = {
     "lora": lora,
+    "prompt": prompt,
+    "prefix": prefix,
+    "vpt-shallow": vpt_shallow,
+    "vpt-deep": vpt_deep,
+    "ssf": ssf,
     "bitfit": bitfit,
     "linear": linear,
     "full": full,

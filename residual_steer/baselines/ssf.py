@@ -1,0 +1,86 @@
+"""SSF (Lian et al. 2022, arXiv 2210.08823): scale and shift what leaves each norm and each linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residual_steer.errors import SteerError
+
+from .bitfit import is_key
+from .bypass import is_linear, parts_of
+from .parts import Subject, Trained, add_child, place_of
+
+__all__ = ["ScaleShift", "ssf"]
+
+
+class ScaleShift(nn.Module):
+    """y ↦ γ·y + β (eq. 4), with γ = 1 and β = 0 at the start.
+
+    It is a child of the module it serves, and its hook is its own bound method, so that copies stand on their own.
+
+    Args:
+        host: a norm or a linear layer.
+        shift: whether there is a β.
+        device: where the parameters are made.
+        dtype: their type, fp32 or wider; the product is computed in it and returned in y's.
+    """
+
+    def __init__(self, host: nn.Module, shift: bool, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        features = _features(host)
+        self.scale = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.zeros(features, device=device, dtype=dtype)) if shift else None
+        self._channels = 1 if type(host).__name__.endswith("2d") else -1
+        add_child(host, "scale_shift", self)
+        host.register_forward_hook(self._after)
+
+    def _after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        y = output.movedim(self._channels, -1).to(torch.promote_types(output.dtype, self.scale.dtype)) * self.scale
+        y = y if self.shift is None else y + self.shift
+        return y.to(output.dtype).movedim(-1, self._channels)
+
+
+def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
+    """Scale and shift after every norm and linear layer inside the blocks that is called as a module.
+
+    Where a model reads a weight without calling its module, as Mamba does with `dt_proj` and `conv1d`, nothing is put.
+    Neither is a shift of keys alone, which a softmax does not see.
+
+    Args:
+        subject: the model.
+        layers: which blocks.
+
+    Raises:
+        SteerError: the blocks have neither norms nor linear layers that are called.
+    """
+    parts = [part for part in parts_of(subject, layers, _takes_part) if part.remedy is None]
+    if not parts:
+        raise SteerError(
+            "'ssf' stands after norms and linear layers inside the blocks, and this model calls none there. Choose "
+            "another method."
+        )
+    parameters: list[nn.Parameter] = []
+    for part in {id(part.module): part for part in parts}.values():
+        child = ScaleShift(part.module, not is_key(subject, part.name), *place_of(part.module))
+        parameters.extend(child.parameters())
+    return Trained(parameters, called=[part.name for part in parts])
+
+
+def _takes_part(module: nn.Module) -> bool:
+    return is_linear(module) or _is_norm(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1 and not module._modules
+
+
+def _features(host: nn.Module) -> int:
+    """Return the number of features that leave a linear layer, GPT-2's `Conv1D` or a norm."""
+    features: Any = getattr(host, "out_features", None) or getattr(host, "nf", None)
+    weight: Any = host.weight
+    return int(features or weight.shape[0])
