@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,7 +16,7 @@ class TokenRows(Dataset[dict[str, Tensor]]):
     itself, and -100 counts for nothing.
 
     Args:
-        columns: tensors of shape `(rows, length)` by name.
+        columns: tensors of shape `(rows, length)` by name, of any integer type.
     """
 
     def __init__(self, **columns: Tensor) -> None:
@@ -27,4 +28,4 @@ class TokenRows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return a row; its tensors share no memory with the data set's."""
-        return {name: column[index].clone() for name, column in self.columns.items()}
+        return {name: column[index].to(torch.int64, copy=True) for name, column in self.columns.items()}
