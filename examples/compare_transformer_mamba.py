@@ -25,11 +25,12 @@ from pathlib import Path
 from torch import nn
 
 import residual_steer as rs
+from backbone_cache import default_cache
 from hub_tasks import hub_tasks, quiet_libraries
 from report import save_curves, save_json, save_table, table_of
 from residual_steer.backbone import SITES
 from residual_steer.training import evaluate
-from small_backbones import default_cache, scan_linearly
+from small_backbones import scan_linearly
 from tasks import Task, seeded, small_tasks
 
 

@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 import residual_steer as rs
+from backbone_cache import default_cache
 from hub_tasks import quiet_libraries
 from report import aligned, rule
 from residual_steer.data import ByteBlocks, digits, english_prose, python_source
 from residual_steer.training import evaluate
-from small_backbones import LENGTH, default_cache
+from small_backbones import LENGTH
 from tasks import Task, seeded, small_tasks, some, with_new_head
 
 BATCH = 16  # rows of the mixed batch

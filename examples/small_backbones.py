@@ -12,10 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import residual_steer as rs
+from backbone_cache import cached
 from residual_steer.data import ByteBlocks, digits, python_source
 from residual_steer.training import evaluate
 
@@ -135,17 +130,12 @@ def get_backbone(recipe: Recipe, cache: Path) -> Pretrained:
         SteerError: the cache cannot be written, or the data is not there.
     """
     train, valid = pretraining_data(recipe.name)
-    folder = cache / f"{recipe.name.lower()}-{key_of(recipe, train)}"
-    was_cached = is_whole(folder)
-    if not was_cached:
-        if folder.exists():
-            print(f"the cached {recipe.name} in {folder} is damaged; it is made again", file=sys.stderr)
-        pretrain(recipe, train, valid, folder)
-    # Also what was made just now is read back, so that a first run and a later one compute the same.
-    record = json.loads((folder / "recipe.json").read_text())
-    model = BUILDERS[recipe.name](recipe.config)
-    load_model(model, folder / "model.safetensors")
-    return Pretrained(model.eval(), record["quality"], record["seconds"], was_cached)
+    model, record, found = cached(
+        cache / f"{recipe.name.lower()}-{key_of(recipe, train)}",
+        lambda: build(recipe),
+        lambda model: pretrain(model, recipe, train, valid),
+    )
+    return Pretrained(model, record["quality"], record["seconds"], found)
 
 
 def pretraining_data(name: str) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -158,10 +148,14 @@ def pretraining_data(name: str) -> tuple[Dataset[Any], Dataset[Any]]:
     return ByteBlocks(source, LENGTH, "train"), some
 
 
-def pretrain(recipe: Recipe, train: Dataset[Any], valid: Dataset[Any], folder: Path) -> None:
-    """Pre-train a backbone into `folder`, which appears at once or not at all."""
+def build(recipe: Recipe) -> nn.Module:
+    """Return the untrained backbone of a recipe."""
     torch.manual_seed(recipe.seed)
-    model = BUILDERS[recipe.name](recipe.config)
+    return BUILDERS[recipe.name](recipe.config)
+
+
+def pretrain(model: nn.Module, recipe: Recipe, train: Dataset[Any], valid: Dataset[Any]) -> dict[str, Any]:
+    """Pre-train a backbone; return its recipe, and what it reaches on held-out data of its own."""
     scan_linearly(model)
     held_out = DataLoader(valid, batch_size=64)
     started = time.perf_counter()
@@ -177,7 +171,7 @@ def pretrain(recipe: Recipe, train: Dataset[Any], valid: Dataset[Any], folder: P
     seconds = time.perf_counter() - started
     result = evaluate(model, held_out)
     quality = 100 * result["accuracy"] if "accuracy" in result else result["loss"] / math.log(2)
-    write_folder(folder, model, {**asdict(recipe), "quality": quality, "seconds": seconds})
+    return {**asdict(recipe), "quality": quality, "seconds": seconds}
 
 
 def scan_linearly(model: nn.Module) -> None:
@@ -185,42 +179,6 @@ def scan_linearly(model: nn.Module) -> None:
     backbone = rs.find_backbone(model)
     if backbone.prepare is not None:
         backbone.prepare(backbone.blocks)
-
-
-def write_folder(folder: Path, model: nn.Module, record: dict[str, Any]) -> None:
-    """Write the weights and their record aside, then rename.
-
-    Raises:
-        SteerError: the folder cannot be written.
-    """
-    aside = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-        save_model(model, str(aside / "model.safetensors"))
-        digest = hashlib.sha256((aside / "model.safetensors").read_bytes()).hexdigest()
-        (aside / "recipe.json").write_text(json.dumps({**record, "sha256": digest}, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
-    except OSError as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        if is_whole(folder):  # another run was faster
-            return
-        raise rs.SteerError(
-            f"could not write the cache {folder.parent}: {error.strerror or error}. Give another folder with --cache."
-        ) from error
-
-
-def is_whole(folder: Path) -> bool:
-    """Say whether a cached backbone is there, and holds the bytes that were written."""
-    try:
-        record = json.loads((folder / "recipe.json").read_text())
-        weights = (folder / "model.safetensors").read_bytes()
-        return bool(record["sha256"] == hashlib.sha256(weights).hexdigest() and record["quality"] >= 0)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return False
 
 
 def key_of(recipe: Recipe, data: Dataset[Any]) -> str:
@@ -231,9 +189,3 @@ def key_of(recipe: Recipe, data: Dataset[Any]) -> str:
     for tensor in tensors:
         key.update(tensor.contiguous().numpy().tobytes())
     return key.hexdigest()[:12]
-
-
-def default_cache() -> Path:
-    """Return `residual-steer/backbones` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "residual-steer" / "backbones"

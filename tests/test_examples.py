@@ -127,10 +127,10 @@ def test_another_recipe_is_another_backbone(example):
 
 
 def test_cache_lies_in_the_users_cache_folder(example, monkeypatch, tmp_path):
-    import small_backbones
+    import backbone_cache
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert small_backbones.default_cache() == tmp_path / "residual-steer" / "backbones"
+    assert backbone_cache.default_cache() == tmp_path / "residual-steer" / "backbones"
 
 
 @pytest.fixture(scope="module")

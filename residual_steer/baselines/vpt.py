@@ -177,7 +177,8 @@ def _check(subject: Subject, method: str) -> None:
             f"{method!r} puts tokens into a sequence, and the stream of {backbone.name!r} is a map of features or "
             "changes its width from block to block. Choose another method."
         )
-    if not is_ssm(subject) and _patches(subject) is None:
+    words = any(isinstance(module, nn.Embedding) for module in subject.inner.modules())
+    if words and not is_ssm(subject) and _patches(subject) is None:  # CLIP embeds positions
         raise SteerError(
             f"{method!r} puts tokens into the stream of a block, and blocks of {backbone.name!r} are given masks, "
             "positions and a cache that were made for the tokens of the text alone. For a language model choose "
