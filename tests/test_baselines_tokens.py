@@ -1,10 +1,12 @@
 """Prompts, prefixes and VPT: held against sequences put together by hand, and against themselves without a cache."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import residual_steer as rs
 from cases import CASES, VOCABULARY, WIDTH
@@ -130,10 +132,8 @@ GENERATING = [("gpt2", "prompt"), ("gpt2", "prefix")]
 GENERATING += [(name, method) for name in SSMS for method in ("prompt", "vpt-shallow", "vpt-deep")]
 
 
-@pytest.mark.parametrize(("name", "method"), GENERATING)
-@torch.no_grad()
-def test_generation_with_and_without_the_cache_agree(name, method):
-    model, ids = ready(name, method), words(4)
+def compare_generation(model, frozen):
+    ids = words(4)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids = torch.where(mask.bool(), ids, 0)
     common = {"do_sample": False, "min_new_tokens": 5, "max_new_tokens": 5}
@@ -147,8 +147,42 @@ def test_generation_with_and_without_the_cache_agree(name, method):
     # the row that was padded is what it is alone, and the tokens act
     alone = model.generate(ids[1:, 2:], **common)
     close(torch.stack(alone.logits)[:, 0], torch.stack(model.generate(ids, attention_mask=mask, **common).logits)[:, 1])
-    frozen = BY_NAME[name].build().generate(ids[1:, 2:], **common)
-    assert not torch.allclose(alone.logits[0], frozen.logits[0], atol=1e-3)
+    plain = frozen.generate(ids[1:, 2:], **common)
+    assert not torch.allclose(alone.logits[0], plain.logits[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "method"), GENERATING)
+@torch.no_grad()
+def test_generation_with_and_without_the_cache_agree(name, method):
+    compare_generation(ready(name, method), BY_NAME[name].build())
+
+
+@pytest.fixture
+def llama():
+    """A language model of a family that is registered later, with rotary positions and shared keys."""
+    describe = rs.register_backbone("llama", matches=["transformers.LlamaModel"])
+    describe(lambda m: rs.Backbone(m.layers, m.config.hidden_size, mixer="self_attn", mlp="mlp"))
+    shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, **heads, **special)).eval()
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@torch.no_grad()
+def test_a_language_model_that_is_registered_later_works_too(llama, method):
+    frozen = copy.deepcopy(llama)
+    torch.manual_seed(7)
+    model, ids = rs.baselines.apply(llama, method, length=P), words()
+    torch.manual_seed(7)
+    drawn = torch.randperm(VOCABULARY)[:P] if method == "prompt" else torch.randint(VOCABULARY, (P,))
+    close(model(ids).logits, frozen(torch.cat([drawn.expand(2, -1), ids], 1)).logits[:, P:])
+    for p in tokens(model):
+        p.normal_()
+    compare_generation(model, frozen)
+    assert model(ids, use_cache=False).past_key_values is None
+    assert not any(isinstance(part, DynamicCache) for part in model.model(ids, use_cache=False, return_dict=False))
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 6 + P
 
 
 @pytest.mark.parametrize("name", ["mamba_ssm-1", "mamba_ssm-2"])
@@ -284,3 +318,12 @@ def test_a_prefix_does_not_go_with_checkpointed_activations():
 def test_a_length_is_a_positive_integer(name, method, value):
     with pytest.raises(rs.SteerError, match="`length` is an integer from 1"):
         rs.baselines.apply(BY_NAME[name].build(), method, length=value)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_model_that_goes_past_what_carries_the_tokens_is_found_out(method):
+    model = ready("gpt2", method)
+    model.forward = lambda ids: model.lm_head(model.transformer.forward(ids).last_hidden_state)
+    model(words())
+    with pytest.raises(rs.SteerError, match=r"1 of the 1 modules .* transformer"):
+        model.train()(words())

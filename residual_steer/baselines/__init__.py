@@ -3,7 +3,26 @@
     model = residual_steer.baselines.apply(model, "lora", rank=8, train="classifier")
     residual_steer.fit(model, train, valid, steps=500)
 
-Each method is a function that says which paper it follows and which options it takes.
+==================  ============================================================  ======================================
+method              what trains                                                   options
+==================  ============================================================  ======================================
+`hres`              H-Res, arXiv 2606.24396                                       those of `steer`
+`adaptformer`       a bottleneck beside the MLP, λ = 0.1 (arXiv 2205.13535)       `rank`, `scale`, `dropout`, `layers`
+`parallel-adapter`  the same, λ = 4, beside the mixer without MLP (2110.04366)    `rank`, `scale`, `dropout`, `layers`
+`lora`              low-rank updates of projections, by PEFT (2106.09685)         `rank`, `alpha`, `dropout`, `layers`,
+                                                                                  `targets`
+`prompt`            vectors before the embedded text (2104.08691)                 `length`
+`prefix`            keys and values in every attention layer (2101.00190)         `length`
+`vpt-shallow`       tokens in the stream, from the first block on (2203.12119)    `length`
+`vpt-deep`          tokens in the stream, others at every block (2203.12119)      `length`
+`ssf`               scale and shift after norms and linear layers (2210.08823)    `layers`
+`bitfit`            biases (2106.10199)                                           –
+`linear`            the head                                                      –
+`full`              everything                                                    –
+==================  ============================================================  ======================================
+
+Prompts, prefixes and VPT are for backbones that have a place for them: language models, those with attention, and ViTs
+and Mambas. A method that makes no sense on a backbone says why. `merge` folds LoRA into the weights.
 """
 
 from .application import apply, merge, methods

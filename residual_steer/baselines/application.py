@@ -87,10 +87,10 @@ def apply(
 
     Args:
         model: a model with a known backbone, as in `steer`; it is changed in place.
-        method: one of `methods()`. Their options, and the papers they come from, are in the functions of
-            `residual_steer.baselines` that have their names.
+        method: one of `methods()`; `residual_steer.baselines` has a table of them and of the papers they follow.
         arch: a registered backbone's name; None finds it.
-        train: names or globs of base modules or parameters that train too, such as a new head.
+        train: names or globs of base modules or parameters that train too, such as a new head. Methods that are fields
+            (`hres`, `adaptformer`, `parallel-adapter`) keep their values with the field, as `steer` does.
         **options: of the method: `rank`, `layers`, `length` and the like.
 
     Returns:

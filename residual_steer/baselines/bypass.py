@@ -23,12 +23,14 @@ class Part(NamedTuple):
     """A module inside a block.
 
     Attributes:
+        block: the block's index.
         name: its path in the model.
         path: its path in the block.
         module: the module.
         remedy: None where the block calls it; else what makes the block do so, "" if nothing does.
     """
 
+    block: int
     name: str
     path: str
     module: nn.Module
@@ -39,11 +41,11 @@ def parts_of(subject: Subject, layers: Sequence[int] | None, wanted: Callable[[n
     """Return the modules inside the blocks that `wanted` takes."""
     names = {id(module): name for name, module in subject.model.named_modules()}
     found = []
-    for block in subject.blocks(layers).values():
+    for index, block in subject.blocks(layers).items():
         silent = _bypassed(block)
         for path, module in block.named_modules():
             if path and wanted(module):
-                found.append(Part(names[id(module)], path, module, silent.get(path)))
+                found.append(Part(index, names[id(module)], path, module, silent.get(path)))
     return found
 
 

@@ -1,7 +1,7 @@
 """A check, once, that the modules a method was attached to are called at all.
 
-Some models read a module's weight without calling the module, above all in fused kernels (peft #2274, mamba #279).
-Whatever was attached to it then trains nothing, without a word.
+Some models read a module's weight without calling the module, above all in fused kernels (peft #2274, mamba #279), or
+call what is in a module past it. Whatever was attached to it then trains nothing, without a word.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Guard:
             listed = ", ".join(missed[:6]) + (", …" if len(missed) > 6 else "")
             raise SteerError(
                 f"{len(missed)} of the {len(self._paths)} modules that the method was attached to were not called in a "
-                f"training step: {listed}. The model does not use them, or reads their weight without calling them, as "
-                "fused kernels do; nothing would be trained there. Choose other modules (`targets`, `layers`), or "
-                "switch the fused path off."
+                f"training step: {listed}. The model does not use them, calls parts of them, or reads their weight "
+                "itself, as fused kernels do; so nothing would be trained there. Leave them out (`targets`, `layers`), "
+                "switch the fused path off, or choose another method."
             )
         self.remove()

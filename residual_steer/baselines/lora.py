@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,9 +18,9 @@ from .parts import Subject, Trained, count
 
 __all__ = ["lora", "merge_layers"]
 
-# What LoRA usually adapts in a mixer, the first that is there: joint projections of attention, queries and values
-# alone, as in the paper, and what an SSM calls as modules. Anything else gets it on all linear layers of the mixer.
-_USUAL = (("c_attn",), ("qkv",), ("q_proj", "v_proj"), ("query", "value"), ("in_proj", "x_proj"))
+# What LoRA usually adapts in a mixer, the first that is there: the joint projection of attention, queries and values as
+# in the paper, and the projections of an SSM. Any other mixer gets it on all its linear layers.
+_USUAL = ({"c_attn"}, {"qkv"}, {"q_proj", "v_proj"}, {"query", "value"}, {"in_proj", "x_proj"}, {"in_proj"})
 
 
 def lora(
@@ -113,19 +114,21 @@ def _layers(model: nn.Module) -> Iterator[Any]:
 def _usual(subject: Subject, layers: Sequence[int] | None) -> list[str]:
     parts = parts_of(subject, layers, is_linear)
     called = [part for part in parts if part.remedy is None]
-    mixer = f"{subject.backbone.mixer}."
-    inside = [part for part in called if part.path.startswith(mixer)] or called
-    if not inside:
+    if not called:
         remedies = sorted({part.remedy for part in parts if part.remedy})
         raise SteerError(
             "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
             + (f"The model reads the weights itself; to change that, {' or '.join(remedies)}." if remedies else "")
         )
-    for names in _USUAL:
-        found = [part.name for part in inside if part.path.rpartition(".")[2] in names]
-        if found:
-            return found
-    return [part.name for part in inside]
+    mixer = f"{subject.backbone.mixer}."
+    found = []
+    for _, group in itertools.groupby(called, key=lambda part: part.block):  # blocks of a hybrid differ
+        block = list(group)
+        inside = [part for part in block if part.path.startswith(mixer)] or block
+        there = {part.path.rpartition(".")[2] for part in inside}
+        usual = next((names for names in _USUAL if names <= there), there)
+        found += [part.name for part in inside if part.path.rpartition(".")[2] in usual]
+    return found
 
 
 def _chosen(subject: Subject, layers: Sequence[int] | None, targets: Sequence[str] | str) -> list[str]:

@@ -52,18 +52,19 @@ def take_out(y: Tensor, tokens: int, place: Place) -> Tensor:
     return torch.where(before.view(*before.shape, *[1] * (y.dim() - 2)), y[:, :-tokens], y[:, tokens:])
 
 
-def is_first_call(kwargs: dict[str, Any], layer: int | None = None) -> bool:
+def is_first_call(call: dict[str, Any], layer: int | None = None) -> bool:
     """Say whether a call begins a sequence, rather than going on with what a cache holds.
 
     Args:
-        kwargs: of the call: `past_key_values` or `cache_params` of transformers, `inference_params` of `mamba_ssm`.
-        layer: which layer of the cache to ask, in a block; None asks for the whole model.
+        call: its arguments by name. A cache is `past_key_values`, `cache_params` or `state` in transformers, and
+            `inference_params` in `mamba_ssm`.
+        layer: in a block, which layer of a cache of states to ask; None asks for the whole model.
     """
-    running = kwargs.get("inference_params")
+    running = call.get("inference_params")
     if running is not None:
         return bool(running.seqlen_offset == 0)
-    cache = kwargs.get("cache_params")
+    cache = call.get("cache_params")
     if cache is not None:
         return not cache.has_previous_state(layer)
-    cache = kwargs.get("past_key_values")
-    return cache is None or cache.get_seq_length() == 0
+    cache = call.get("past_key_values")
+    return call.get("state") is None if cache is None else bool(cache.get_seq_length() == 0)

@@ -48,7 +48,7 @@ def prefix(subject: Subject, *, length: int = 10) -> Trained:
     if getattr(getattr(inner, "config", None), "add_cross_attention", False):
         raise SteerError("'prefix' does not know caches of cross-attention. Build the model without it.")
     keys, values = _computed(inner, embedding, length)
-    return Trained(list(Prefix(inner, names, keys, values).parameters()))
+    return Trained(list(Prefix(inner, names, keys, values).parameters()), called=[subject.backbone.path])
 
 
 class Prefix(nn.Module):
@@ -66,10 +66,12 @@ class Prefix(nn.Module):
         self.keys = nn.ParameterList(keys)
         self.values = nn.ParameterList(values)
         self._names = names
+        self._lent: Any = None
         add_child(inner, "prefix", self)
         inner.register_forward_pre_hook(self._before, with_kwargs=True)
+        inner.register_forward_hook(self._after)
 
-    def _before(self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a text with a cache that holds the prefix, and count it in every call.
 
         Raises:
@@ -91,9 +93,26 @@ class Prefix(nn.Module):
             call["attention_mask"] = insert(mask, mask.new_ones(length), 0)
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + length
+        self._lent = None
         if is_first_call(call):
+            asked, given = call.get("use_cache"), call.get("past_key_values")
             call["past_key_values"] = self._fill(inner, call)
+            if given is None and not (inner.config.use_cache if asked is None else asked):
+                self._lent = call["past_key_values"]
         return (), call
+
+    def _after(self, inner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Keep a cache that nobody asked for out of the output: some models return whatever they were given."""
+        lent, self._lent = self._lent, None
+        if lent is None:
+            return output
+        if isinstance(output, tuple):
+            return tuple(part for part in output if part is not lent)
+        return type(output)(**{key: part for key, part in output.items() if part is not lent})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what belongs to a call."""
+        return {**self.__dict__, "_lent": None}
 
     def _fill(self, inner: Any, call: dict[str, Any]) -> Any:
         given: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]

@@ -51,7 +51,7 @@ def prompt(subject: Subject, *, length: int = 10) -> Trained:
             f"'prompt' drops its vectors from what leaves the model, and the pooler of this {type(inner).__name__} "
             "reads the first position before that. Build it without (`add_pooling_layer=False`)."
         )
-    return Trained(list(SoftPrompt(inner, embedding, weight).parameters()))
+    return Trained(list(SoftPrompt(inner, embedding, weight).parameters()), called=[subject.backbone.path])
 
 
 def embedding_of(subject: Subject) -> nn.Embedding | None:
@@ -118,6 +118,9 @@ class SoftPrompt(nn.Module):
                 "'prompt' lengthens an attention mask (batch, length); this call has another kind of mask."
             )
         refuse_cache(call, "prompt")
+        self._place = None
+        if call.get("input_ids") is None and call.get("inputs_embeds") is None:
+            return args, kwargs  # which the model refuses itself
         place: Place = 0 if mask is None else behind_padding(mask)
         if mask is not None:
             call["attention_mask"] = insert(mask, mask.new_ones(length), place)

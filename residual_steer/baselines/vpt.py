@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.backbone import Read
 from residual_steer.errors import SteerError
 
 from .parts import Subject, Trained, add_child, count, place_of
@@ -55,7 +54,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
     gates = []
     for block in blocks:
         weight = _tokens(subject, length, *place_of(block))
-        gates.append(Gate(block, subject.backbone.read, at, length, weight, leaves=True))
+        gates.append(Gate(block, at, length, weight, leaves=True))
     return Trained([p for gate in gates for p in gate.parameters()])
 
 
@@ -65,7 +64,7 @@ def stand_before(subject: Subject, weight: nn.Parameter) -> Trained:
     last = len(blocks) - 1
     for index, block in enumerate(blocks):
         entering = weight if index == 0 else None
-        Gate(block, subject.backbone.read, at, len(weight), entering, leaves=index == last)
+        Gate(block, at, len(weight), entering, leaves=index == last)
     return Trained([weight])
 
 
@@ -82,16 +81,13 @@ class Gate(nn.Module):
 
     Args:
         block: the block.
-        read: how its stream is found (`Backbone.read`).
         at: how many prefix tokens stand before the tokens.
         tokens: how many tokens.
         weight: the tokens that enter here, if any do.
         leaves: whether they leave here.
     """
 
-    def __init__(
-        self, block: nn.Module, read: Read, at: int, tokens: int, weight: nn.Parameter | None, leaves: bool
-    ) -> None:
+    def __init__(self, block: nn.Module, at: int, tokens: int, weight: nn.Parameter | None, leaves: bool) -> None:
         super().__init__()
         self.weight = weight
         self._at, self._tokens, self._leaves = at, tokens, leaves
@@ -101,6 +97,10 @@ class Gate(nn.Module):
         add_child(block, "prompt", self)
         block.register_forward_pre_hook(self._before, with_kwargs=True)
         block.register_forward_hook(self._after, prepend=True)  # who captures hidden states shall not see the tokens
+
+    def forward(self, z: Any) -> Any:
+        """Return what comes in: a block that calls all its children, an `nn.Sequential`, calls this too."""
+        return z
 
     def _before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the tokens in.
