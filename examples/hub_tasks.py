@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import residual_steer as rs
-from residual_steer.data import TokenBlocks, digits, english_prose
+from residual_steer.data import TokenBlocks, digits, english_prose, images, splits
 from tasks import Task, small_tasks, some, with_new_head
 
 STEPS, LENGTH, TEXT = 200, 128, 4_000_000  # steps of a task, tokens of a window, characters that are read
 RATES = {"new head alone": 5e-3, "H-Res": 1e-3, "full fine-tuning": 5e-5}  # customary for pre-trained models
-SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -228,51 +226,17 @@ def read_data(name: str, cache: Path) -> Text | Images:
         SteerError: it is not there, cannot be read, or has neither text nor labelled images.
     """
     path = Path(name).expanduser()
-    if path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        if files and all(p.suffix == ".txt" for p in files):
-            with one_line(f"the text in {name!r}"):
-                return Text("\n".join(p.read_text(encoding="utf-8") for p in files)[:TEXT])
-        with one_line(f"the data in {name!r}"):
-            splits = read_local(path, files, cache)
-    else:
-        import datasets
-
+    if not path.exists():
         repository, _, config = name.partition(":")
-        with one_line(f"the data set {name!r}"):
-            splits = datasets.load_dataset(repository, config or None)
-    return understand(name, splits)
+        return understand(name, splits(repository, config or None))
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if files and all(p.suffix == ".txt" for p in files):
+        with one_line(f"the text in {name!r}"):
+            return Text("\n".join(p.read_text(encoding="utf-8") for p in files)[:TEXT])
+    return understand(name, splits(path, cache=cache / "datasets"))
 
 
-def read_local(path: Path, files: list[Path], cache: Path) -> dict[str, Any]:
-    """Return the splits of a saved data set, of files of one type, or of a folder of pictures.
-
-    Raises:
-        SteerError: it is none of these.
-    """
-    import datasets
-
-    names = {p.name for p in files}
-    if "dataset_dict.json" in names or "state.json" in names:
-        saved = datasets.load_from_disk(str(path))
-        return dict(saved) if isinstance(saved, dict) else {"train": saved}
-    known = [p for p in files if p.suffix.lower() in SUFFIXES]
-    if any(p.suffix.lower() in PICTURES for p in files):
-        return datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=str(cache / "datasets"))
-    if not known:
-        raise rs.SteerError(
-            f"--data takes a data set that `datasets` saved, {', '.join(SUFFIXES)} files or a folder of pictures, one "
-            f"folder per class; {str(path)!r} has none of these."
-        )
-    parts: dict[str, list[str]] = {}
-    for file in known:
-        held_out = any(word in file.stem.lower() for word in ("valid", "test", "dev"))
-        parts.setdefault("validation" if held_out else "train", []).append(str(file))
-    kind = SUFFIXES[known[0].suffix.lower()]
-    return datasets.load_dataset(kind, data_files=parts, cache_dir=str(cache / "datasets"))
-
-
-def understand(name: str, splits: dict[str, Any]) -> Text | Images:
+def understand(name: str, parts: dict[str, Any]) -> Text | Images:
     """Find the pictures or the text in a data set's columns.
 
     Raises:
@@ -280,13 +244,12 @@ def understand(name: str, splits: dict[str, Any]) -> Text | Images:
     """
     import datasets
 
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    valid = next((splits[k] for k in ("validation", "valid", "dev", "test") if k in splits), None)
+    train = parts["train"] if "train" in parts else next(iter(parts.values()))
+    valid = next((parts[k] for k in ("validation", "valid", "dev", "test") if k in parts), None)
     valid = None if valid is train else valid
     columns = train.features
-    picture = next((c for c, f in columns.items() if isinstance(f, datasets.Image)), None)
-    if picture is not None:
-        return images_of(name, train, valid, picture)
+    if any(isinstance(feature, datasets.Image) for feature in columns.values()):
+        return images_of(train, valid)
     texts = [c for c, f in columns.items() if isinstance(f, datasets.Value) and "string" in f.dtype]
     column = "text" if "text" in texts else next(iter(texts), None)
     if column is None:
@@ -305,38 +268,16 @@ def join(texts: Any) -> str:
     return "\n".join(parts)[:TEXT]
 
 
-def images_of(name: str, train: Any, valid: Any, picture: str) -> Images:
-    """Return the pairs of a data set of pictures; a fifth is held out where it has no validation part.
-
-    Raises:
-        SteerError: it has no labels.
-    """
-    label = next((c for c in ("label", "labels", "fine_label", "class") if c in train.features), None)
-    if label is None:
-        raise rs.SteerError(f"{name!r} has pictures without labels; its columns are {', '.join(train.features)}.")
-    if valid is None:
-        parts = train.train_test_split(test_size=0.2, seed=0)
-        train, valid = parts["train"], parts["test"]
-    classes = sorted(set(train[label]))
-    index = {c: i for i, c in enumerate(classes)}
-    valid = valid.filter(lambda row: row[label] in index)
-    return Images(Pairs(train, picture, label, index), some(Pairs(valid, picture, label, index), 512), len(classes))
+def images_of(train: Any, valid: Any) -> Images:
+    """Return the pairs of a data set of pictures; a fifth is held out where it has no validation part."""
+    parts = {"train": train, "test": valid} if valid is not None else dict(train.train_test_split(0.2, seed=0))
+    pairs = [images(parts, split, prepare=as_it_is) for split in ("train", "test")]
+    return Images(pairs[0], some(pairs[1], 512), len(pairs[0].classes))
 
 
-class Pairs(Dataset[Any]):
-    """A data set of pictures as pairs of a PIL image and a class index."""
-
-    def __init__(self, rows: Any, picture: str, label: str, index: dict[Any, int]) -> None:
-        self.rows, self.picture, self.label, self.index = rows, picture, label, index
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return len(self.rows)
-
-    def __getitem__(self, item: int) -> tuple[Any, int]:
-        """Return a picture and its class."""
-        row = self.rows[item]
-        return row[self.picture], self.index[row[self.label]]
+def as_it_is(image: Any) -> Any:
+    """Leave a picture to the model's own image processor."""
+    return image
 
 
 @contextlib.contextmanager

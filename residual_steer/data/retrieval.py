@@ -19,8 +19,6 @@ from residual_steer.training.modes import as_before
 
 __all__ = ["mqar", "recall"]
 
-_CHUNK = 1024  # rows that are drawn at once: memory for 1024 × keys numbers
-
 
 def mqar(
     size: int,
@@ -83,29 +81,29 @@ def mqar(
     if twice:
         raise SteerError(f"`keys`, `values` and `noise` have no token in common; received {twice[0]} more than once.")
     random = generator(seed)
-    chunks = [_draw(min(_CHUNK, size - start), pairs, length, power, of, random) for start in range(0, size, _CHUNK)]
-    ids, labels = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    bound = {name: of[name][_different(len(of[name]), size, pairs, random)] for name in ("keys", "values")}
+    gaps = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float32) ** (power - 1)
+    queries = 2 * pairs + 2 * torch.multinomial(gaps.expand(size, -1), pairs, generator=random)
+    ids = of["noise"][torch.randint(len(of["noise"]), (size, length), generator=random)]
+    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = bound["keys"], bound["values"]
+    ids.scatter_(1, queries, bound["keys"]).scatter_(1, queries + 1, bound["values"])
+    labels = torch.full_like(ids, IGNORE).scatter_(1, queries + 1, bound["values"])
     return TokenRows(input_ids=ids, labels=labels)
 
 
-def _draw(
-    size: int, pairs: int, length: int, power: float, of: Mapping[str, Tensor], random: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return inputs and labels of `size` rows, `(size, length)` each."""
-
-    def different(weights: Tensor) -> Tensor:
-        """Draw `pairs` different indices for every row, one after the other."""
-        return torch.multinomial(weights.expand(size, -1), pairs, generator=random)
-
-    keys = of["keys"][different(torch.ones(len(of["keys"])))]
-    values = of["values"][different(torch.ones(len(of["values"])))]
-    gaps = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float64)
-    queries = 2 * pairs + 2 * different(gaps ** (power - 1))
-    ids = of["noise"][torch.randint(len(of["noise"]), (size, length), generator=random)]
-    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
-    ids.scatter_(1, queries, keys).scatter_(1, queries + 1, values)
-    labels = torch.full_like(ids, IGNORE).scatter_(1, queries + 1, values)
-    return ids, labels
+def _different(count: int, size: int, picks: int, random: torch.Generator) -> Tensor:
+    """Draw `picks` different numbers below `count` for every row, `(size, picks)`: each order of each set alike."""
+    drawn: list[Tensor] = []
+    taken: list[Tensor] = []  # the same numbers, each row's in ascending order
+    for left in range(count, count - picks, -1):
+        new = torch.randint(left, (size,), generator=random)  # among those that are left, counted from the smallest
+        for smaller in taken:
+            new += new >= smaller
+        drawn.append(new)
+        for i, smaller in enumerate(taken):
+            taken[i], new = torch.minimum(smaller, new), torch.maximum(smaller, new)
+        taken.append(new)
+    return torch.stack(drawn, dim=1)
 
 
 @torch.no_grad()
@@ -116,7 +114,8 @@ def recall(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> float:
     device; modes and random generators are left as they were.
 
     Args:
-        model: maps `input_ids`, `(batch, length)`, to an output with `.logits`, `(batch, length, vocabulary)`.
+        model: maps `input_ids`, `(batch, length)`, to logits, `(batch, length, vocabulary)`, or an output that has them
+            as `.logits`.
         loader: batches with `input_ids` and `labels`, `(batch, length)`, which are shifted here; -100 does not count.
 
     Raises:
@@ -132,7 +131,9 @@ def recall(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> float:
             inputs = {name: value for name, value in send_to_device(batch, device).items() if name != "labels"}
             labels = batch["labels"][:, 1:].to(device)
             counts = labels != IGNORE
-            guesses = model(**inputs).logits[:, :-1].argmax(-1)
+            output = model(**inputs)
+            logits = output if isinstance(output, Tensor) else output.logits
+            guesses = logits[:, :-1].argmax(-1)
             right += int((guesses == labels)[counts].sum())
             total += int(counts.sum())
     if not total:

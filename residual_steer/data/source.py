@@ -109,7 +109,7 @@ def splits(source: Source, config: str | None = None, *, cache: str | os.PathLik
         builder = _builder(datasets, name, config, cache)
         told = _plan(name, builder)
         if told.download:
-            _log.warning("downloading %s", told)
+            _log.warning("%s", told)
         builder.download_and_prepare()
         return dict(builder.as_dataset())
 
