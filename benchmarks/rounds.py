@@ -8,11 +8,7 @@ its quartiles.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -25,21 +21,19 @@ import torch
 
 from residual_steer import SteerError
 from residual_steer.files import make_folder, write_whole
+from residual_steer.report import command_line, machine, versions
+from residual_steer.report.markdown import table_lines
 
 __all__ = [
     "Rounds",
     "Spread",
     "Variant",
     "exit_status",
-    "machine",
     "markdown",
     "play",
     "save_json",
     "spread",
-    "versions",
 ]
-
-PACKAGES = ("residual-steer", "torch", "transformers", "timm", "peft", "mamba-ssm", "causal-conv1d", "numpy")
 
 
 def _nothing() -> None:
@@ -187,34 +181,6 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high)
 
 
-def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Describe where this ran."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
-    return {
-        "system": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter and are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["torch"] = torch.__version__  # says also what it was built for
-    return found
-
-
 def save_json(record: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> None:
     """Write a record, with what is needed to get it again, whole or not at all.
 
@@ -222,7 +188,7 @@ def save_json(record: Mapping[str, Any], path: Path, device: torch.device | str 
         SteerError: it cannot be written; what was there before is untouched.
     """
     whole = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(device),
         "versions": versions(),
@@ -234,11 +200,4 @@ def save_json(record: Mapping[str, Any], path: Path, device: torch.device | str 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, its first column to the left and the others, which are numbers, to the right."""
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(heads), rule, *map(line, rows)])
+    return "\n".join(table_lines(heads, rows, [index > 0 for index in range(len(heads))]))

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from residual_steer.report import command_line, machine, portable, versions
+from residual_steer.report.styles import styles_for
 from tasks import Task
 
 if TYPE_CHECKING:
@@ -22,13 +17,7 @@ if TYPE_CHECKING:
 
 Results = list[tuple[Task, "dict[str, Outcome]"]]
 
-# Okabe and Ito's palette, told apart with every common colour blindness, and in grey by its dashes.
-STYLES = {
-    "new head alone": {"color": "#009E73", "linestyle": ":", "marker": "^"},
-    "H-Res": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "full fine-tuning": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-}
-PACKAGES = ("residual-steer", "torch", "transformers", "timm", "mambapy", "accelerate", "scikit-learn", "datasets")
+STYLES = styles_for(["new head alone", "H-Res", "full fine-tuning"])
 
 
 def table_of(results: Results) -> str:
@@ -111,8 +100,8 @@ def save_json(results: Results, options: argparse.Namespace, seconds: float, pat
             "methods": {name: asdict(outcome) for name, outcome in outcomes.items()},
         })  # fmt: skip
     record: dict[str, Any] = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
+        "command": command_line(),
+        "options": portable(vars(options)),
         "seed": options.seed,
         "seconds": round(seconds, 1),
         "machine": machine(),
@@ -120,35 +109,6 @@ def save_json(results: Results, options: argparse.Namespace, seconds: float, pat
         "results": rows,
     }
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """Describe where this ran."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "system": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["torch"] = torch.__version__  # says also what it was built for
-    return found
 
 
 def save_curves(results: Results, path: Path) -> None:
@@ -169,7 +129,8 @@ def save_curves(results: Results, path: Path) -> None:
             if name in outcomes:
                 start = [(0, before.metric)] if task.kind == "text" else []
                 steps, values = zip(*start, *outcomes[name].curve, strict=True)
-                panel.plot(steps, values, label=name, markersize=5, linewidth=1.8, **style)
+                look = {"color": style.color, "linestyle": style.dashes, "marker": style.marker}
+                panel.plot(steps, values, label=name, markersize=5, linewidth=1.8, **look)
         panel.set_title(f"{task.backbone}\n{task.about}", fontsize=11)
         panel.set_xlabel("optimizer steps")
         panel.set_ylabel(f"validation {task.unit}")

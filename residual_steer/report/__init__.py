@@ -3,8 +3,9 @@
 `python -m residual_steer.report FOLDER` makes the report of every result in a folder.
 """
 
-from .environment import command_line, machine, versions
-from .result import Axis, Cell, Column, Measured, Plot, Result, Series, Table, Verdict
+from .environment import command_line, machine, portable, versions
+from .result import Axis, Plot, Result, Series, Verdict
+from .table import Cell, Column, Measured, Table
 
 __all__ = [
     "Axis",
@@ -18,5 +19,6 @@ __all__ = [
     "Verdict",
     "command_line",
     "machine",
+    "portable",
     "versions",
 ]

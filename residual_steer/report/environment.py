@@ -87,7 +87,8 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
 
 def portable(value: Any) -> Any:
     """Return JSON without absolute paths in texts and keys: below the working folder they are relative, else a name."""
-    if isinstance(value, str):
+    if isinstance(value, (str, os.PathLike)):
+        value = os.fsdecode(value)
         whole = _shorten(value)
         return whole if whole != value else _WINDOWS.sub(_cut, _POSIX.sub(_cut, value))
     if isinstance(value, Mapping):
