@@ -5,8 +5,8 @@
 
 The floor of a training step is the forward pass of the frozen model, and the backward pass to what leaves its first
 block: whatever learns beside that block needs as much. Steering, PEFT's LoRA and full fine-tuning take turns with it
-(see rounds.py), with random weights of well-known shapes. Beside the times stand numbers that no clock disturbs (see
-counters.py).
+(see residual_steer.study), with random weights of well-known shapes. Beside the times stand counts, which no clock
+disturbs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 import residual_steer as rs
 from contenders import has_peft
-from counters import Counts, count
-from rounds import Rounds, Variant, exit_status, markdown, play, save_json
+from output import exit_status, markdown, save_json
+from residual_steer.study.counters import Counts, count
+from residual_steer.study.rounds import Rounds, Variant, play
 from shapes import SHAPES, Shape
 
 SITES = ("block", "mixer", "mlp", "input")

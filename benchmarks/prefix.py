@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import residual_steer as rs
-from rounds import exit_status, markdown, save_json, spread
+from output import exit_status, markdown, save_json
+from residual_steer.study.rounds import spread
 from shapes import SHAPES, Shape
 
 EPOCHS, BATCHES = 3, 3

@@ -14,6 +14,7 @@ import torch
 
 from residual_steer import SteerError
 from residual_steer.report import Plot, Result, Table, Verdict, command_line, machine, versions
+from residual_steer.report.markdown import table_markdown
 from residual_steer.study import Ledger
 
 
@@ -119,11 +120,12 @@ def result_of(experiment: Experiment, options: argparse.Namespace, found: Found)
         versions=versions(),
         tables=tuple(found.tables),
         plots=tuple(found.plots),
-        verdicts=tuple(found.verdicts),
+        verdicts=() if options.quick else tuple(found.verdicts),
         seconds=round(found.seconds, 1),
         records=found.records,
     )
 
 
 def printed(table: Table) -> str:
-    return "\n".join(str({k: str(v) for k, v in row.items()}) for row in table.rows)
+    """Return a table for the screen."""
+    return "\n\n".join(table_markdown(table)[1:])

@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
     title="Table 2: the size of the adaptation, on latent tasks",
     about="A Transformer of width 64 and two blocks, pre-trained on one latent task and frozen, is adapted to other "
     "tasks with the same embedding and another labelling rule; each seed is a task of its own. The paper does not say "
-    "what its latent tasks are; ours are those of residual_steer.data.latent. Prompt and field stand at the first block.",
+    "what its latent tasks are; ours are residual_steer.data.latent. Prompt and field stand at the first block.",
     seeds=10,
 )
 WIDTH, CLASSES = 64, 2

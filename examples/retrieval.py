@@ -47,9 +47,9 @@ EXPERIMENT = Experiment(
     name="retrieval",
     title="Associative recall (MQAR), Transformer and Mamba",
     about="A GPT-2 and a Mamba of two blocks of width 64, pre-trained to recall the values of four keys among 31 keys "
-    "and 31 values, are adapted to 31 other keys and 31 other values that they have never seen. Every method but the head "
-    "and full fine-tuning trains about as many parameters as H-Res of rank 8. The metric is the share of queries that "
-    "are answered.",
+    "and 31 values, are adapted to 31 other keys and values that they have never seen. Every method but the head and "
+    "full fine-tuning trains about as many parameters as H-Res of rank 8. The metric is the share of queries that are "
+    "answered.",
 )
 VERSION = 1  # raise it when the code below changes what a backbone is
 VOCABULARY, WIDTH, LENGTH, PAIRS, BATCH = 128, 64, 32, 4, 32

@@ -1,6 +1,6 @@
 """The one exception of the library, and the two kinds of it that a program may want to tell apart."""
 
-__all__ = ["Diverged", "SteerError", "Unsuitable"]
+__all__ = ["DivergedError", "SteerError", "UnsuitableError"]
 
 
 class SteerError(ValueError):
@@ -10,9 +10,9 @@ class SteerError(ValueError):
     """
 
 
-class Diverged(SteerError):
+class DivergedError(SteerError):
     """A training whose loss or gradient became NaN or infinite; the model is as it was after the last good step."""
 
 
-class Unsuitable(SteerError):
+class UnsuitableError(SteerError):
     """A method that makes no sense on a backbone, such as prefix tuning on a model without keys and values."""

@@ -30,9 +30,16 @@ def bench():
 
 @pytest.fixture(scope="module")
 def rounds(bench):
-    import rounds
+    from residual_steer.study import rounds
 
     return rounds
+
+
+@pytest.fixture(scope="module")
+def output(bench):
+    import output
+
+    return output
 
 
 class Clock:
@@ -101,16 +108,16 @@ def test_what_cannot_be_timed_is_refused(rounds):
         rounds.play([variant], 1).ratio("a", "b")
 
 
-def test_tables_line_up(rounds):
-    lines = rounds.markdown(["what", "ms"], [["a", "1.00"], ["longer", "10.00"]]).splitlines()
+def test_tables_line_up(output):
+    lines = output.markdown(["what", "ms"], [["a", "1.00"], ["longer", "10.00"]]).splitlines()
     assert lines == ["| what   |    ms |", "|--------|------:|", "| a      |  1.00 |", "| longer | 10.00 |"]
 
 
-def test_a_record_names_the_machine_and_replaces_what_was_there_whole(rounds, tmp_path):
+def test_a_record_names_the_machine_and_replaces_what_was_there_whole(output, tmp_path):
     path = tmp_path / "new" / "record.json"
-    rounds.save_json({"results": {"a": 1}}, path)
+    output.save_json({"results": {"a": 1}}, path)
     with pytest.raises(TypeError):
-        rounds.save_json({"results": object()}, path)
+        output.save_json({"results": object()}, path)
     record = json.loads(path.read_text())
     assert record["results"] == {"a": 1}
     assert record["machine"]["threads"] == torch.get_num_threads()

@@ -74,7 +74,7 @@ def test_steering_beside_the_block_keeps_and_computes_least(counted):
 @pytest.mark.parametrize("name", ["gpt2", "vit", "mamba"])
 @torch.no_grad()
 def test_a_field_launches_three_operations_a_block_and_one_for_its_biases(cost, name, bias, expected):
-    from counters import operations
+    from residual_steer.study.counters import operations
 
     shape = cost.SHAPES[name]
     model = shape.build(tiny=True)
@@ -89,7 +89,7 @@ def test_a_field_launches_three_operations_a_block_and_one_for_its_biases(cost, 
 
 @torch.no_grad()
 def test_many_fields_launch_no_more_operations_than_two(cost):
-    from counters import operations
+    from residual_steer.study.counters import operations
 
     shape = cost.SHAPES["gpt2"]
     model = shape.build(tiny=True)

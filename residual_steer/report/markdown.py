@@ -10,7 +10,7 @@ from .facts import facts_of, paragraphs, verdicts_of
 from .plots import alt_text, left_out
 from .result import Plot, Result, Table
 
-__all__ = ["aligned", "code", "escaped", "markdown", "rule", "table_lines"]
+__all__ = ["aligned", "code", "escaped", "markdown", "rule", "table_lines", "table_markdown"]
 
 
 def markdown(results: Sequence[Result], picture: Callable[[Result, int], str]) -> str:
@@ -26,7 +26,7 @@ def markdown(results: Sequence[Result], picture: Callable[[Result, int], str]) -
     for result in results:
         parts += [f'<a id="{result.name}"></a>\n\n## {escaped(result.title)}', *map(escaped, paragraphs(result.about))]
         for table in result.tables:
-            parts += _table(table)
+            parts += table_markdown(table)
         for index, plot in enumerate(result.plots):
             parts += _picture(plot, picture(result, index))
         parts += ["### How it was made", fenced(result.command), "\n".join(_facts(result))]
@@ -78,7 +78,8 @@ def fenced(text: str) -> str:
     return f"{ticks}\n{text}\n{ticks}"
 
 
-def _table(table: Table) -> list[str]:
+def table_markdown(table: Table) -> list[str]:
+    """Return a table in Markdown: its title, its lines, and its notes if it has any."""
     numeric = [is_numeric(table, column) for column in table.columns]
     rows = [[f"**{escaped(cell.text)}**" if cell.best else escaped(cell.text) for cell in row] for row in shown(table)]
     lines = table_lines([escaped(head_of(column)) for column in table.columns], rows, numeric)

@@ -19,7 +19,7 @@ def adapted(problem: Problem, arm: Arm, seed: int) -> nn.Module:
     """Return a fresh copy of a problem's backbone with a method applied, both made from `seed`.
 
     Raises:
-        Unsuitable: the method makes no sense on it.
+        UnsuitableError: the method makes no sense on it.
     """
     model = problem.fresh(seed)
     torch.manual_seed(seed)
@@ -49,7 +49,7 @@ def match_budget(problem: Problem, method: str, option: str, budget: int, **opti
 
     Raises:
         SteerError: the option does not change how many parameters train.
-        Unsuitable: the method makes no sense on the backbone.
+        UnsuitableError: the method makes no sense on the backbone.
     """
 
     def count(size: int) -> int:

@@ -37,6 +37,7 @@ class Ledger:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._known: dict[str, Value] = {}
+        self._whole = 0  # bytes of whole lines
         if path is not None:
             make_folder(path.parent)
             self._read(path)
@@ -80,7 +81,6 @@ class Ledger:
             raise SteerError(f"could not write {path}: {error.strerror or error}.") from error
 
     def _read(self, path: Path) -> None:
-        self._whole = 0
         try:
             content = path.read_bytes() if path.exists() else b""
         except OSError as error:

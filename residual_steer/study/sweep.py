@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from residual_steer import baselines
-from residual_steer.errors import Diverged, SteerError, Unsuitable
+from residual_steer.errors import DivergedError, SteerError, UnsuitableError
 from residual_steer.training import fit
 
 from .budget import adapted, trainable
@@ -151,7 +151,7 @@ def refusal(problem: Problem, arm: Arm) -> str:
     """Return why a method makes no sense on a problem's backbone; empty if it does."""
     try:
         adapted(problem, arm, 0)
-    except Unsuitable as error:
+    except UnsuitableError as error:
         return str(error)
     return ""
 
@@ -159,18 +159,19 @@ def refusal(problem: Problem, arm: Arm) -> str:
 def _train(problem: Problem, arm: Arm, rate: float, seed: int) -> Run:
     started = time.perf_counter()
     model = adapted(problem, arm, seed)
-    count = dict(zip(("trainable", "total"), trainable(model), strict=True))
+    trains, total = trainable(model)
     options = {"progress": False, "seed": seed, "log_every": 1, **problem.fit}
+    valid = test = merged = step = None
     try:
         history = fit(model, problem.train(seed), steps=problem.steps, lr=rate, loss=problem.loss, **options)
-    except Diverged:
-        return Run(rate, seed, None, None, None, seconds_per_step=None, seconds=time.perf_counter() - started, **count)
-    valid, test = problem.score(model, "valid", seed), problem.score(model, "test", seed)
-    merged = None
-    if arm.method == "lora":
-        merged = problem.score(baselines.merge(model), "test", seed)
-    seconds = {"seconds_per_step": history.seconds_per_step, "seconds": time.perf_counter() - started}
-    return Run(rate, seed, valid, test, merged, **seconds, **count)
+    except DivergedError:
+        pass
+    else:
+        step = history.seconds_per_step
+        valid, test = problem.score(model, "valid", seed), problem.score(model, "test", seed)
+        if arm.method == "lora":
+            merged = problem.score(baselines.merge(model), "test", seed)
+    return Run(rate, seed, valid, test, merged, trains, total, step, time.perf_counter() - started)
 
 
 def _key(problem: Problem, arm: Arm, rate: float, seed: int) -> dict[str, Any]:

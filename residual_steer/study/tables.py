@@ -61,7 +61,7 @@ def records(problem: Problem, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return every run as plain values, those that chose the learning rate included."""
     found = []
     for entry in entries:
-        about = {"problem": problem.name, "method": entry.arm.name, "options": dict(entry.arm.options)}
+        about: dict[str, Any] = {"problem": problem.name, "method": entry.arm.name, "options": dict(entry.arm.options)}
         if entry.refused:
             found.append({**about, "refused": entry.refused})
         found += [{**about, "chosen": run.rate == entry.rate, **vars(run)} for run in entry.every]
@@ -84,9 +84,10 @@ def _sizes(entry: Entry) -> dict[str, Cell]:
 def _notes(problem: Problem, entries: Sequence[Entry]) -> list[str]:
     tried = {len(entry.arm.rates) for entry in entries}
     seeds = {len(entry.runs) for entry in entries if entry.runs}
+    rates, counted = "–".join(map(str, sorted(tried))), "–".join(map(str, sorted(seeds)))
     notes = [
-        f"{problem.steps} steps for every method; {'–'.join(map(str, sorted(tried)))} learning rates tried with the first "
-        f"seed, the best on validation data used with {'–'.join(map(str, sorted(seeds)))} seeds; measured on test data."
+        f"{problem.steps} steps for every method; {rates} learning rates tried with the first seed, the best on "
+        f"validation data used with {counted} seeds; measured on test data."
     ]
     notes += [f"{entry.arm.name}: {entry.refused}" for entry in entries if entry.refused]
     edge = [f"{entry.arm.name} ({entry.rate:g})" for entry in entries if entry.at_edge]
@@ -94,5 +95,5 @@ def _notes(problem: Problem, entries: Sequence[Entry]) -> list[str]:
         notes.append(f"Best at the edge of the rates tried, so that a better one may lie beyond: {', '.join(edge)}.")
     lost = [entry.arm.name for entry in entries if not entry.refused and entry.rate is None]
     if lost:
-        notes.append(f"Diverged at every learning rate: {', '.join(lost)}.")
+        notes.append(f"DivergedError at every learning rate: {', '.join(lost)}.")
     return notes

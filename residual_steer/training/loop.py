@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
-from residual_steer.errors import Diverged, SteerError
+from residual_steer.errors import DivergedError, SteerError
 from residual_steer.files import as_path, make_folder
 
 from . import checkpoint, randomness
@@ -269,7 +269,7 @@ class _Run:
         self._forget_gradients()
         kept = checkpoint.newest(self.folder) if self.folder is not None else None
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient's norm became {norm}"
-        raise Diverged(
+        raise DivergedError(
             f"the {what} at step {self.step + 1} of {self.steps}. The model is as it was after step {self.step}; "
             f"{f'the last checkpoint is {kept[1]}' if kept else 'there is no checkpoint'}. "
             "Lower `lr`, lengthen `warmup`, or look at the data of this step."

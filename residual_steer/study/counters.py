@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Counts", "count", "operations"]
+__all__ = ["Counts", "count", "flops", "operations"]
 
 VIEWS = ("view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "alias")
 
@@ -33,11 +33,11 @@ class Counts:
     trainable: int
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base hints nothing
     """Count operations that compute something."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.number = 0
 
     def __torch_dispatch__(
@@ -52,12 +52,19 @@ def operations(run: Callable[[], object]) -> int:
     """Return how many kernels a call launches."""
     with _Operations() as mode:
         run()
-    return mode.number
+    return int(mode.number)
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Return the floating-point operations of all matrix products in a call, backward passes inside it included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm}) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def _addmm(_: Any, one: Any, other: Any, **__: Any) -> int:
     """Return the operations of `a.addmm_(b, c)`, which torch's counter does not know."""
-    return 2 * one[0] * one[1] * other[1]
+    return int(2 * one[0] * one[1] * other[1])
 
 
 def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor) -> Counts:
@@ -79,16 +86,15 @@ def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor) -> Counts
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss()  # kept alive, so that no storage is counted again under an address that was free
-    value.backward()
+    torch.autograd.backward(value)
     model.zero_grad()
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm}) as flops:
-        loss().backward()
+    products = flops(lambda: torch.autograd.backward(loss()))
     model.zero_grad()
-    number = operations(lambda: loss().backward())
+    number = operations(lambda: torch.autograd.backward(loss()))
     model.zero_grad()
     return Counts(
         saved=sum(saved.values()),
-        flops=flops.get_total_flops(),
+        flops=products,
         operations=number,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )

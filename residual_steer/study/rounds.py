@@ -7,31 +7,21 @@ its quartiles.
 
 from __future__ import annotations
 
-import datetime
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from residual_steer import SteerError
-from residual_steer.files import make_folder, write_whole
-from residual_steer.report import command_line, machine, versions
-from residual_steer.report.markdown import table_lines
+from residual_steer.errors import SteerError
 
 __all__ = [
     "Rounds",
     "Spread",
     "Variant",
-    "exit_status",
-    "markdown",
     "play",
-    "save_json",
     "spread",
 ]
 
@@ -163,41 +153,9 @@ def play(
     return Rounds(seconds)
 
 
-def exit_status(work: Callable[[], None]) -> int:
-    """Run a benchmark; an error of ours is a line on stderr and status 1."""
-    try:
-        work()
-    except SteerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def spread(values: Sequence[float]) -> Spread:
     """Return the median and the quartiles of one or more numbers, interpolated between neighbours."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, low, high)
-
-
-def save_json(record: Mapping[str, Any], path: Path, device: torch.device | str = "cpu") -> None:
-    """Write a record, with what is needed to get it again, whole or not at all.
-
-    Raises:
-        SteerError: it cannot be written; what was there before is untouched.
-    """
-    whole = {
-        "command": command_line(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(device),
-        "versions": versions(),
-        **record,
-    }
-    make_folder(path.parent)
-    write_whole({path: (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()})
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, its first column to the left and the others, which are numbers, to the right."""
-    return "\n".join(table_lines(heads, rows, [index > 0 for index in range(len(heads))]))
