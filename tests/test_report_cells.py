@@ -5,9 +5,9 @@ import math
 import pytest
 
 from report_samples import METHODS, bars, curves, ranks, result, tradeoff
-from residual_steer.report import Axis, Column, Measured, Plot, Series, Table
+from residual_steer.report import Axis, Column, Measured, Plot, Series, Table, Verdict
 from residual_steer.report.cells import best_of, head_of, is_numeric, notes_of, numbers_of, shown, text_of
-from residual_steer.report.facts import duration, facts_of, hardware, paragraphs, seeds_of
+from residual_steer.report.facts import duration, facts_of, hardware, paragraphs, seeds_of, verdicts_of
 from residual_steer.report.styles import styles_for
 
 
@@ -135,3 +135,11 @@ def test_a_method_looks_the_same_in_every_plot_and_like_no_other():
     eight = styles_for(METHODS)
     assert len({style.color for style in eight.values()}) == len({style.marker for style in eight.values()}) == 8
     assert styles_for(["h-res"])["h-res"] == few["H-Res"]
+
+
+def test_verdicts_come_by_claim_and_then_by_result():
+    def judged(name, *claims):
+        return result(name=name, verdicts=tuple(Verdict(claim, "holds", "", "", "") for claim in claims))
+
+    pairs = verdicts_of([judged("a", 9, 2), judged("b", 1, 9)])
+    assert [(verdict.claim, found.name) for verdict, found in pairs] == [(1, "b"), (2, "a"), (9, "a"), (9, "b")]

@@ -83,7 +83,7 @@ def _write(axes: Axes, mark: Mark, middle: tuple[float, float], place: tuple[Box
     box, led = place
     dots = axes.figure.dpi / 72
     nearest = _nearest(box, middle)
-    written = axes.annotate(
+    axes.annotate(
         mark.label,
         (mark.x, mark.y),
         ((box[0] - middle[0]) / dots + 1.5, (box[1] - middle[1]) / dots + 1),
@@ -94,16 +94,14 @@ def _write(axes: Axes, mark: Mark, middle: tuple[float, float], place: tuple[Box
         va="bottom",
         zorder=4,
     )
-    written.set_in_layout(False)
     if led:
-        line = axes.annotate(
+        axes.annotate(
             "",
             (mark.x, mark.y),
             ((nearest[0] - middle[0]) / dots, (nearest[1] - middle[1]) / dots),
             textcoords="offset points",
             arrowprops={"arrowstyle": "-", "color": QUIET, "linewidth": 0.8, "shrinkA": 0, "shrinkB": _MARKER},
         )
-        line.set_in_layout(False)
 
 
 def _bars_of(mark: Mark, axes: Axes, half: float) -> list[Box]:

@@ -171,7 +171,7 @@ def _lines(axes: Axes, plot: Plot, styles: Mapping[str, Style]) -> None:
         axes.plot(x, y, color=style.color, linestyle=style.dashes, linewidth=1.9, label=series.name, **marked, **edge)
         if any(width > 0 for width in spread):
             low = [value - width for value, width in zip(y, spread, strict=True)]
-            if plot.y.log:  # which has no place for the end of a band below zero, and must not stretch after it
+            if plot.y.log:  # which has no place for the end of a band that reaches below zero
                 low = [max(bound, lowest) for bound in low]
             high = [value + width for value, width in zip(y, spread, strict=True)]
             axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
