@@ -84,6 +84,18 @@ def test_only_lora_merges():
         rs.baselines.merge(rs.baselines.apply(model, "bitfit"))
 
 
+def test_what_has_diverged_does_not_merge():
+    model = lora(BY_NAME["gpt2"])
+    layer = model.transformer.h[1].attn.c_attn
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0, 0] = float("nan")
+    weight = model.transformer.h[0].attn.c_attn.weight.clone()
+    with pytest.raises(rs.SteerError, match="has diverged"):
+        rs.baselines.merge(model)
+    assert model.transformer.h[1].attn.c_attn is layer
+    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, weight)
+
+
 def test_the_update_is_alpha_over_rank_times_b_times_a():
     case = BY_NAME["gpt2"]
     model = shaken(lora(case, rank=4, alpha=6))

@@ -99,6 +99,23 @@ def test_what_is_named_trains_along(method):
     assert (opened(model) - own == set()) is (method == "linear")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("vpt-deep", "blocks.1", "prompt"),
+        ("vpt-shallow", "blocks.1", "prompt"),
+        ("ssf", "blocks.1.norm2", "scale_shift"),
+    ],
+)
+def test_a_name_that_is_taken_is_found_before_anything_is_put(method, path, name):
+    model = BY_NAME["timm-vit"].build()
+    setattr(model.get_submodule(path), name, 1)
+    before = snapshot(model)
+    with pytest.raises(rs.SteerError, match=f"has a {name!r} of its own"):
+        rs.baselines.apply(model, method)
+    assert snapshot(model) == before
+
+
 def test_presets_are_fields_beside_the_mlp():
     model = shaken(made("timm-vit", "adaptformer", rank=4))
     block, x = model.blocks[0], torch.randn(2, 5, WIDTH)

@@ -38,7 +38,8 @@ def words(length=6, rows=2):
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    """Compare to a share of the largest entry: some models' logits are small at the start."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
 @settings(deadline=None, max_examples=60)
@@ -126,6 +127,7 @@ def test_a_prefix_is_keys_and_values_in_the_cache():
     expected = BY_NAME["gpt2"].build()(ids, past_key_values=cache).logits
     close(model(ids).logits, expected)
     close(model(ids, attention_mask=torch.ones_like(ids)).logits, expected)
+    close(model(ids, position_ids=torch.arange(6)[None]).logits, expected)
 
 
 GENERATING = [("gpt2", "prompt"), ("gpt2", "prefix")]

@@ -139,15 +139,15 @@ def merge(model: Model) -> Model:
         model: one that `apply(model, "lora")` returned.
 
     Raises:
-        SteerError: it carries no LoRA.
+        SteerError: it carries no LoRA, or one that has diverged; nothing has changed.
     """
     applied = model.__dict__.get(MARK) if isinstance(model, nn.Module) else None
     if not isinstance(applied, Applied) or applied.method != "lora":
         carried = f"carries {applied.method!r}" if isinstance(applied, Applied) else "carries none"
         raise SteerError(f"only LoRA can be folded into the weights; this model {carried}.")
+    merge_layers(model)
     if applied.guard is not None:
         applied.guard.remove()
-    merge_layers(model)
     for handle in applied.handles:
         handle.remove()
     delattr(model, MARK)

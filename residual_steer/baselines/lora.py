@@ -73,13 +73,10 @@ def lora(
         target_modules="|".join(map(re.escape, paths)),  # matched as a whole, so that nothing else is
         fan_in_fan_out=any(not isinstance(model.get_submodule(path), nn.Linear) for path in paths),
     )
-    had = "peft_config" in model.__dict__
     try:
         peft.inject_adapter_in_model(config, model)
     except (ValueError, TypeError) as error:
         merge_layers(model, update=False)
-        if not had:
-            model.__dict__.pop("peft_config", None)
         raise SteerError(f"PEFT refused: {error}") from error
     parameters = []
     for layer in _layers(model):
@@ -91,18 +88,24 @@ def lora(
     return Trained(parameters, called=paths)
 
 
-def merge_layers(model: Any, update: bool = True) -> int:
-    """Put the plain layers back, with or without what LoRA learned in their weights; return how many there were."""
+def merge_layers(model: Any, update: bool = True) -> None:
+    """Put the plain layers back, with what LoRA learned added to their weights, or without.
+
+    Raises:
+        SteerError: what it learned is not finite; nothing has changed.
+    """
     layers = {id(layer): layer for layer in _layers(model)}
-    for layer in layers.values():
-        if update:
-            layer.merge(safe_merge=True)
+    for layer in layers.values() if update else ():
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name and not bool(torch.isfinite(parameter).all()):
+                raise SteerError("LoRA has diverged: its weights are not finite, and would spoil the model's own.")
+    for layer in layers.values() if update else ():
+        layer.merge()
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if id(child) in layers:
                 parent._modules[name] = layers[id(child)].get_base_layer()
     model.__dict__.pop("peft_config", None)
-    return len(layers)
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from residual_steer.backbone import Backbone, bulk_dtype
 from residual_steer.errors import SteerError
 from residual_steer.spec import check_ranks
 
-__all__ = ["Subject", "Trained", "add_child", "count", "place_of"]
+__all__ = ["Subject", "Trained", "add_child", "count", "place_of", "require_free"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,20 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, torch.promote_types(bulk_dtype(module), torch.float32)
 
 
-def add_child(host: nn.Module, name: str, child: nn.Module) -> None:
-    """Register `child` in `host`, in the mode that the host is in.
+def require_free(hosts: Iterable[nn.Module], name: str) -> None:
+    """Make sure that a child of this name can be put into every host, before one is.
 
     Raises:
-        SteerError: the host has something of that name.
+        SteerError: a host has something of that name.
     """
-    if hasattr(host, name):
-        raise SteerError(f"this {type(host).__name__} has a {name!r} of its own, where the method would stand.")
+    for host in hosts:
+        if hasattr(host, name):
+            raise SteerError(f"this {type(host).__name__} has a {name!r} of its own, where the method would stand.")
+
+
+def add_child(host: nn.Module, name: str, child: nn.Module) -> None:
+    """Register `child` in `host`, in the mode that the host is in."""
+    require_free([host], name)
     host.add_module(name, child)
     child.train(host.training)
 

@@ -12,7 +12,7 @@ from residual_steer.errors import SteerError
 
 from .bitfit import is_key
 from .bypass import is_linear, parts_of
-from .parts import Subject, Trained, add_child, place_of
+from .parts import Subject, Trained, add_child, place_of, require_free
 
 __all__ = ["ScaleShift", "ssf"]
 
@@ -64,7 +64,9 @@ def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
             "another method."
         )
     parameters: list[nn.Parameter] = []
-    for part in {id(part.module): part for part in parts}.values():
+    unique = {id(part.module): part for part in parts}.values()
+    require_free((part.module for part in unique), "scale_shift")
+    for part in unique:
         child = ScaleShift(part.module, not is_key(subject, part.name), *place_of(part.module))
         parameters.extend(child.parameters())
     return Trained(parameters, called=[part.name for part in parts])

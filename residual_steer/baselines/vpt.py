@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
 
-from .parts import Subject, Trained, add_child, count, place_of
+from .parts import Subject, Trained, add_child, count, place_of, require_free
 from .places import Place, behind_padding, insert, is_first_call, take_out
 
 __all__ = ["Gate", "is_ssm", "stand_before", "vpt_deep", "vpt_shallow"]
@@ -51,6 +51,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
     count("length", length)
     _check(subject, "vpt-deep")
     blocks, at = subject.backbone.blocks, _prefix_tokens(subject.inner)
+    require_free(blocks, "prompt")
     gates = []
     for block in blocks:
         weight = _tokens(subject, length, *place_of(block))
@@ -61,6 +62,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
 def stand_before(subject: Subject, weight: nn.Parameter) -> Trained:
     """Let tokens `(tokens, width)` enter at the first block and leave after the last."""
     blocks, at = subject.backbone.blocks, _prefix_tokens(subject.inner)
+    require_free(blocks, "prompt")
     last = len(blocks) - 1
     for index, block in enumerate(blocks):
         entering = weight if index == 0 else None
