@@ -41,10 +41,10 @@ def tokenizer():
 
 
 def question(number, words=12):
-    """A row of SQuAD: its answer is word `number` of its context."""
+    """A row of SQuAD: its answer is two words of its context."""
     context = " ".join(WORDS[(number + i) % len(WORDS)] for i in range(words))
-    position = 1 + number % (words - 1)
-    answer = context.split()[position]
+    position = 1 + number % (words - 2)
+    answer = " ".join(context.split()[position : position + 2])
     start = len(" ".join(context.split()[:position])) + 1
     asked = f"Who {WORDS[number % len(WORDS)]}?"
     answers = {"text": [answer, f"The {answer}"], "answer_start": [start, start]}
@@ -246,6 +246,23 @@ def test_splits_and_columns_that_are_not_there(tmp_path, tokenizer):
         images(some_rows())
 
 
+def test_one_folder_for_each_saved_configuration(tmp_path):
+    for name in ("small", "large"):
+        datasets.Dataset.from_dict({"text": [name]}).save_to_disk(tmp_path / name)
+    assert list(splits(tmp_path, "large")["train"]["text"]) == ["large"]
+
+
+def test_an_error_of_many_lines_becomes_one(monkeypatch):
+    def several(*arguments, **options):
+        raise ValueError("Config name is missing.\nPlease pick one among ['a', 'b']\n")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", several)
+    with pytest.raises(
+        SteerError, match=r"ValueError: Config name is missing\. Please pick one among \['a', 'b'\]\. Give"
+    ):
+        splits("owner/name")
+
+
 def test_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_json(tmp_path / "data")
@@ -262,6 +279,14 @@ def test_wikitext_is_the_text_in_windows(tokenizer):
     assert data.windows.flatten().tolist() == ids[: len(ids) // 4 * 4]
     assert torch.equal(data[0]["input_ids"], data[0]["labels"])
     assert len(wikitext(rows, tokenizer=tokenizer, length=4, limit=9)) == 2
+
+
+def test_wikitext_reads_no_further_than_the_limit(tokenizer, monkeypatch):
+    monkeypatch.setattr("residual_steer.data.language._PIECE", 2)
+    rows = datasets.Dataset.from_dict({"text": ["the fox of a hen", "corn at dawn", None]})
+    assert len(wikitext(rows, tokenizer=tokenizer, length=3, limit=6)) == 2
+    with pytest.raises(SteerError, match="a row from 2 on is a NoneType"):
+        wikitext(rows, tokenizer=tokenizer, length=3)
 
 
 def test_wikitext_in_pieces_is_the_same_text(tokenizer, monkeypatch):
