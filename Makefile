@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RESULTS ?= runs/claims
 
-.PHONY: demo serve bench test check format clean
+.PHONY: demo serve bench claims test check format clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
 	$(BIN)/python examples/compare_transformer_mamba.py
@@ -16,6 +17,13 @@ bench: $(VENV)/installed  ## What steering costs, and many fields in one batch; 
 	$(BIN)/python benchmarks/many_fields.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/prefix.py
+
+claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is needed; goes on where it was interrupted
+	$(BIN)/python examples/latent_ablation.py --out $(RESULTS)
+	$(BIN)/python examples/retrieval.py --out $(RESULTS)
+	$(BIN)/python examples/compare_transformer_mamba.py --baselines --out $(RESULTS)
+	$(BIN)/python examples/wikitext_speed.py --random-weights --out $(RESULTS)
+	$(BIN)/python -m residual_steer.report $(RESULTS) --claims CLAIMS.md
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 	$(BIN)/python -m pytest -n 2

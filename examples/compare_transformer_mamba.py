@@ -6,6 +6,9 @@ Small backbones are pre-trained on what every machine has (Python's own source, 
 ~/.cache/residual-steer; no network, no GPU. Then each is adapted to something else, with the same `fit` and the same
 number of steps for every method, and one table is printed and saved with learning curves.
 
+With `--baselines`, every other method of `residual_steer.baselines` takes part, each with a sweep of learning rates and
+several seeds (compare_methods.py).
+
 Any model and data of the Hugging Face Hub, or in a local folder, take their place:
 
     python examples/compare_transformer_mamba.py --model gpt2 --model state-spaces/mamba-130m-hf --data imdb --steps 500
@@ -26,6 +29,8 @@ from torch import nn
 
 import residual_steer as rs
 from backbone_cache import default_cache
+from compare_methods import compare_all
+from experiment import positive
 from hub_tasks import hub_tasks, quiet_libraries
 from report import save_curves, save_json, save_table, table_of
 from residual_steer.backbone import SITES
@@ -105,7 +110,11 @@ METHODS = [
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; return the exit status."""
     try:
-        compare(parse(arguments))
+        options = parse(arguments)
+        if options.baselines:
+            quiet_libraries()
+            return compare_all(find_tasks(options), options)
+        compare(options)
     except rs.SteerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -123,22 +132,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=positive, default=16, help="rank of the steering fields")
     parser.add_argument("--site", default="block", choices=SITES, help="where the fields run")
     parser.add_argument("--seed", type=int, default=0, help="of new heads, new fields and the data's order")
+    parser.add_argument("--baselines", action="store_true", help="every method, with a sweep of learning rates")
+    parser.add_argument("--seeds", type=positive, default=3, help="of --baselines, counted from 0")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_transformer_mamba"), help="folder for results")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the pre-trained backbones")
     parser.add_argument("--quick", action="store_true", help="tiny backbones and few steps: a test, no result")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a positive integer.
-
-    Raises:
-        ValueError: it is none; argparse says so.
-    """
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def make_folder(folder: Path) -> None:

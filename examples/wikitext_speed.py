@@ -199,7 +199,7 @@ def count_all(quick: bool, ledger: Ledger) -> tuple[list[Table], Plot, Verdict, 
     same = "exactly" if exact else "not exactly"
     note = (
         f"A prompt of p tokens costs {same} what p more tokens of text cost. H-Res adds "
-        f"{extra[lengths[0]] / lengths[0] / 1e6:.2f} MFLOP a token, {'' if linear else 'not '}the same at every length. "
+        f"{extra[lengths[0]] / lengths[0] / 1e6:.2f} MFLOP a token, {'' if linear else 'not '}the same at any length. "
         f"Attention's N² part is {quadratic[lengths[0]]:.1%} of the frozen model's at N = {lengths[0]} and "
         f"{quadratic[lengths[-1]]:.1%} at N = {lengths[-1]}. The head is not counted."
     )
