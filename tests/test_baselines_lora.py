@@ -159,6 +159,13 @@ def test_evas_joint_projection_is_adapted_once_it_is_called():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_a_joint_projection_with_biases_of_its_own_is_read_and_not_called(stack):
+    for block in stack.blocks:
+        block.qkv, block.q_bias = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.zeros(WIDTH))  # as in timm's Swin V2
+    with pytest.raises(rs.SteerError, match="qkv would do nothing: .* other `targets`"):
+        lora(stack, targets=["qkv"])
+
+
 def test_fused_paths_are_kept_away_from(monkeypatch):
     model = BY_NAME["mamba_ssm-1"].build()
     mixers = [block.mixer for block in model.backbone.layers]
@@ -232,6 +239,17 @@ def test_what_is_never_called_is_found_out_in_the_first_training_step(stack, met
     model(batch())
     with pytest.raises(rs.SteerError, match=r"2 of the 4 modules"):
         twin.train()(batch())
+
+
+def test_what_is_called_in_evaluation_says_nothing_about_training(stack):
+    model = rs.baselines.apply(stack, "ssf")
+    for block in model.blocks:
+        block.call = True
+    model.eval()(batch())
+    for block in model.blocks:
+        block.call = False
+    with pytest.raises(rs.SteerError, match=r"2 of the 4 modules"):
+        model.train()(batch())
 
 
 def test_a_guard_leaves_nothing_and_stays_out_of_compiled_graphs(stack):

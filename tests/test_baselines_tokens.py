@@ -271,8 +271,28 @@ def test_vpt_stands_behind_the_prefix_tokens_of_transformers(name, prefix, metho
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(enter(index), with_kwargs=True)
     blocks[-1].register_forward_hook(leave)
+    case.modules(model, "block")[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(entered=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     close(case.run(model), case.run(frozen))
     assert seen["out"].shape == (2, prefix + 4, WIDTH)
+    close(seen["entered"][:, prefix : prefix + P], given[0].expand(2, -1, -1))
+
+
+@torch.no_grad()
+def test_hidden_states_that_were_captured_before_are_those_of_the_image():
+    model, case = BY_NAME["hf-vit"].build(), BY_NAME["hf-vit"]
+    case.run(model, output_hidden_states=True)  # which installs hooks of transformers'
+    rs.baselines.apply(model, "vpt-deep", length=P)
+    states = model(**case.inputs(model), output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states[1:]] == [(2, 5, WIDTH)] * 2
+
+
+def test_a_copy_after_a_call_that_failed_is_as_good():
+    model = ready("gpt2", "prefix")
+    with pytest.raises(IndexError):
+        model(words() + VOCABULARY, use_cache=False)
+    assert copy.deepcopy(model)(words()).logits.shape == (2, 6, VOCABULARY)
 
 
 @pytest.mark.parametrize("method", ["vpt-shallow", "vpt-deep"])

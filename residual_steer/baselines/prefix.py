@@ -111,7 +111,7 @@ class Prefix(nn.Module):
         return type(output)(**{key: part for key, part in output.items() if part is not lent})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies what belongs to a call."""
+        """Leave out of copies what belongs to a call, or was left by one that failed."""
         return {**self.__dict__, "_lent": None}
 
     def _fill(self, inner: Any, call: dict[str, Any]) -> Any:

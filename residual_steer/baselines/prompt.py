@@ -160,10 +160,6 @@ class SoftPrompt(nn.Module):
         place, self._place = self._place, None
         return output if place is None else _without(output, len(self.weight), place)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies what belongs to a call."""
-        return {**self.__dict__, "_place": None}
-
 
 def _without(output: Any, tokens: int, place: Place) -> Any:
     """Take the vectors out of every stream in a model's output: the last, and all that were asked for."""

@@ -41,6 +41,8 @@ def vpt_shallow(subject: Subject, *, length: int = 10) -> Trained:
 def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
     """VPT-deep: tokens of their own enter at every block and leave after it (eq. 6 and 7).
 
+    Of the hidden states that transformers records, only the first has them: it is what enters the first block.
+
     Args:
         subject: a ViT or a Mamba.
         length: p, the number of tokens at every block.
@@ -161,10 +163,6 @@ class Gate(nn.Module):
             return out(output)
         kept = [out(value) if isinstance(value, Tensor) and value.dim() == 3 else value for value in output]
         return type(output)(*kept) if hasattr(output, "_fields") else type(output)(kept)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies what belongs to a call."""
-        return {**self.__dict__, "_place": None}
 
 
 def _check(subject: Subject, method: str) -> None:
