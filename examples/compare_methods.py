@@ -38,9 +38,9 @@ from tasks import Task, seeded
 EXPERIMENT = Experiment(
     name="compare-transformer-mamba",
     title="A Transformer, a Mamba and a ViT under every method",
-    about="Small backbones, pre-trained on what every machine has (Python's own source, the digits 0–4), are "
-    "adapted to English prose and to the digits 5–9, by the same loop and for as many steps under every method. Windows of text "
-    "are 10 bytes shorter than those of the pre-training, which leaves room for a prompt.",
+    about="Small backbones, pre-trained on what every machine has (Python's own source, the digits 0–4), are adapted "
+    "to English prose and to the digits 5–9, by one loop and for as many steps under every method. Windows of text are "
+    "10 bytes shorter than those of the pre-training, which leaves room for a prompt.",
 )
 PROMPT = 10  # tokens of a prompt, a prefix, or of VPT in every block
 # Centres of the sweeps: methods of few parameters take larger rates; each is tried at a third and three times as much.
@@ -48,13 +48,13 @@ RATES = {"hres": 1e-2, "lora": 1e-2, "parallel-adapter": 1e-2, "prompt": 3e-2, "
 RATES |= {"ssf": 1e-2, "bitfit": 1e-2, "linear": 3e-2, "full": 2e-3}
 
 
-def arms_of(task: Task, rank: int, site: str) -> list[Arm]:
+def arms_of(task: Task, options: argparse.Namespace) -> list[Arm]:
     """Return the methods that are held against each other on a task."""
     learned = ("vpt-deep" if task.kind == "images" else "prompt", {"length": PROMPT})
     methods: list[tuple[str, str, dict[str, Any]]] = [
-        ("H-Res", "hres", {"rank": rank, "site": site}),
-        ("LoRA", "lora", {"rank": rank}),
-        ("parallel adapter", "parallel-adapter", {"rank": rank}),
+        ("H-Res", "hres", {"rank": options.rank, "site": options.site}),
+        ("LoRA", "lora", {"rank": options.rank}),
+        ("parallel adapter", "parallel-adapter", {"rank": options.rank}),
         ("VPT-deep" if task.kind == "images" else "prompt", *learned),
         ("SSF", "ssf", {}),
         ("BitFit", "bitfit", {}),
@@ -63,7 +63,7 @@ def arms_of(task: Task, rank: int, site: str) -> list[Arm]:
     ]
     if task.kind == "text":
         methods.insert(4, ("prefix", "prefix", {"length": PROMPT}))
-    return [Arm(name, method, rates_around(RATES[method]), options) for name, method, options in methods]
+    return [Arm(name, method, rates_around(RATES[method], options.rates), sized) for name, method, sized in methods]
 
 
 def problem_of(task: Task) -> Problem:
@@ -168,7 +168,7 @@ def compare_all(tasks: Sequence[Task], options: argparse.Namespace) -> int:
         results, frozen = [], {}
         for task in tasks:
             problem = problem_of(task)
-            arms = arms_of(task, options.rank, options.site)
+            arms = arms_of(task, options)
             results.append((task, problem, sweep(problem, arms, range(options.seeds), ledger)))
             frozen[task.backbone] = [before(problem, task) or 0.0] * options.seeds
         complete = all(len(entry.runs) == options.seeds for _, _, entries in results for entry in entries[:2])

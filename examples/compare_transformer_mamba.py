@@ -134,6 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of new heads, new fields and the data's order")
     parser.add_argument("--baselines", action="store_true", help="every method, with a sweep of learning rates")
     parser.add_argument("--seeds", type=positive, default=3, help="of --baselines, counted from 0")
+    parser.add_argument("--rates", type=positive, default=3, help="of --baselines: learning rates of every method")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_transformer_mamba"), help="folder for results")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the pre-trained backbones")
     parser.add_argument("--quick", action="store_true", help="tiny backbones and few steps: a test, no result")

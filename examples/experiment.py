@@ -65,6 +65,7 @@ def parser_of(experiment: Experiment) -> argparse.ArgumentParser:
         description=experiment.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seeds", type=positive, default=experiment.seeds, help="how many seeds, counted from 0")
+    parser.add_argument("--rates", type=positive, default=3, help="how many learning rates every method is tried with")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder for results and finished runs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few steps: a test, no result")
     return parser

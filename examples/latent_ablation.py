@@ -51,16 +51,21 @@ EXPERIMENT = Experiment(
 WIDTH, CLASSES = 64, 2
 STEPS, BATCH = 300, 64
 ROWS = {"train": 4000, "valid": 1000, "test": 2000}
+FEW = {"train": 128, "valid": 64, "test": 64}  # with --quick
 PAPER = {"prompt of 1": 76.54, "prompt of 10": 70.48, "H-Res, rank 8": 79.37, "H-Res, rank 32": 82.14}
 COUNTS = {"prompt of 1": 194, "prompt of 10": 770, "H-Res, rank 8": 1226, "H-Res, rank 32": 4322}
-ARMS = [
-    Arm("new head alone", "linear", rates_around(1e-2)),
-    Arm("prompt of 1", "vpt-shallow", rates_around(1e-2), {"length": 1}),
-    Arm("prompt of 10", "vpt-shallow", rates_around(1e-2), {"length": 10}),
-    Arm("H-Res, rank 8", "hres", rates_around(1e-2), {"rank": 8, "layers": [0]}),
-    Arm("H-Res, rank 32", "hres", rates_around(1e-2), {"rank": 32, "layers": [0]}),
-    Arm("full fine-tuning", "full", rates_around(1e-3)),
-]
+
+
+def arms_of(rates: int) -> list[Arm]:
+    """Return the rows of the table, each with so many learning rates."""
+    return [
+        Arm("new head alone", "linear", rates_around(1e-2, rates)),
+        Arm("prompt of 1", "vpt-shallow", rates_around(1e-2, rates), {"length": 1}),
+        Arm("prompt of 10", "vpt-shallow", rates_around(1e-2, rates), {"length": 10}),
+        Arm("H-Res, rank 8", "hres", rates_around(1e-2, rates), {"rank": 8, "layers": [0]}),
+        Arm("H-Res, rank 32", "hres", rates_around(1e-2, rates), {"rank": 32, "layers": [0]}),
+        Arm("full fine-tuning", "full", rates_around(1e-3, rates)),
+    ]
 
 
 class Block(nn.Module):
@@ -101,17 +106,17 @@ def describe(model: LatentTransformer) -> rs.Backbone:
     return rs.Backbone(blocks=model.blocks, width=WIDTH, mlp="mlp")
 
 
-def rows(split: str, task: int, seed: int) -> DataLoader[Any]:
+def rows(sizes: dict[str, int], split: str, task: int, seed: int) -> DataLoader[Any]:
     """Return rows of a task; no two splits, tasks or seeds share any."""
-    number = 10 * (100 * task + seed) + list(ROWS).index(split)
-    return DataLoader(latent(ROWS[split], task=task, seed=number), batch_size=BATCH, shuffle=split == "train")
+    number = 10 * (100 * task + seed) + list(sizes).index(split)
+    return DataLoader(latent(sizes[split], task=task, seed=number), batch_size=BATCH, shuffle=split == "train")
 
 
 def pretrain(steps: int) -> nn.Module:
     """Return a backbone that has learnt task 0."""
     torch.manual_seed(0)
     model = LatentTransformer()
-    data = DataLoader(latent(20_000, task=0, seed=99), batch_size=BATCH, shuffle=True)
+    data = DataLoader(latent(BATCH * min(steps, 300), task=0, seed=99), batch_size=BATCH, shuffle=True)
     rs.fit(model, data, steps=steps, lr=2e-3, weight_decay=0.05, warmup=0.1, seed=0)
     return model.eval()
 
@@ -125,21 +130,21 @@ def fresh(backbone: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def problem_of(backbone: nn.Module, steps: int) -> Problem:
+def problem_of(backbone: nn.Module, steps: int, sizes: dict[str, int]) -> Problem:
     """Return the problem: seed s is task s + 1."""
 
     def score(model: nn.Module, split: str, seed: int) -> dict[str, float]:
-        return {"accuracy": evaluate(model, rows(split, seed + 1, seed))["accuracy"]}
+        return {"accuracy": evaluate(model, rows(sizes, split, seed + 1, seed))["accuracy"]}
 
     return Problem(
         name="latent tasks",
         fresh=functools.partial(fresh, backbone),
-        train=lambda seed: rows("train", seed + 1, seed),
+        train=lambda seed: rows(sizes, "train", seed + 1, seed),
         score=score,
         metric="accuracy",
         better="up",
         steps=steps,
-        identity={"backbone": digest(backbone), "rows": ROWS, "batch": BATCH},
+        identity={"backbone": digest(backbone), "rows": sizes, "batch": BATCH},
         train_also=("head",),
     )
 
@@ -186,15 +191,16 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
     """Pre-train the backbone, then compare."""
     started = time.perf_counter()
     backbone = pretrain(20 if options.quick else 600)
-    source = evaluate(backbone, rows("test", 0, 98))["accuracy"]
+    sizes = FEW if options.quick else ROWS
+    source = evaluate(backbone, rows(sizes, "test", 0, 98))["accuracy"]
     print(f"the backbone knows its own task, 0, with {source:.1%} accuracy; {time.perf_counter() - started:.0f} s")
-    problem = problem_of(backbone, 4 if options.quick else STEPS)
-    entries = sweep(problem, ARMS, range(options.seeds), ledger)
+    problem = problem_of(backbone, 4 if options.quick else STEPS, sizes)
+    entries = sweep(problem, arms_of(options.rates), range(options.seeds), ledger)
     check_counts(entries)
     return Found(
         tables=[table_2(problem, entries)],
         verdicts=[verdict(entries)],
-        settings={"rows": ROWS, "steps": problem.steps, "batch": BATCH, "backbone_accuracy": source},
+        settings={"rows": sizes, "steps": problem.steps, "batch": BATCH, "backbone_accuracy": source},
         records=records(problem, entries),
         seconds=sum(run.seconds for run in every_run(entries)),
     )

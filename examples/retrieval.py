@@ -57,6 +57,7 @@ SOURCE = {"keys": range(1, 32), "values": range(32, 63)}
 TARGET = {"keys": range(64, 95), "values": range(95, 126)}
 RANK = 8  # of H-Res, whose parameters are everybody's budget
 ROWS = {"train": 8000, "valid": 250, "test": 500}
+FEW = {"train": 128, "valid": 16, "test": 16}  # with --quick
 SHAPE = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "tie_word_embeddings": False, "use_cache": False}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -101,10 +102,10 @@ def patterns(size: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(position < period, -100)}
 
 
-def rows(split: str, seed: int, which: dict[str, range]) -> DataLoader[Any]:
+def rows(sizes: dict[str, int], split: str, seed: int, which: dict[str, range]) -> DataLoader[Any]:
     """Return rows of recall; no two splits or seeds share any."""
-    number = 100 + 10 * seed + list(ROWS).index(split)
-    data = mqar(ROWS[split], pairs=PAIRS, length=LENGTH, power=1.0, seed=number, **which)
+    number = 100 + 10 * seed + list(sizes).index(split)
+    data = mqar(sizes[split], pairs=PAIRS, length=LENGTH, power=1.0, seed=number, **which)
     return DataLoader(data, batch_size=BATCH if split == "train" else 250, shuffle=split == "train")
 
 
@@ -113,42 +114,44 @@ def pretrain(model: nn.Module, steps: int) -> dict[str, Any]:
     scan_linearly(model)
     loader = DataLoader(lessons(BATCH * steps), batch_size=BATCH, shuffle=True)
     rs.fit(model, loader, steps=steps, lr=2e-3, weight_decay=0.01, warmup=0.05, seed=0)
-    return {"quality": recall(model, rows("test", 0, SOURCE))}
+    return {"quality": recall(model, rows(ROWS if steps > 100 else FEW, "test", 0, SOURCE))}
 
 
-def problem_of(name: str, backbone: nn.Module, steps: int) -> Problem:
+def problem_of(name: str, backbone: nn.Module, steps: int, sizes: dict[str, int]) -> Problem:
     """Return the problem of one backbone."""
 
     def score(model: nn.Module, split: str, seed: int) -> dict[str, float]:
-        loader = rows(split, seed, TARGET)
+        loader = rows(sizes, split, seed, TARGET)
         return {"recall": recall(model, loader)}
 
     return Problem(
         name=name,
         fresh=lambda seed: copy.deepcopy(backbone),
-        train=lambda seed: rows("train", seed, TARGET),
+        train=lambda seed: rows(sizes, "train", seed, TARGET),
         score=score,
         metric="recall",
         better="up",
         steps=steps,
-        identity={"backbone": digest(backbone), "rows": ROWS, "batch": BATCH, "version": VERSION},
+        identity={"backbone": digest(backbone), "rows": sizes, "batch": BATCH, "version": VERSION},
     )
 
 
-def arms_of(problem: Problem) -> list[Arm]:
+def arms_of(problem: Problem, rates: int) -> list[Arm]:
     """Return the methods, those that can be sized with about as many parameters as H-Res."""
     model = rs.steer(problem.fresh(0), rank=RANK)
     budget = sum(p.numel() for p in rs.parameters(model))
     rank, length = match_budget(problem, "lora", "rank", budget), match_budget(problem, "prompt", "length", budget)
     arms = [
-        Arm("H-Res", "hres", rates_around(1e-2), {"rank": RANK}),
-        Arm("LoRA", "lora", rates_around(1e-2), rank),
-        Arm("prompt", "prompt", rates_around(3e-2), length),
-        Arm("head alone", "linear", rates_around(1e-2)),
-        Arm("full fine-tuning", "full", rates_around(2e-3)),
+        Arm("H-Res", "hres", rates_around(1e-2, rates), {"rank": RANK}),
+        Arm("LoRA", "lora", rates_around(1e-2, rates), rank),
+        Arm("prompt", "prompt", rates_around(3e-2, rates), length),
+        Arm("head alone", "linear", rates_around(1e-2, rates)),
+        Arm("full fine-tuning", "full", rates_around(2e-3, rates)),
     ]
     if problem.name == "GPT-2":  # a Mamba has no keys and values to extend
-        arms.insert(3, Arm("prefix", "prefix", rates_around(3e-2), match_budget(problem, "prefix", "length", budget)))
+        arms.insert(
+            3, Arm("prefix", "prefix", rates_around(3e-2, rates), match_budget(problem, "prefix", "length", budget))
+        )
     return arms
 
 
@@ -194,15 +197,16 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
     """Pre-train or read the backbones, then compare on each."""
     results: dict[str, list[Entry]] = {}
     tables, every, quality = [], [], {}
+    sizes = FEW if options.quick else ROWS
     for name, build in BUILDERS.items():
         steps = 4 if options.quick else STEPS[name]
         folder = folder_of(options.cache, f"recall-{name.lower()}", [VERSION, name, steps, torch.__version__])
         backbone, record, _ = cached(folder, build, lambda model, steps=steps: pretrain(model, steps))
-        before = recall(backbone, rows("test", 0, TARGET))
+        before = recall(backbone, rows(sizes, "test", 0, TARGET))
         quality[name] = {"source": record["quality"], "target before": before}
         print(f"{name}: recalls {record['quality']:.1%} of its own associations, {before:.1%} of the new", flush=True)
-        problem = problem_of(name, backbone, 4 if options.quick else 200)
-        results[name] = sweep(problem, arms_of(problem), range(options.seeds), ledger)
+        problem = problem_of(name, backbone, 4 if options.quick else 200, sizes)
+        results[name] = sweep(problem, arms_of(problem, options.rates), range(options.seeds), ledger)
         column = Column("recall", "queries answered", "%", "up", 1)
         tables.append(comparison(name, problem, results[name], column, scale=100, merged=True))
         every += records(problem, results[name])
@@ -210,7 +214,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         tables=tables,
         plots=[picture(results)],
         verdicts=verdicts(results),
-        settings={"rows": ROWS, "batch": BATCH, "pairs": PAIRS, "length": LENGTH, "recall of the backbones": quality},
+        settings={"rows": sizes, "batch": BATCH, "pairs": PAIRS, "length": LENGTH, "recall of the backbones": quality},
         records=every,
         seconds=sum(one.seconds for entries in results.values() for one in every_run(entries)),
     )

@@ -299,7 +299,7 @@ def adapt_and_time(options: argparse.Namespace, ledger: Ledger) -> Found:
     problem = problem_of(options, base, tokenizer)
     rates = {"hres": 3e-3, "lora": 1e-3, "prompt": 1e-2}
     arms = [
-        Arm(name, arm[0], rates_around(rates[arm[0]]), arm[1])
+        Arm(name, arm[0], rates_around(rates[arm[0]], options.rates), arm[1])
         for name, arm in ARMS.items()
         if arm is not None and not name.endswith("merged")
     ]

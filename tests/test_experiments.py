@@ -1,0 +1,171 @@
+"""The experiments that need no download, whole, on tiny sizes: counts are exact, and a second run trains nothing."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from residual_steer.report import Result
+
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+pytest.importorskip("peft")
+pytest.importorskip("mambapy")
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--quick", "--seeds", "1", "--rates", "1"]
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Import a script of examples as if it had been run; what it registers, it registers for every test."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+    def script(name):
+        known = name in sys.modules
+        module = importlib.import_module(name)
+        return importlib.reload(module) if known and name == "latent_ablation" else module
+
+    return script
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("claims")
+
+
+def rerun(script, arguments, monkeypatch):
+    """Run a script again; nothing may be trained."""
+    from residual_steer.study import sweep
+
+    def refuse(*_, **__):
+        raise AssertionError("a finished run was done again")
+
+    monkeypatch.setattr(sys.modules[sweep.__module__], "fit", refuse)
+    return script.main(arguments)
+
+
+def rows_of(result, title=None):
+    table = next(t for t in result.tables if title is None or title in t.title)
+    return {row[table.columns[0].key]: row for row in table.rows}
+
+
+def test_the_latent_ablation_has_the_papers_parameter_counts(examples, out, monkeypatch):
+    script = examples("latent_ablation")
+    arguments = [*QUICK, "--out", str(out)]
+    assert script.main(arguments) == 0
+    rows = rows_of(Result.load(out / "latent-ablation.json"))
+    counts = {name: row["trainable"] for name, row in rows.items()}
+    assert counts["prompt of 1"] == 194
+    assert counts["prompt of 10"] == 64 * 10 + 130
+    assert counts["H-Res, rank 8"] == 1226
+    assert counts["H-Res, rank 32"] == 4322
+    assert counts["new head alone"] == 130
+    assert rerun(script, arguments, monkeypatch) == 0
+
+
+def test_a_count_that_is_not_the_papers_is_an_error(examples, out, monkeypatch, capsys):
+    script = examples("latent_ablation")
+    monkeypatch.setitem(script.COUNTS, "H-Res, rank 8", 1225)
+    assert script.main([*QUICK, "--out", str(out)]) == 1
+    assert "trains 1226 parameters; table 2 has 1225" in capsys.readouterr().err
+
+
+def test_retrieval_compares_methods_of_one_size(examples, out, tmp_path, monkeypatch):
+    script = examples("retrieval")
+    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    assert script.main(arguments) == 0
+    result = Result.load(out / "retrieval.json")
+    assert [table.title for table in result.tables] == ["GPT-2", "Mamba"]
+    for name in ("GPT-2", "Mamba"):
+        rows = rows_of(result, name)
+        budget = rows["H-Res"]["trainable"]
+        assert budget == 2 * (2 * 64 * script.RANK + script.RANK + 64)
+        for method in ("LoRA", "prompt"):
+            assert rows[method]["trainable"] == pytest.approx(budget, rel=0.25)
+        assert rows["LoRA, merged"]["recall"].mean == pytest.approx(rows["LoRA"]["recall"].mean, abs=0.5)
+    assert "prefix" in rows_of(result, "GPT-2")
+    assert result.verdicts == ()  # a test is no result
+    assert rerun(script, arguments, monkeypatch) == 0
+
+
+def test_the_lessons_of_the_recalling_backbones_say_nothing_of_the_new_associations(examples):
+    script = examples("retrieval")
+    tokens = set(script.lessons(64)[:]["input_ids"].unique().tolist())
+    new = {*script.TARGET["keys"], *script.TARGET["values"]}
+    assert not tokens & new
+    assert {*script.SOURCE["keys"], *script.SOURCE["values"]} >= tokens - {0}
+
+
+def test_every_method_on_a_transformer_a_mamba_and_a_vit(examples, out, tmp_path, monkeypatch):
+    script = examples("compare_transformer_mamba")
+    arguments = ["--baselines", *QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    assert script.main(arguments) == 0
+    result = Result.load(out / "compare-transformer-mamba.json")
+    methods = {name: set(rows_of(result, name)) for name in ("GPT-2", "Mamba", "ViT")}
+    common = {"H-Res", "LoRA", "LoRA, merged", "parallel adapter", "SSF", "BitFit", "head alone", "full fine-tuning"}
+    assert methods["GPT-2"] == common | {"frozen", "prompt", "prefix"}
+    assert methods["Mamba"] == methods["GPT-2"]
+    assert methods["ViT"] == common | {"VPT-deep"}
+    mamba = next(table for table in result.tables if table.title.startswith("Mamba"))
+    assert rows_of(result, "Mamba")["prefix"].get("metric") is None
+    assert any("no keys and values to extend" in note for note in mamba.notes)
+    assert rerun(script, arguments, monkeypatch) == 0
+
+
+def test_speed_and_counts(examples, out):
+    script = examples("wikitext_speed")
+    arguments = ["--random-weights", *QUICK, "--rounds", "1", "--rows", "2", "--length", "8", "--out", str(out)]
+    assert script.main(arguments) == 0
+    result = Result.load(out / "wikitext-speed.json")
+    assert [table.title for table in result.tables][:2] == ["GPT-2-small", "Mamba-130m"]
+    table = next(table for table in result.tables if table.title.startswith("FLOPs"))
+    frozen, steered, longer = (
+        {row["length"]: row[name] * 1e9 for row in table.rows} for name in ("frozen", "H-Res", "prompt of 100")
+    )
+    width, blocks = 768, 12
+
+    def closed_form(tokens):
+        """Products of GPT-2's blocks: 12·d² weights for every token, and queries, keys and values for every pair."""
+        return blocks * (24 * width**2 * tokens + 4 * width * tokens**2)
+
+    for length in frozen:
+        assert frozen[length] == pytest.approx(closed_form(length), rel=1e-12)
+        assert steered[length] - frozen[length] == pytest.approx(4 * script.RANK * width * blocks * length, rel=1e-6)
+        assert longer[length] == pytest.approx(closed_form(length + 100), rel=1e-12)
+
+
+def test_a_model_is_adapted_and_then_timed(examples, tmp_path):
+    pytest.importorskip("datasets")
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    text = [f"Line {i} tells of the {'fox' if i % 3 else 'hen'} and the number {i * i}." for i in range(300)]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text, vocab_size=300)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0)
+    )
+    model.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    for split, part in (("train", text[:200]), ("validation", text[200:250]), ("test", text[250:])):
+        lines = "\n".join(json.dumps({"text": line}) for line in part)
+        (tmp_path / "text" / f"{split}.jsonl").write_text(lines + "\n")
+    script = examples("wikitext_speed")
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text"), "--length", "16", "--rounds", "1"]
+    assert script.main([*QUICK, *given, "--out", str(tmp_path / "out")]) == 0
+    result = Result.load(tmp_path / "out" / "wikitext-speed.json")
+    rows = rows_of(result)
+    assert {"H-Res", "LoRA", "LoRA, merged", "prompt of 10", "prompt of 100"} == set(rows)
+    assert all(row["perplexity"].mean > 1 for row in rows.values())
+    assert [plot.kind for plot in result.plots] == ["scatter"]
+    assert str(tmp_path) not in (tmp_path / "out" / "wikitext-speed.json").read_text()
+
+
+def test_a_model_that_cannot_be_had_is_one_line(examples, tmp_path, capsys):
+    script = examples("wikitext_speed")
+    assert script.main(["--model", "nobody/nothing", "--out", str(tmp_path)]) == 1
+    assert "cannot be had" in capsys.readouterr().err
