@@ -56,7 +56,7 @@ every_sense = pytest.mark.parametrize(("method", "case"), MAKES_SENSE)
 
 def applied(method, case, **more):
     torch.manual_seed(4)
-    return rs.baselines.apply(case.build(), method, **OPTIONS.get(method, {}), **more)
+    return rs.baselines.apply(case.build().requires_grad_(True), method, **OPTIONS.get(method, {}), **more)
 
 
 def trained(model):

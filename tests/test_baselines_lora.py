@@ -162,7 +162,7 @@ def test_evas_joint_projection_is_adapted_once_it_is_called():
 def test_a_joint_projection_with_biases_of_its_own_is_read_and_not_called(stack):
     for block in stack.blocks:
         block.qkv, block.q_bias = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.zeros(WIDTH))  # as in timm's Swin V2
-    with pytest.raises(rs.SteerError, match="qkv would do nothing: .* other `targets`"):
+    with pytest.raises(rs.SteerError, match=r"qkv would do nothing: .* other `targets`"):
         lora(stack, targets=["qkv"])
 
 

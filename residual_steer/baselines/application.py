@@ -111,7 +111,6 @@ def apply(
         return model
     subject = Subject(model, state.backbone, [tensor for tensor in opened if isinstance(tensor, nn.Parameter)])
     applied = Applied(method)
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         if state.backbone.prepare is not None:
             applied.handles.extend(state.backbone.prepare(state.backbone.blocks))
@@ -120,8 +119,6 @@ def apply(
     except BaseException:
         for handle in applied.handles:
             handle.remove()
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
         raise
     model.requires_grad_(False)
     for parameter in (*trained.parameters, *subject.opened):
