@@ -77,18 +77,18 @@ def build_mamba() -> nn.Module:
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 8, "expand": 1}
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 16, "expand": 1}
     return MambaForCausalLM(MambaConfig(**shape, **SHAPE, **TOKENS))
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {"GPT-2": build_gpt2, "Mamba": build_mamba}
-STEPS = {"GPT-2": 1500, "Mamba": 1000}  # of the pre-training
+STEPS = {"GPT-2": 1500, "Mamba": 3500}  # of the pre-training
 
 
 def lessons(size: int) -> TokenRows:
-    """Return what the backbones are pre-trained on: half recall, half short patterns repeated, which speeds it up."""
-    recalled = mqar(size // 2, pairs=PAIRS, length=LENGTH, power=1.0, seed=1, **SOURCE)[:]
-    repeated = patterns(size - size // 2)
+    """Return what the backbones are pre-trained on: a quarter recall, and patterns repeated, which speed it up."""
+    recalled = mqar(size // 4, pairs=PAIRS, length=LENGTH, power=1.0, seed=1, **SOURCE)[:]
+    repeated = patterns(size - size // 4)
     return TokenRows(**{name: torch.cat([recalled[name], repeated[name]]) for name in recalled})
 
 
@@ -113,7 +113,7 @@ def pretrain(model: nn.Module, steps: int) -> dict[str, Any]:
     """Pre-train a backbone; return what share of its own associations it recalls."""
     scan_linearly(model)
     loader = DataLoader(lessons(BATCH * steps), batch_size=BATCH, shuffle=True)
-    rs.fit(model, loader, steps=steps, lr=2e-3, weight_decay=0.01, warmup=0.05, seed=0)
+    rs.fit(model, loader, steps=steps, lr=3e-3, weight_decay=0.01, warmup=0.05, seed=0)
     return {"quality": recall(model, rows(ROWS if steps > 100 else FEW, "test", 0, SOURCE))}
 
 
