@@ -161,9 +161,8 @@ def counted() -> list[tuple[str, str, dict[str, Any]]]:
 
 def count_flops(blocks: int, lengths: Iterable[int], method: str, options: dict[str, Any]) -> dict[int, int]:
     """Count a pass over so many of GPT-2-small's blocks against the length of the text."""
-    model = gpt2_shape(
-        False, positions=2048, n_layer=blocks, attn_implementation="eager"
-    ).eval()  # torch's counter sees its products
+    shape = {"n_layer": blocks, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}  # the words do not count
+    model = gpt2_shape(False, positions=2048, attn_implementation="eager", **shape).eval()  # eager: products are seen
     model = rs.baselines.apply(model, method, **options) if method else model.requires_grad_(False)
     body, found = model.transformer, {}
     for length in lengths:
