@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import residual_steer as rs
 from cases import CASES
+from residual_steer.errors import UnsuitableError
 
 OPTIONS = {  # a ReLU with few units may be silent for the one token that a classifier reads
     "hres": {"rank": 4},
@@ -125,7 +126,7 @@ def run_of(method, name):
 def test_a_method_that_makes_no_sense_says_why_and_changes_nothing(method, case):
     model = case.build().requires_grad_(True)
     keys, hooks = list(model.state_dict()), count_hooks(model)
-    with pytest.raises(rs.SteerError, match=f"(?s){reason(method, case)}"):
+    with pytest.raises(UnsuitableError, match=f"(?s){reason(method, case)}"):
         rs.baselines.apply(model, method, **OPTIONS.get(method, {}))
     assert list(model.state_dict()) == keys
     assert count_hooks(model) == hooks

@@ -11,6 +11,7 @@ from torch import nn
 
 import residual_steer as rs
 from cases import CASES, WIDTH
+from residual_steer.errors import UnsuitableError
 
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -170,7 +171,7 @@ def test_fused_paths_are_kept_away_from(monkeypatch):
     model = BY_NAME["mamba_ssm-1"].build()
     mixers = [block.mixer for block in model.backbone.layers]
     monkeypatch.setattr(sys.modules[type(mixers[0]).__module__], "causal_conv1d_fn", print)
-    with pytest.raises(rs.SteerError, match=r"reads the weights itself; to change that, set .*use_fast_path = False"):
+    with pytest.raises(UnsuitableError, match=r"reads the weights itself; to change that, set .*use_fast_path = False"):
         lora(model)
     for mixer in mixers:
         mixer.use_fast_path = False

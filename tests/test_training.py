@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import residual_steer as rs
 from cases import CASES
+from residual_steer.errors import DivergedError
 from residual_steer.training import FitOptions, evaluate, next_token_loss
 from residual_steer.training.losses import measure
 from runs import classifier, fit, pairs, same, weights
@@ -170,7 +171,7 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
         value = nn.functional.cross_entropy(model(batch[0]), batch[1])
         return value * float("nan") if len(kept) == 4 else value
 
-    with pytest.raises(rs.SteerError, match=r"loss became nan at step 4 of 6.*after step 3.*checkpoint-2"):
+    with pytest.raises(DivergedError, match=r"loss became nan at step 4 of 6.*after step 3.*checkpoint-2"):
         fit(model, pairs(), loss=loss, save_to=tmp_path, checkpoint_every=2)
     assert same(weights(model), kept[3])
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -97,8 +97,9 @@ def apply(
         The same object.
 
     Raises:
-        SteerError: an unknown method or option, a method that makes no sense on this backbone, with the reason; a model
-            that carries a method already, is steered, compiled or wrapped. Nothing has changed.
+        SteerError: an unknown method or option; a model that carries a method already, is steered, compiled or wrapped.
+            Nothing has changed.
+        UnsuitableError: the method makes no sense on this backbone, with the reason; nothing has changed either.
     """
     function = _find(method)
     _check_options(method, function, options)

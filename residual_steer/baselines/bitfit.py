@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import UnsuitableError
 
 from .parts import Subject, Trained
 
@@ -21,7 +21,7 @@ def bitfit(subject: Subject) -> Trained:
     when all its arguments move by q·b. (With rotary positions it does, and they train.)
 
     Raises:
-        SteerError: the backbone has no bias.
+        UnsuitableError: the backbone has no bias.
     """
     found: dict[int, nn.Parameter] = {}
     for path, module in subject.inner.named_modules():
@@ -29,7 +29,7 @@ def bitfit(subject: Subject) -> Trained:
             if parameter is not None and (name == "bias" or name.endswith("_bias")) and not is_key(subject, path, name):
                 found[id(parameter)] = parameter
     if not found:
-        raise SteerError(
+        raise UnsuitableError(
             f"'bitfit' trains the biases of the backbone, and this {type(subject.inner).__name__} has none. Choose "
             "another method."
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import UnsuitableError
 
 from .parts import Subject, Trained
 
@@ -27,14 +27,14 @@ def linear(subject: Subject) -> Trained:
     with the same values, so that the backbone stays as it is; the model's config then says that they are not tied.
 
     Raises:
-        SteerError: the model has no head.
+        UnsuitableError: the model has no head.
     """
     if subject.opened:
         return Trained([])
     heads = _heads(subject.model)
     found = [p for head in heads for p in head.parameters()]
     if not found:
-        raise SteerError(
+        raise UnsuitableError(
             f"'linear' trains the head of a model, and this {type(subject.model).__name__} has none where timm or "
             "transformers keep theirs. Add one, and name it in `train`."
         )

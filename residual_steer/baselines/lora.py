@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, UnsuitableError
 
 from .bypass import Part, is_linear, parts_of
 from .parts import Subject, Trained, count
@@ -53,6 +53,7 @@ def lora(
     Raises:
         SteerError: PEFT is not installed or refuses; an option out of range; targets that match no linear layer, or one
             that is not called.
+        UnsuitableError: the blocks call no linear layer.
     """
     count("rank", rank)
     alpha = float(rank) if alpha is None else alpha
@@ -119,7 +120,7 @@ def _usual(subject: Subject, layers: Sequence[int] | None) -> list[str]:
     called = [part for part in parts if part.remedy is None]
     if not called:
         remedies = sorted({part.remedy for part in parts if part.remedy})
-        raise SteerError(
+        raise UnsuitableError(
             "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
             + (f"The model reads the weights itself; to change that, {' or '.join(remedies)}." if remedies else "")
         )

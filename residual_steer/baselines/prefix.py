@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, UnsuitableError
 
 from .parts import Subject, Trained, add_child, count, place_of
 from .places import insert, is_first_call
@@ -30,23 +30,23 @@ def prefix(subject: Subject, *, length: int = 10) -> Trained:
         length: p.
 
     Raises:
-        SteerError: it has no keys and values to extend.
+        UnsuitableError: it has no keys and values to extend.
     """
     count("length", length)
     inner, embedding = subject.inner, embedding_of(subject)
     if is_ssm(subject):
-        raise SteerError(
+        raise UnsuitableError(
             f"'prefix' extends the keys and values of attention, and {subject.backbone.name!r} has a state instead: "
             "there are no keys and values to extend. Choose 'prompt' or 'vpt-deep'."
         )
     names = tuple(inspect.signature(inner.forward).parameters)
     if embedding is None or "past_key_values" not in names:
-        raise SteerError(
+        raise UnsuitableError(
             f"'prefix' goes through the cache of a language model, and {type(inner).__name__} takes no "
             "`past_key_values`. For images there is 'vpt-deep'."
         )
     if getattr(getattr(inner, "config", None), "add_cross_attention", False):
-        raise SteerError("'prefix' does not know caches of cross-attention. Build the model without it.")
+        raise UnsuitableError("'prefix' does not know caches of cross-attention. Build the model without it.")
     keys, values = _computed(inner, embedding, length)
     return Trained(list(Prefix(inner, names, keys, values).parameters()), called=[subject.backbone.path])
 
@@ -133,7 +133,7 @@ def _computed(inner: Any, embedding: nn.Embedding, length: int) -> tuple[list[Te
     """Return the keys and values that the frozen model computes for random words.
 
     Raises:
-        SteerError: its cache holds something else.
+        UnsuitableError: its cache holds something else.
     """
     device, dtype = place_of(embedding)
     words = torch.randint(embedding.num_embeddings, (1, length)).to(device)
@@ -145,6 +145,6 @@ def _computed(inner: Any, embedding: nn.Embedding, length: int) -> tuple[list[Te
     layers: list[Any] = getattr(cache, "layers", [])
     found: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not found or not all(isinstance(key, Tensor) and key.dim() == 4 and key.shape[2] == length for key, _ in found):
-        raise SteerError(f"'prefix' needs keys and values in every layer of the cache of {type(inner).__name__}.")
+        raise UnsuitableError(f"'prefix' needs keys and values in every layer of the cache of {type(inner).__name__}.")
     keys, values = zip(*((key[0].to(dtype), value[0].to(dtype)) for key, value in found), strict=True)
     return [nn.Parameter(key.clone()) for key in keys], [nn.Parameter(value.clone()) for value in values]

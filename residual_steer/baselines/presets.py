@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import UnsuitableError
 from residual_steer.registry import find_backbone
 from residual_steer.steering import steer
 
@@ -45,11 +45,11 @@ def adaptformer(
         layers: which blocks.
 
     Raises:
-        SteerError: the blocks have no MLP, or what `steer` refuses.
+        UnsuitableError: the blocks have no MLP.
     """
     backbone = find_backbone(model, arch)
     if "mlp" not in backbone.sites:
-        raise SteerError(
+        raise UnsuitableError(
             f"AdaptFormer stands beside the MLP of a block (eq. 1), and blocks of {backbone.name!r} have none: sites "
             f"here are {', '.join(backbone.sites)}. 'parallel-adapter' then stands beside the mixer."
         )
@@ -83,12 +83,12 @@ def parallel_adapter(
         layers: which blocks.
 
     Raises:
-        SteerError: the blocks have neither part, or what `steer` refuses.
+        UnsuitableError: the blocks have neither part.
     """
     backbone = find_backbone(model, arch)
     site = next((site for site in ("mlp", "mixer") if site in backbone.sites), None)
     if site is None:
-        raise SteerError(
+        raise UnsuitableError(
             f"a parallel adapter stands beside the MLP or the mixer of a block; backbone {backbone.name!r} names "
             "neither. Use 'hres', which takes the whole block."
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, UnsuitableError
 
 from .parts import Subject, Trained, add_child, count, place_of
 from .places import Place, behind_padding, insert, is_first_call, take_out
@@ -31,12 +31,12 @@ def prompt(subject: Subject, *, length: int = 10) -> Trained:
         length: p.
 
     Raises:
-        SteerError: it is no language model that takes embeddings.
+        UnsuitableError: it is no language model that takes embeddings.
     """
     count("length", length)
     embedding = embedding_of(subject)
     if embedding is None:
-        raise SteerError(
+        raise UnsuitableError(
             f"'prompt' stands before the embedded words of a language model, and {subject.backbone.name!r} has no such "
             "embeddings. For images there are 'vpt-shallow' and 'vpt-deep'."
         )
@@ -45,9 +45,9 @@ def prompt(subject: Subject, *, length: int = 10) -> Trained:
         return stand_before(subject, weight)
     inner = subject.inner
     if "inputs_embeds" not in inspect.signature(inner.forward).parameters:
-        raise SteerError(f"'prompt' needs a model that takes `inputs_embeds`; {type(inner).__name__} does not.")
+        raise UnsuitableError(f"'prompt' needs a model that takes `inputs_embeds`; {type(inner).__name__} does not.")
     if isinstance(getattr(inner, "pooler", None), nn.Module):
-        raise SteerError(
+        raise UnsuitableError(
             f"'prompt' drops its vectors from what leaves the model, and the pooler of this {type(inner).__name__} "
             "reads the first position before that. Build it without (`add_pooling_layer=False`)."
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import UnsuitableError
 
 from .bitfit import is_key
 from .bypass import is_linear, parts_of
@@ -55,11 +55,11 @@ def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
         layers: which blocks.
 
     Raises:
-        SteerError: the blocks have neither norms nor linear layers that are called.
+        UnsuitableError: the blocks have neither norms nor linear layers that are called.
     """
     parts = [part for part in parts_of(subject, layers, _takes_part) if part.remedy is None]
     if not parts:
-        raise SteerError(
+        raise UnsuitableError(
             "'ssf' stands after norms and linear layers inside the blocks, and this model calls none there. Choose "
             "another method."
         )

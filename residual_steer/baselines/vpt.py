@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, UnsuitableError
 
 from .parts import Subject, Trained, add_child, count, place_of, require_free
 from .places import Place, behind_padding, insert, is_first_call, take_out
@@ -30,7 +30,7 @@ def vpt_shallow(subject: Subject, *, length: int = 10) -> Trained:
         length: p, the number of tokens.
 
     Raises:
-        SteerError: the blocks of this backbone cannot be given tokens.
+        UnsuitableError: the blocks of this backbone cannot be given tokens.
     """
     count("length", length)
     _check(subject, "vpt-shallow")
@@ -48,7 +48,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
         length: p, the number of tokens at every block.
 
     Raises:
-        SteerError: the blocks of this backbone cannot be given tokens.
+        UnsuitableError: the blocks of this backbone cannot be given tokens.
     """
     count("length", length)
     _check(subject, "vpt-deep")
@@ -169,17 +169,17 @@ def _check(subject: Subject, method: str) -> None:
     """Hold the backbone against what tokens in the stream need.
 
     Raises:
-        SteerError: its blocks do not take a sequence of any length.
+        UnsuitableError: its blocks do not take a sequence of any length.
     """
     backbone = subject.backbone
     if backbone.channels != -1 or len(set(backbone.widths)) > 1:
-        raise SteerError(
+        raise UnsuitableError(
             f"{method!r} puts tokens into a sequence, and the stream of {backbone.name!r} is a map of features or "
             "changes its width from block to block. Choose another method."
         )
     words = any(isinstance(module, nn.Embedding) for module in subject.inner.modules())
     if words and not is_ssm(subject) and _patches(subject) is None:  # CLIP embeds positions
-        raise SteerError(
+        raise UnsuitableError(
             f"{method!r} puts tokens into the stream of a block, and blocks of {backbone.name!r} are given masks, "
             "positions and a cache that were made for the tokens of the text alone. For a language model choose "
             "'prompt' (tokens at its input) or 'prefix' (keys and values in every layer)."

@@ -74,8 +74,9 @@ def fit(
 
     Raises:
         SteerError: nothing to train, an unknown option, an unusable batch; a folder that holds a run already, or one
-            with other options; a loss or gradient that is NaN or infinite, which leaves model and checkpoint as they
-            were after the last good step.
+            with other options.
+        DivergedError: a loss or gradient that is NaN or infinite, which leaves model and checkpoint as they were after
+            the last good step.
 
     >>> history = fit(model, train, valid, steps=500, lr=1e-3, save_to="runs/squad", eval_every=100)
     """
