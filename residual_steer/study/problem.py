@@ -35,6 +35,9 @@ class Problem:
         train_also: names of base modules that every method trains, such as a new classifier.
         loss: as in `fit`.
         fit: other options of `fit`.
+        retrain: from a seed to the loader that the runs of the chosen learning rate train on, where that is another
+            than `train`: in VTAB-1k the validation images are trained on too, once they have chosen. Then what chooses
+            is measured on validation data alone, and what is reported on test data alone.
 
     Raises:
         SteerError: `better` is another word, or `steps` is below 1.
@@ -51,6 +54,7 @@ class Problem:
     train_also: tuple[str, ...] = ()
     loss: Loss | None = None
     fit: Mapping[str, Any] = field(default_factory=dict)
+    retrain: Callable[[int], Iterable[Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.better not in ("up", "down"):

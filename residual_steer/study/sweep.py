@@ -1,7 +1,7 @@
 """A fair comparison: for every method the same steps, a learning-rate sweep of the same size, the same seeds.
 
 Each rate is tried with the first seed; the one that is best on validation data is used with all seeds, and what is
-reported is measured on test data that chose nothing.
+reported is measured on test data that chose nothing. A problem may give the runs that are reported other training data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class Run:
     Attributes:
         rate: its peak learning rate.
         seed: of the model's new parts, the method's weights and the data's order.
-        valid: scores on validation data; None if the loss became NaN or infinite.
-        test: scores on test data; None likewise.
+        valid: scores on validation data; None if the loss became NaN or infinite, or if the run trained on them too.
+        test: scores on test data; None likewise, or if the run only chose a learning rate for others.
         merged: the same after LoRA was folded into the weights; None for other methods.
         trainable: number of parameters that trained.
         total: number of all parameters, the method's included.
@@ -62,7 +62,7 @@ class Entry:
         arm: the method.
         rate: the learning rate that was best on validation data; None if all diverged, or the method was refused.
         trials: one run for every rate, with the first seed.
-        runs: one run for every seed, with that rate.
+        runs: one run for every seed, with that rate; the first is among the trials if the training data are the same.
         refused: why the method makes no sense on this backbone; empty if it does.
     """
 
@@ -117,7 +117,7 @@ def sweep(
     if not seeds or len(set(seeds)) < len(seeds):
         raise SteerError(f"seeds are one or more different integers; received {list(seeds)}.")
     ledger = Ledger() if ledger is None else ledger
-    total = sum(len(arm.rates) + len(seeds) - 1 for arm in arms)
+    total = sum(_count(problem, arm, seeds) for arm in arms)
     with tqdm(total=total, unit="run", desc=problem.name, disable=not progress, leave=False) as bar:
         return [_compare(problem, arm, seeds, ledger, bar) for arm in arms]
 
@@ -131,20 +131,51 @@ def _compare(problem: Problem, arm: Arm, seeds: Sequence[int], ledger: Ledger, b
     bar.set_postfix_str(arm.name)
     reason = refusal(problem, arm)
     if reason:
-        bar.update(len(arm.rates) + len(seeds) - 1)
+        bar.update(_count(problem, arm, seeds))
         return Entry(arm, None, (), (), reason)
 
-    def run(rate: float, seed: int) -> Run:
-        found = Run(**ledger.get_or(_key(problem, arm, rate, seed), lambda: asdict(_train(problem, arm, rate, seed))))
+    def run(part: _Part, rate: float, seed: int) -> Run:
+        key = _key(problem, arm, part, rate, seed)
+        found = Run(**ledger.get_or(key, lambda: asdict(_train(problem, arm, part, rate, seed))))
         bar.update()
         return found
 
-    trials = [run(rate, seeds[0]) for rate in arm.rates]
+    first, last = _parts(problem)
+    trials = tuple(run(first, rate, seeds[0]) for rate in arm.rates)
     best = max(trials, key=lambda trial: problem.worth(trial.valid))
     if problem.worth(best.valid) == -math.inf:
-        bar.update(len(seeds) - 1)
-        return Entry(arm, None, tuple(trials), ())
-    return Entry(arm, best.rate, tuple(trials), (best, *(run(best.rate, seed) for seed in seeds[1:])))
+        bar.update(_count(problem, arm, seeds) - len(trials))
+        return Entry(arm, None, trials, ())
+    done = (best,) if first is last else ()
+    return Entry(arm, best.rate, trials, (*done, *(run(last, best.rate, seed) for seed in seeds[len(done) :])))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the runs of one part of a sweep train on and are measured on.
+
+    Attributes:
+        name: in the ledger; empty where all runs are alike.
+        train: from a seed to a loader.
+        measured: the splits.
+    """
+
+    name: str
+    train: Callable[[int], Iterable[Any]]
+    measured: tuple[str, ...]
+
+
+def _parts(problem: Problem) -> tuple[_Part, _Part]:
+    """Return the part that chooses a learning rate and the part that is reported; the same where `retrain` is None."""
+    if problem.retrain is None:
+        one = _Part("", problem.train, ("valid", "test"))
+        return one, one
+    return _Part("choosing", problem.train, ("valid",)), _Part("reported", problem.retrain, ("test",))
+
+
+def _count(problem: Problem, arm: Arm, seeds: Sequence[int]) -> int:
+    """Return how many runs an arm takes."""
+    return len(arm.rates) + len(seeds) - (problem.retrain is None)
 
 
 def refusal(problem: Problem, arm: Arm) -> str:
@@ -156,27 +187,30 @@ def refusal(problem: Problem, arm: Arm) -> str:
     return ""
 
 
-def _train(problem: Problem, arm: Arm, rate: float, seed: int) -> Run:
+def _train(problem: Problem, arm: Arm, part: _Part, rate: float, seed: int) -> Run:
     started = time.perf_counter()
     model = adapted(problem, arm, seed)
     trains, total = trainable(model)
     options = {"progress": False, "seed": seed, "log_every": 1, **problem.fit}
-    valid = test = merged = step = None
+    scores: dict[str, dict[str, float]] = {}
+    merged = step = None
     try:
-        history = fit(model, problem.train(seed), steps=problem.steps, lr=rate, loss=problem.loss, **options)
+        history = fit(model, part.train(seed), steps=problem.steps, lr=rate, loss=problem.loss, **options)
     except DivergedError:
         pass
     else:
         step = history.seconds_per_step
-        valid, test = problem.score(model, "valid", seed), problem.score(model, "test", seed)
-        if arm.method == "lora":
+        scores = {split: problem.score(model, split, seed) for split in part.measured}
+        if arm.method == "lora" and "test" in scores:
             merged = problem.score(baselines.merge(model), "test", seed)
-    return Run(rate, seed, valid, test, merged, trains, total, step, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Run(rate, seed, scores.get("valid"), scores.get("test"), merged, trains, total, step, seconds)
 
 
-def _key(problem: Problem, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+def _key(problem: Problem, arm: Arm, part: _Part, rate: float, seed: int) -> dict[str, Any]:
     """Return all that a run depends on."""
     return {
+        **({"part": part.name} if part.name else {}),
         "problem": problem.name,
         "identity": dict(problem.identity),
         "steps": problem.steps,

@@ -85,9 +85,10 @@ def _notes(problem: Problem, entries: Sequence[Entry]) -> list[str]:
     tried = {len(entry.arm.rates) for entry in entries}
     seeds = {len(entry.runs) for entry in entries if entry.runs}
     rates, counted = "–".join(map(str, sorted(tried))), "–".join(map(str, sorted(seeds)))
+    again = "" if problem.retrain is None else ", which trained on validation data too"
     notes = [
         f"{problem.steps} steps for every method; {rates} learning rates tried with the first seed, the best on "
-        f"validation data used with {counted} seeds; measured on test data."
+        f"validation data used with {counted} seeds{again}; measured on test data."
     ]
     notes += [f"{entry.arm.name}: {entry.refused}" for entry in entries if entry.refused]
     edge = [f"{entry.arm.name} ({entry.rate:g})" for entry in entries if entry.at_edge]
