@@ -16,7 +16,7 @@ def recurrent(model: nn.Module) -> Backbone:
     """
     blocks = model.blocks
     every = getattr(model.config, "rescale_every", 0)
-    if 0 < every < len(blocks) or (every and model.layers_are_rescaled):
+    if 0 < every < len(blocks):
         raise SteerError(
             f"in evaluation mode this RWKV halves its stream after every {every} blocks, in training it does not, so "
             "that a field would act on another stream than the one that it learned from. Switch that off, before the "
