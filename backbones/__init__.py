@@ -8,9 +8,33 @@ import sys
 import types
 
 from residual_steer import registry
-from residual_steer.backbones import gpt2, mamba, vit
+from residual_steer.backbones import (
+    bert,
+    encoder_decoder,
+    gpt2,
+    hybrid,
+    llama,
+    mamba,
+    recurrent,
+    resnet,
+    swin,
+    vit,
+    wav2vec2,
+)
 
-__all__ = ["gpt2", "mamba", "vit"]
+__all__ = [
+    "bert",
+    "encoder_decoder",
+    "gpt2",
+    "hybrid",
+    "llama",
+    "mamba",
+    "recurrent",
+    "resnet",
+    "swin",
+    "vit",
+    "wav2vec2",
+]
 
 
 class _Families(types.ModuleType):

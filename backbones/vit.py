@@ -1,44 +1,39 @@
-"""Vision Transformers: timm's VisionTransformer and EVA, transformers' ViT, DeiT, DINOv2 and CLIP vision tower."""
+"""Vision Transformers of timm and transformers, and the text towers of CLIP and SigLIP, which have the same blocks.
+
+Blocks are pre-norm. A model with two towers is two backbones: steer one of them, `steer(model.vision_model)`.
+"""
 
 from torch import nn
 
-from residual_steer.backbone import Backbone
-from residual_steer.errors import SteerError
+from residual_steer.backbone import Backbone, blocks_at, parts
 from residual_steer.registry import register_backbone
+
+TIMM = "VisionTransformer Eva Beit"
+TRANSFORMERS = (
+    "ViTModel DeiTModel BeitModel Dinov2Model Dinov2Backbone Dinov2WithRegistersModel DINOv3ViTModel "
+    "IJepaModel ViTMAEModel ViTMSNModel ASTModel VivitModel VideoMAEModel YolosModel DPTModel "
+    "CLIPVisionModel CLIPVisionTransformer CLIPTextModel CLIPTextTransformer SiglipVisionModel SiglipTextModel "
+    "Siglip2VisionModel Siglip2TextModel "
+    "ChineseCLIPVisionModel MetaClip2VisionModel MetaClip2TextModel BlipVisionModel Blip2VisionModel"
+)
+LISTS = ("blocks", "layers", "encoder.layers", "encoder.layer", "vision_model.encoder.layers", "model.layer")
 
 
 @register_backbone(
     "vit",
     matches=[
-        "timm.VisionTransformer",
-        "timm.Eva",
-        "transformers.ViTModel",
-        "transformers.DeiTModel",
-        "transformers.Dinov2Model",
-        "transformers.Dinov2Backbone",
-        "transformers.CLIPVisionModel",
-        "transformers.CLIPVisionTransformer",
+        *(f"timm.{name}" for name in TIMM.split()),
+        *(f"transformers.{name}" for name in TRANSFORMERS.split()),
     ],
 )
 def vit(model: nn.Module) -> Backbone:
-    """Describe a stack of pre-norm encoder blocks over patch tokens."""
-    blocks = _blocks(model)
+    """Describe a stack of encoder blocks over patches, or the tokens of a text."""
+    blocks = blocks_at(model, *LISTS)
     width = model.embed_dim if isinstance(getattr(model, "embed_dim", None), int) else model.config.hidden_size
     # timm's parallel blocks have several attentions, or one fused with the feed-forward: their site is the block
-    mixer = next((name for name in ("attn", "attention", "self_attn") if hasattr(blocks[0], name)), None)
-    return Backbone(blocks=blocks, width=width, mixer=mixer, mlp="mlp" if hasattr(blocks[0], "mlp") else None)
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """Find the list of blocks: timm's `blocks`, transformers' `layers` or, inside an encoder, `layer`.
-
-    Raises:
-        SteerError: the blocks are in none of these places.
-    """
-    for path in ("blocks", "layers", "encoder.layers", "encoder.layer", "vision_model.encoder.layers"):
-        holder = model
-        for part in path.split("."):
-            holder = getattr(holder, part, None)
-        if holder is not None:
-            return holder
-    raise SteerError(f"{type(model).__name__} has no list of encoder blocks where this family keeps them.")
+    return Backbone(
+        blocks=blocks,
+        width=width,
+        mixer=parts(blocks, "attn", "attention", "self_attn"),
+        mlp=parts(blocks, "mlp"),
+    )

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import SteerError
 
-__all__ = ["SITES", "Backbone", "read_stream", "replace_stream", "write_stream"]
+__all__ = ["SITES", "Backbone", "blocks_at", "first_of", "parts", "read_stream", "replace_stream", "write_stream"]
 
 SITES = ("block", "mixer", "mlp", "input")
 
@@ -88,6 +88,43 @@ def write_stream(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
+def first_of(module: Any, *paths: str) -> Any:
+    """Return what stands at the first of several attribute paths (`"encoder.layers"`) that `module` has, or None."""
+    for path in paths:
+        found = module
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    return None
+
+
+def blocks_at(model: nn.Module, *paths: str) -> Sequence[nn.Module]:
+    """Return the list of blocks that stands at the first of several attribute paths of `model`.
+
+    Raises:
+        SteerError: there is none; releases of a library move such lists.
+    """
+    found: Sequence[nn.Module] | None = first_of(model, *paths)
+    if found is None:
+        raise SteerError(
+            f"the blocks of a {type(model).__name__} were looked for at {', '.join(paths)}, and are elsewhere in this "
+            "release of its library. Describe the model yourself, with residual_steer.register_backbone."
+        )
+    return found
+
+
+def parts(blocks: Sequence[nn.Module], *paths: str) -> tuple[str | None, ...]:
+    """Return for every block the first of several attribute paths that it has: in a hybrid, `"mamba", "self_attn"`."""
+    return tuple(next((path for path in paths if _module_at(block, path)), None) for block in blocks)
+
+
+def _module_at(block: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path, None where there is none, or one that does nothing."""
+    module = first_of(block, path)
+    return module if isinstance(module, nn.Module) and not isinstance(module, nn.Identity) else None
+
+
 @dataclass(frozen=True)
 class Backbone:
     """Where the residual stream of a model is found.
@@ -95,8 +132,9 @@ class Backbone:
     Attributes:
         blocks: the residual blocks, in the order of the stream. The first dimension of the stream is the batch.
         width: the width d of the stream; one number, or one per block where it changes.
-        mixer: attribute path of the attention or SSM inside a block (`"attn"`), if there is one.
-        mlp: attribute path of the feed-forward inside a block, if there is one.
+        mixer: attribute path of the attention or SSM inside a block (`"attn"`), None if there is none; one for all
+            blocks, or one per block where they differ (`parts` finds them).
+        mlp: attribute path of the feed-forward inside a block, in the same way.
         read: `(args, kwargs) -> z`, the stream that enters a block, from the block's call.
         write: `(output, f) -> output`, a block's output with its stream z replaced by f(z).
         channels: which dimension of the stream is the width: -1, or 1 in a ConvNet.
@@ -108,13 +146,13 @@ class Backbone:
         path: where in the model the backbone stands, "" for the model itself (the registry fills it in).
 
     Raises:
-        SteerError: no blocks, a width below 1, one width too few or too many, or another `channels`.
+        SteerError: no blocks, a width below 1, one width or path too few or too many, or another `channels`.
     """
 
     blocks: Sequence[nn.Module]
     width: int | Sequence[int]
-    mixer: str | None = None
-    mlp: str | None = None
+    mixer: str | Sequence[str | None] | None = None
+    mlp: str | Sequence[str | None] | None = None
     read: Read = read_stream
     write: Write = write_stream
     channels: int = -1
@@ -136,6 +174,13 @@ class Backbone:
             raise SteerError(
                 f"`width` is a positive integer, or one per block ({len(self.blocks)} blocks); received {self.width!r}."
             )
+        for site, given in (("mixer", self.mixer), ("mlp", self.mlp)):
+            paths = self._paths(site) if isinstance(given, (str, Sequence, type(None))) else ()
+            if len(paths) != len(self.blocks) or any(not isinstance(path, (str, type(None))) for path in paths):
+                raise SteerError(
+                    f"`{site}` is an attribute path or None, or one per block ({len(self.blocks)} blocks); received "
+                    f"{given!r}."
+                )
         if self.channels not in (-1, 1):
             raise SteerError(f"`channels` is -1 (width last) or 1 (ConvNets); received {self.channels!r}.")
 
@@ -148,16 +193,15 @@ class Backbone:
 
     def point(self, index: int, site: str) -> nn.Module | None:
         """Return the module of block `index` beside which fields of `site` run, None where it has no such part."""
-        block = self.blocks[index]
         if site == "block":
-            return block
-        path = self.mlp if site == "mlp" else self.mixer
-        if path is None:
-            return None
-        module: Any = block
-        for part in path.split("."):
-            module = getattr(module, part, None)
-        return module if isinstance(module, nn.Module) and not isinstance(module, nn.Identity) else None
+            return self.blocks[index]
+        path = self._paths(site)[index]
+        return None if path is None else _module_at(self.blocks[index], path)
+
+    def _paths(self, site: str) -> Sequence[str | None]:
+        """Return the path of every block's mixer (which is also where `input` is steered) or mlp."""
+        given = self.mlp if site == "mlp" else self.mixer
+        return (given,) * len(self.blocks) if given is None or isinstance(given, str) else given
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -169,12 +213,13 @@ class Backbone:
         widths = sorted(set(self.widths))
         width = str(widths[0]) if len(widths) == 1 else f"{self.widths[0]} … {self.widths[-1]}"
         kinds = list(dict.fromkeys(type(block).__name__ for block in self.blocks))
-        parts = [f"{site}: .{path}" for site, path in (("mixer", self.mixer), ("mlp", self.mlp)) if path]
+        told = {site: dict.fromkeys(f".{path}" for path in self._paths(site) if path) for site in ("mixer", "mlp")}
+        where = [f"{site}: {', '.join(paths)}" for site, paths in told.items() if paths]
         lines = [
             f"{self.name or 'unregistered'} at {self.path or 'the model itself'}",
             f"├─ blocks: {len(self.blocks)} × {', '.join(kinds)}",
             f"├─ width:  {width}" + (" (channels first)" if self.channels == 1 else ""),
-            f"└─ sites:  {', '.join(self.sites)}" + (f"  ({'; '.join(parts)})" if parts else ""),
+            f"└─ sites:  {', '.join(self.sites)}" + (f"  ({'; '.join(where)})" if where else ""),
         ]
         return "\n".join(lines)
 

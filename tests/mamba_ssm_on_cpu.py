@@ -15,7 +15,10 @@ import torch
 from torch.nn import functional as F
 
 # transformers asks for mamba_ssm when these are imported; it must not be given functions that need a GPU.
-TRANSFORMERS = ("mamba", "mamba2", "falcon_mamba")
+TRANSFORMERS = (
+    *("mamba", "mamba2", "falcon_mamba"),
+    *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba", "zamba2"),
+)
 
 
 def compiled() -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from residual_steer.backbone import read_stream, replace_stream, write_stream
+from residual_steer.backbone import blocks_at, first_of, parts, read_stream, replace_stream, write_stream
 from residual_steer.field import HRes
 
 Pair = namedtuple("Pair", ["hidden", "weights"])
@@ -71,6 +71,12 @@ def test_an_output_without_a_stream_says_what_it_is(output):
         ({"width": (4, 4, 4)}, r"received \(4, 4, 4\)"),
         ({"width": (4, -1)}, r"received \(4, -1\)"),
         ({"channels": 2}, "`channels` is -1 .* or 1 .*; received 2"),
+        (
+            {"mixer": ("attn",)},
+            r"`mixer` is an attribute path or None, or one per block .2 blocks.; received \('attn',\)",
+        ),
+        ({"mlp": ("mlp", 3)}, r"`mlp` is an attribute path .*; received \('mlp', 3\)"),
+        ({"mlp": 3}, r"`mlp` is an attribute path .*; received 3"),
     ],
 )
 def test_a_description_is_checked(arguments, message):
@@ -87,6 +93,35 @@ def test_widths_and_points():
     assert backbone.point(0, "mlp") is None, "an Identity is no feed-forward"
     assert backbone.point(1, "mixer") is None
     assert backbone.sites == ("block", "mixer", "input")
+
+
+def hybrid():
+    """A list of blocks as hybrids have them: an SSM, an attention, both, and a feed-forward alone."""
+    part = nn.Linear(4, 4)
+    return [nn.ModuleDict(dict.fromkeys(names, part)) for names in (["mamba"], ["attn"], ["attn", "mamba"], ["mlp"])]
+
+
+def test_a_path_per_block_where_they_differ():
+    blocks = hybrid()
+    assert parts(blocks, "mamba", "attn") == ("mamba", "attn", "mamba", None)
+    assert parts(blocks, "attn", "mamba") == ("mamba", "attn", "attn", None)
+    backbone = rs.Backbone(blocks=blocks, width=4, mixer=parts(blocks, "mamba", "attn"), mlp=parts(blocks, "mlp"))
+    assert backbone.point(0, "mixer") is blocks[0]["mamba"]
+    assert backbone.point(1, "input") is blocks[1]["attn"]
+    assert [backbone.point(i, "mlp") is None for i in range(4)] == [True, True, True, False]
+    assert backbone.sites == ("block", "mixer", "mlp", "input")
+    assert str(backbone).endswith("(mixer: .mamba, .attn; mlp: .mlp)")
+    assert parts([nn.ModuleDict({"mlp": nn.Identity()})], "mlp") == (None,), "an Identity is no part"
+
+
+def test_a_list_of_blocks_at_one_of_several_places():
+    model = nn.ModuleDict(
+        {"encoder": nn.ModuleDict({"layers": nn.ModuleList(linears())}), "h": nn.ModuleList(linears())}
+    )
+    assert blocks_at(model, "layers", "encoder.layers", "h") is model["encoder"]["layers"]
+    assert first_of(model, "layers", "encoder.other") is None
+    with pytest.raises(rs.SteerError, match="blocks of a ModuleDict were looked for at layers, blocks, and are"):
+        blocks_at(model, "layers", "blocks")
 
 
 def test_it_prints_as_a_short_tree():

@@ -16,13 +16,16 @@ from torch.utils.checkpoint import checkpoint
 
 import residual_steer as rs
 from cases import CASES, DEVICES, RANK, closed_form, first_output, first_tensor, randomise
+from residual_steer.injector import Injector
+from residual_steer.state import Steering
 
 SCALE = 0.7
 POINTS = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES for site in case.points]
-OUTER = [point for point in POINTS if point.values[1] in ("block", "input")]
+TRACED = [case for case in CASES if not case.untraced]
+OUTER = [p for p in POINTS if p.values[0] in TRACED and p.values[1] in ("block", "input")]
 
 every_point = pytest.mark.parametrize(("case", "site"), POINTS)
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+traced_cases = pytest.mark.parametrize("case", TRACED, ids=lambda case: case.name)
 outer_points = pytest.mark.parametrize(("case", "site"), OUTER)
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 def steered(case, site, device="cpu", dtype=torch.float32, training=False, **more):
     """Return a steered model whose fields are random."""
     model = case.build(device, dtype).train(training)
-    return randomise(rs.steer(model, rank=RANK, site=site, scale=SCALE, **more))
+    return randomise(rs.steer(model, rank=RANK, site=site, layers=case.layers(site), scale=SCALE, **more))
 
 
 def base_keys(model):
@@ -58,7 +61,7 @@ def recorded(hosts):
             enter(_, args, kwargs, call, "reached")
 
         def leave(_, args, output, call=call):
-            call["left"] = output
+            call["left"] = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, output)
 
         handles.append(host.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         handles.append(host.register_forward_pre_hook(reach, with_kwargs=True))
@@ -73,7 +76,7 @@ def recorded(hosts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_fresh_steering_is_the_identity(case, site, device, dtype, training):
     expected = case.run(case.build(device, dtype).train(training))
-    model = rs.steer(case.build(device, dtype).train(training), rank=RANK, site=site)
+    model = rs.steer(case.build(device, dtype).train(training), rank=RANK, site=site, layers=case.layers(site))
     actual = case.run(model)
     if training and case.scans:
         close(actual, expected, dtype)
@@ -102,16 +105,16 @@ def test_stream_moves_by_the_field_and_nothing_else(case, site, device, dtype):
             before, after = leave(twin(*args, **kwargs)), leave(call["left"])
         assert after.dtype == before.dtype
         move = SCALE * closed_form(field, z)
-        assert move.abs().max() > 0.1 * before.abs().max()
+        assert move.abs().max() > 0.05 * before.abs().max()
         close(after, before.double() + move, dtype)
 
 
 @every_point
 def test_only_fields_and_opened_modules_learn(case, site, device):
-    model = rs.steer(case.build(device).train(), rank=RANK, site=site, train=case.head)
+    model = rs.steer(case.build(device).train(), rank=RANK, site=site, layers=case.layers(site), train=case.head)
     learn = rs.parameters(model)
     fields = [p for m in model.modules() if isinstance(m, rs.HRes) for p in m.parameters()]
-    assert len(fields) == 8
+    assert len(fields) == 4 * len(case.layers(site))
     assert len(learn) > len(fields)
     optimizer = torch.optim.SGD(learn, lr=0.1)
     for _ in range(2):
@@ -129,7 +132,7 @@ def test_off_and_unsteer_give_the_frozen_model_back(case, site, device):
     keys = {key: value.clone() for key, value in model.state_dict().items()}
     for host in case.modules(model, site):
         host.register_forward_hook(lambda *_: seen.append("mine"))
-    randomise(rs.steer(model, rank=RANK, site=site))
+    randomise(rs.steer(model, rank=RANK, site=site, layers=case.layers(site)))
     assert not torch.equal(case.run(model), expected)
     assert base_keys(model).keys() == keys.keys()
     with rs.use(model, None):
@@ -137,7 +140,7 @@ def test_off_and_unsteer_give_the_frozen_model_back(case, site, device):
     rs.unsteer(model)
     seen.clear()
     assert torch.equal(case.run(model), expected)
-    assert len(seen) == 2
+    assert len(seen) >= len(case.layers(site))  # ALBERT uses its blocks more than once
     assert model.state_dict().keys() == keys.keys()
     assert all(torch.equal(value, keys[key]) for key, value in model.state_dict().items())
 
@@ -153,11 +156,11 @@ def test_saved_steering_loads_on_a_fresh_backbone_of_its_shape_alone(case, site,
     with rs.use(fresh, None):
         assert torch.equal(case.run(fresh), case.run(case.build(device)))
 
-    short = case.build(device)
-    blocks, _, last = case.points["block"].format(1).rpartition(".")
-    del short.get_submodule(blocks)[int(last)]
+    short, number = case.build(device), len(case.paths("block"))
+    blocks, _, last = case.paths("block")[-1].rpartition(".")
+    short.get_submodule(blocks).__delattr__(last)
     before = list(short.state_dict())
-    with pytest.raises(rs.SteerError, match=r"2 blocks of width 16; this model has .*1 blocks"):
+    with pytest.raises(rs.SteerError, match=rf"{number} blocks of width .*; this model has .*{number - 1} blocks"):
         rs.load(short, tmp_path / "field")
     assert list(short.state_dict()) == before
 
@@ -167,7 +170,12 @@ def test_saved_steering_loads_on_a_fresh_backbone_of_its_shape_alone(case, site,
 def test_a_deep_copy_and_a_pickle_stand_on_their_own(case, site, device):
     model = steered(case, site, device)
     expected = case.run(model)
-    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    twins = [copy.deepcopy(model)]
+    if case.pickle_fails:
+        with pytest.raises(RuntimeError, match=case.pickle_fails):
+            pickle.dumps(case.build(device))
+    else:
+        twins.append(pickle.loads(pickle.dumps(model)))
     for twin in twins:
         assert torch.equal(case.run(twin), expected)
         randomise(twin, std=1.0)
@@ -181,7 +189,8 @@ def test_a_deep_copy_and_a_pickle_stand_on_their_own(case, site, device):
     for twin in twins:
         assert not torch.equal(case.run(twin), off)
         assert torch.equal(case.run(rs.unsteer(twin)), off)
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
+        hooks = [h for m in twin.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+        assert not any(isinstance(getattr(hook, "__self__", None), (Injector, Steering)) for hook in hooks)
 
 
 @pytest.mark.parametrize(("case", "site"), [point for point in POINTS if point.values[0].generates])
@@ -221,22 +230,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(case, site, device):
     plain, saving = (steered(case, site, device, training=True) for _ in range(2))
     if hasattr(saving, "set_grad_checkpointing"):
         saving.set_grad_checkpointing(True)
-    elif hasattr(saving, "gradient_checkpointing_enable"):
+    elif getattr(saving, "supports_gradient_checkpointing", False):
         saving.gradient_checkpointing_enable()
-    else:  # mamba_ssm has no switch for it: checkpoint its blocks by hand
+    else:  # there is no switch for it: checkpoint the blocks by hand
         for block in case.modules(saving, "block"):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    runs = []
-    for mixer in case.modules(saving, "mixer"):
-        mixer.register_forward_pre_hook(lambda *_: runs.append(1))
-    case.loss(plain).backward()
-    case.loss(saving).backward()
-    assert len(runs) > 2, "no block was computed again"
+    runs = [[], []]
+    for model, seen in zip((plain, saving), runs, strict=True):
+        for part in [part for block in case.modules(model, "block") for part in block.modules()]:
+            part.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        case.loss(model).backward()
+    assert len(runs[1]) > len(runs[0]) > 0, "no block was computed again"
     for expected, actual in zip(rs.parameters(plain), rs.parameters(saving), strict=True):
         close(actual.grad, expected.grad)
 
 
-@every_case
+@traced_cases
 @torch.no_grad()
 def test_compiles_to_one_graph_that_follows_the_selection(case, device):
     model = steered(case, "block", device)
@@ -249,13 +258,14 @@ def test_compiles_to_one_graph_that_follows_the_selection(case, device):
     close(case.run(compiled), expected)
 
 
-@every_case
+@traced_cases
 def test_compiled_training_gives_the_same_gradients(case, device):
     def compiled_loss(model):
         torch._dynamo.reset()
         return case.loss(torch.compile(model, fullgraph=True, backend="aot_eager"))
 
-    plain, fast = (steered(case, "input", device, training=True) for _ in range(2))
+    site = "input" if "input" in case.points else "block"
+    plain, fast = (steered(case, site, device, training=True) for _ in range(2))
     if case.compiled_backward_fails and device == "cpu":
         loss = compiled_loss(case.build(device).train().requires_grad_(True))
         with pytest.raises(RuntimeError, match=case.compiled_backward_fails):

@@ -10,6 +10,7 @@ from cases import CASES, DEVICES, RANK, randomise
 TABLE = {case.name: case for case in CASES}
 POINTS = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES for site in case.points]
 every_point = pytest.mark.parametrize(("case", "site"), POINTS)
+traced_cases = pytest.mark.parametrize("case", [c for c in CASES if not c.untraced], ids=lambda case: case.name)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 language = pytest.mark.parametrize("case", [c for c in CASES if c.generates], ids=lambda case: case.name)
 pytestmark = pytest.mark.parametrize("device", DEVICES)
@@ -19,8 +20,9 @@ def steered(case, site="block", device="cpu", heads=False):
     """Return a model with three fields of different rank, layers and activation; `law` stands at another site too."""
     model = case.build(device)
     train = case.head if heads else ()
-    rs.steer(model, rank=RANK, site=site, scale=0.7, name="law", train=train)
-    rs.steer(model, rank={1: 2}, site=site, name="art", activation="tanh", bias=False, train=train)
+    layers = case.layers(site)
+    rs.steer(model, rank=RANK, site=site, layers=layers, scale=0.7, name="law", train=train)
+    rs.steer(model, rank={layers[-1]: 2}, site=site, name="art", activation="tanh", bias=False, train=train)
     rs.steer(model, rank=3, site="block", layers=[0], scale=-0.5, name="news")
     randomise(model)
     if heads:
@@ -100,7 +102,7 @@ def test_each_row_meets_the_head_that_its_field_trained(case, device):
 
 @every_case
 def test_gradients_of_rows_equal_those_of_separate_runs(case, device):
-    model = steered(case, device=device).train()
+    model = steered(case, device=device).train(not case.mixes_rows)
     rs.thaw(model, "law")
     rs.thaw(model, "art")
 
@@ -126,6 +128,10 @@ def test_generation_keeps_rows_with_their_field(case, device, more):
     """Prefill and cached decoding, beams and several sequences: as each row alone; sampling with a fixed seed."""
     model = steered(case, device=device)
     ids = case.inputs(model)["input_ids"]
+    if case.beams_fail and "num_beams" in more:
+        with pytest.raises(ValueError, match=case.beams_fail):
+            case.build(device).generate(ids, max_new_tokens=2, **more)
+        return
     repeat = more.get("num_return_sequences", 1)
 
     def generate(ids, cache):
@@ -144,7 +150,8 @@ def test_generation_keeps_rows_with_their_field(case, device, more):
     for place, name in enumerate(rows):
         own = slice(place * repeat, (place + 1) * repeat)
         assert torch.equal(cached[own], alone[name][own])
-    assert not torch.equal(alone["law"], alone["art"])
+    if not more:  # an expanded search may come to the same tokens from different logits
+        assert not torch.equal(alone["law"], alone["art"])
 
 
 @pytest.mark.parametrize("case", [TABLE["mamba_ssm-1"], TABLE["mamba_ssm-2"]], ids=lambda case: case.name)
@@ -170,7 +177,7 @@ CHANGES = [{"law": w, "art": 1 - w} for w in (0.0, 0.1, 0.5, 1.0, -2.0)] + [{"ne
 ROUTES = [["law", "art"], ["art", "law"], ["law", "law"], [None, "news"], [None, None], ["news", "art"], ["art", None]]
 
 
-@every_case
+@traced_cases
 @torch.no_grad()
 def test_neither_other_weights_nor_other_rows_compile_again(case, device):
     torch._dynamo.reset()

@@ -1,0 +1,89 @@
+"""Encoder-decoders: the blocks of the encoder, then those of the decoder."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from .case import LENGTH, VOCABULARY, WIDTH, Case, Points, points, text, transformers
+
+BART = {
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
+}
+
+
+def _both(prefix: str, name: str, mixer: str, mlps: list[str] | None) -> Points:
+    blocks = [f"{prefix}{stack}.{name}.{index}" for stack in ("encoder", "decoder") for index in range(2)]
+    return points(blocks, mixer, mlps and [mlps[0], mlps[0], mlps[1], mlps[1]])
+
+
+def _pair_of_texts() -> dict[str, Any]:
+    ids, more = (torch.randint(3, VOCABULARY, (2, length)) for length in (LENGTH, 5))
+    return {"input_ids": ids, "decoder_input_ids": more, "use_cache": False}
+
+
+def _speech() -> dict[str, Any]:
+    ids = torch.randint(3, VOCABULARY, (2, 5))
+    return {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": ids, "use_cache": False}
+
+
+TWO_STREAMS = [
+    Case(
+        "t5",
+        functools.partial(
+            text,
+            "T5ForConditionalGeneration",
+            "T5Config",
+            num_layers=2,
+            d_kv=8,
+            d_ff=32,
+            dropout_rate=0.0,
+            decoder_start_token_id=1,
+            feed_forward_proj="gated-gelu",
+        ),
+        _pair_of_texts,
+        _both("", "block", "layer.0.SelfAttention", ["layer.1.DenseReluDense", "layer.2.DenseReluDense"]),
+        "decoder.final_layer_norm",
+        generates=True,
+    ),
+    Case(
+        "bart",
+        functools.partial(text, "BartForConditionalGeneration", "BartConfig", max_position_embeddings=32, **BART),
+        _pair_of_texts,
+        _both("model.", "layers", "self_attn", None),
+        "model.decoder.layernorm_embedding",
+        generates=True,
+        untraced="t5 goes through both",
+    ),
+    Case(
+        "whisper",
+        functools.partial(
+            transformers,
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            vocab_size=VOCABULARY,
+            num_mel_bins=8,
+            max_source_positions=10,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **BART,
+        ),
+        _speech,
+        _both("model.", "layers", "self_attn", None),
+        "model.decoder.layer_norm",
+        untraced="t5 goes through both",
+    ),
+]

@@ -1,0 +1,143 @@
+"""Residual ConvNets: which blocks pass the stream on, and how it looks in memory."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import residual_steer as rs
+from cases import CASES, RANK, closed_form, randomise
+
+TABLE = {case.name: case for case in CASES}
+NAMES = ["timm-resnet", "timm-mobilenet", "hf-convnext"]
+
+
+def others():
+    """Models whose blocks tell of their skips in other ways."""
+    timm, transformers = pytest.importorskip("timm.models"), pytest.importorskip("transformers")
+    from timm.models.regnet import RegNetCfg
+
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 2]}
+    yield timm.resnetv2.ResNetV2([2, 2], [128, 256], stem_chs=32, num_classes=3)
+    yield timm.regnet.RegNet(RegNetCfg(depth=8, w0=8, wa=16.0, wm=2.0, group_size=4), num_classes=3)
+    yield timm.convnext.ConvNeXt(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), num_classes=3)
+    yield transformers.ResNetModel(transformers.ResNetConfig(**shape, layer_type="basic"))
+    yield transformers.RegNetModel(transformers.RegNetConfig(**shape, groups_width=4))
+    yield transformers.BitModel(transformers.BitConfig(embedding_size=32, hidden_sizes=[128, 256], depths=[2, 2]))
+    yield transformers.ConvNextV2Model(transformers.ConvNextV2Config(hidden_sizes=[8, 12], depths=[2, 1], num_stages=2))
+    yield transformers.MobileNetV2Model(transformers.MobileNetV2Config(depth_multiplier=0.25))
+    yield transformers.EfficientNetModel(transformers.EfficientNetConfig(width_coefficient=0.1, hidden_dim=128))
+
+
+def models():
+    yield from (TABLE[name].build() for name in NAMES)
+    yield from (model.eval() for model in others())
+
+
+def silenced(block):
+    """Return a copy of a block that computes nothing: every weight and bias is zero, so that only its skip is left."""
+    block = copy.deepcopy(block)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    return block
+
+
+def shapes_of(model, image):
+    """Return what entered every module last."""
+    entered, handles = {}, []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(lambda m, args: entered.update({m: args[0]} if args else {})))
+    model(image)
+    for handle in handles:
+        handle.remove()
+    return entered
+
+
+@torch.no_grad()
+def test_the_blocks_are_those_that_pass_on_what_they_get():
+    """A block whose weights are zero gives its input, or what its last activation makes of it, if it has a skip."""
+    image = torch.randn(1, 3, 64, 64)
+    for model in models():
+        backbone = rs.find_backbone(model)
+        entered = shapes_of(model, image)
+        kinds = {type(block) for block in backbone.blocks}
+        chosen = []
+        for module in [module for module in model.modules() if type(module) in kinds]:
+            z = entered[module].abs()
+            passed = silenced(module)(z)
+            if passed.shape == z.shape and torch.equal(passed, z):
+                chosen.append(module)
+        assert [id(block) for block in chosen] == [id(block) for block in backbone.blocks], type(model)
+        assert backbone.widths == tuple(entered[block].shape[1] for block in backbone.blocks), type(model)
+
+
+@torch.no_grad()
+def test_they_are_steered_without_a_change_at_first_and_moved_then():
+    image = torch.randn(2, 3, 64, 64)
+    for model in others():
+        frozen = model.eval().requires_grad_(False)
+        output = frozen(image)
+        expected = getattr(output, "last_hidden_state", output)
+        rs.steer(model, rank=2)
+        output = model(image)
+        assert torch.equal(getattr(output, "last_hidden_state", output), expected), type(model)
+        randomise(model)
+        output = model(image)
+        assert not torch.equal(getattr(output, "last_hidden_state", output), expected), type(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_stream_with_its_channels_last_in_memory_stays_so(name):
+    case = TABLE[name]
+    model = randomise(rs.steer(case.build(), rank=RANK))
+    image = next(iter(case.inputs(model).values()))
+    expected = model(image)
+    kept = []
+    case.modules(model, "block")[0].register_forward_hook(lambda _, args, output: kept.append(output))
+    actual = model.to(memory_format=torch.channels_last)(image.to(memory_format=torch.channels_last))
+    expected, actual = (getattr(output, "logits", output) for output in (expected, actual))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    if name != "hf-convnext":  # which permutes its stream itself
+        assert kept[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_torchvisions_resnet_overwrites_its_own_tensors_and_not_its_input():
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    model = models.resnet18(num_classes=3).eval().requires_grad_(False)
+    image = torch.randn(2, 3, 32, 32)
+    frozen = copy.deepcopy(model)
+    rs.steer(model, rank=RANK)
+    assert torch.equal(model(image), frozen(image))
+    backbone = rs.find_backbone(frozen)
+    assert backbone.widths == (64, 64, 128, 256, 512)
+    randomise(model, std=0.1)
+    calls = []
+    block = model.layer1[1]
+    block.register_forward_pre_hook(lambda _, args: calls.append(args[0].clone()), prepend=True)
+    block.register_forward_hook(lambda _, args, output: calls.append(output.clone()))
+    model(image)
+    z, left = calls
+    move = closed_form(block.steering_block.fields["default"], z)
+    torch.testing.assert_close(left.double(), frozen.layer1[1](z).double() + move, rtol=0, atol=1e-4)
+
+
+def test_a_convnet_without_skips_has_nothing_to_steer():
+    from timm.models.resnet import BasicBlock, ResNet
+
+    with pytest.raises(rs.SteerError, match="at least one block"):
+        rs.steer(ResNet(BasicBlock, (1, 1), channels=(8, 16), num_classes=3))
+
+
+def test_a_field_beside_a_block_is_a_pair_of_one_by_one_convolutions():
+    case = TABLE["timm-resnet"]
+    model = randomise(rs.steer(case.build(), rank=RANK))
+    field = case.modules(model, "block")[0].steering_block.fields["default"]
+    down, up = nn.Conv2d(16, RANK, 1), nn.Conv2d(RANK, 16, 1)
+    for conv, linear in ((down, field.down), (up, field.up)):
+        conv.weight.data, conv.bias.data = linear.weight.data[:, :, None, None], linear.bias.data
+    z = torch.randn(2, 16, 5, 5)
+    torch.testing.assert_close(field(z), up(torch.nn.functional.gelu(down(z))), rtol=0, atol=1e-5)
