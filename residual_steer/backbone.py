@@ -27,9 +27,20 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import SteerError
 
-__all__ = ["SITES", "Backbone", "blocks_at", "first_of", "parts", "read_stream", "replace_stream", "write_stream"]
+__all__ = [
+    "ATTRIBUTE",
+    "SITES",
+    "Backbone",
+    "blocks_at",
+    "first_of",
+    "parts",
+    "read_stream",
+    "replace_stream",
+    "write_stream",
+]
 
 SITES = ("block", "mixer", "mlp", "input")
+ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was done to it
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
@@ -144,6 +155,7 @@ class Backbone:
             model computes in evaluation mode.
         name: the registered name (the registry fills it in).
         path: where in the model the backbone stands, "" for the model itself (the registry fills it in).
+        origin: how it was found, where that was not by name.
 
     Raises:
         SteerError: no blocks, a width below 1, one width or path too few or too many, or another `channels`.
@@ -160,6 +172,7 @@ class Backbone:
     prepare: Prepare | None = None
     name: str = ""
     path: str = ""
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.blocks):
@@ -219,8 +232,10 @@ class Backbone:
             f"{self.name or 'unregistered'} at {self.path or 'the model itself'}",
             f"├─ blocks: {len(self.blocks)} × {', '.join(kinds)}",
             f"├─ width:  {width}" + (" (channels first)" if self.channels == 1 else ""),
-            f"└─ sites:  {', '.join(self.sites)}" + (f"  ({'; '.join(where)})" if where else ""),
+            f"├─ sites:  {', '.join(self.sites)}" + (f"  ({'; '.join(where)})" if where else ""),
+            *([f"├─ origin: {self.origin}"] if self.origin else []),
         ]
+        lines[-1] = lines[-1].replace("├", "└", 1)
         return "\n".join(lines)
 
 

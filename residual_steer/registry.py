@@ -6,7 +6,8 @@ A family is registered by one call, the built-in ones too:
     def rwkv(model: nn.Module) -> Backbone:
         return Backbone(blocks=model.blocks, width=model.config.hidden_size, mixer="attention", mlp="feed_forward")
 
-An installed package registers by naming its module under the entry point group `residual_steer.backbones`.
+An installed package registers by naming its module under the entry point group `residual_steer.backbones`. A model that
+nobody describes goes to `residual_steer.auto`, which proves where its stream is.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from .backbone import Backbone
+from .auto import discover
+from .backbone import ATTRIBUTE, Backbone
 from .errors import SteerError
 
 __all__ = ["backbones", "find_backbone", "register_backbone"]
 
 ENTRY_POINTS = "residual_steer.backbones"
+AUTO, CUSTOM = "auto", "custom"
 
 Describe = Callable[..., Backbone]
+
+_BY_HAND = (
+    "Describe it yourself: steer(model, residual_steer.Backbone(blocks=[...], width=...)), or, for every model of its "
+    "class, @residual_steer.register_backbone('mine', matches=['package.Class']) on a function that returns a "
+    "residual_steer.Backbone."
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def register_backbone(name: str, *, matches: Iterable[str]) -> Callable[[Describ
         raise SteerError(f"`matches` needs qualified class names such as 'transformers.GPT2Model'; received {wanted}.")
 
     def register(describe: Describe) -> Describe:
-        if name in _families:
+        if name in _families or name in {AUTO, CUSTOM}:
             raise SteerError(f"a backbone is registered once; {name!r} is taken. Choose another name.")
         for family in _families.values():
             for match in set(wanted) & set(family.matches):
@@ -78,34 +88,48 @@ def backbones() -> tuple[str, ...]:
     return tuple(sorted(_families))
 
 
-def find_backbone(model: nn.Module, arch: str | None = None) -> Backbone:
+def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = None) -> Backbone:
     """Find the one backbone in `model`.
+
+    Registered families are recognised by their classes. For a model of none of them, or with `arch="auto"`, the model
+    is run on a tiny input, and modules that hand a stream on as z + g(z) are proved from the graph of that run.
 
     Args:
         model: any module; heads and wrappers around the backbone do not matter.
-        arch: consider this registered backbone only.
+        arch: consider this registered backbone only; `"auto"` asks none.
+        example: a batch to run a model on that no family describes: a tensor, a tuple of arguments or a dict of
+            keywords. None makes one from what the model says of itself. The model is afterwards as it was.
 
     Returns:
-        Its description, with `name` and `path` filled in.
+        Its description, with `name` and `path` filled in. A model that is steered already has the one it is steered by.
 
     Raises:
-        SteerError: `model` is no module, `arch` is unknown, no backbone is found, or several are.
+        SteerError: `model` is no module, `arch` is unknown, no backbone is found or proved, or several are.
     """
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     known = backbones()
-    if arch is not None and (not isinstance(arch, str) or arch not in _families):
-        raise SteerError(f"unknown backbone {arch!r}; registered are: {', '.join(known)}.")
+    if arch not in (None, AUTO) and (not isinstance(arch, str) or arch not in _families):
+        raise SteerError(f"unknown backbone {arch!r}; registered are: {', '.join(known)}; 'auto' looks for itself.")
+    steered = _steered(model)
+    if steered is not None and arch in (None, steered.name):
+        return steered
+    if arch == AUTO:
+        return discover(model, example)
     families = [_families[arch]] if arch is not None else list(_families.values())
     found = _search(model, {match: family for family in families for match in family.matches})
     if not found:
         looked_for = ", ".join(match for family in families for match in family.matches)
-        raise SteerError(
+        told = (
             f"no known backbone in {type(model).__module__}.{type(model).__qualname__}: looked along the classes of "
-            f"the model and its submodules for {looked_for}. Describe it yourself: "
-            "@residual_steer.register_backbone('mine', matches=['package.Class']) on a function that returns a "
-            "residual_steer.Backbone(blocks=..., width=...)."
+            f"the model and its submodules for {looked_for}."
         )
+        if arch is not None:
+            raise SteerError(f"{told} {_BY_HAND}")
+        try:
+            return discover(model, example)
+        except SteerError as refused:
+            raise SteerError(f"{refused} Before that, {told} {_BY_HAND}") from refused
     if len(found) > 1:
         listed = ", ".join(f"model.{path} ({family.name})" for path, _, family in found)
         raise SteerError(
@@ -113,6 +137,41 @@ def find_backbone(model: nn.Module, arch: str | None = None) -> Backbone:
         )
     path, module, family = found[0]
     return replace(family.describe(module), name=family.name, path=path)
+
+
+def own_backbone(model: nn.Module, backbone: Backbone) -> Backbone:
+    """Take a description that was made by hand, or by an earlier call, and hold it against the model.
+
+    Returns:
+        The same, with a name: "custom" for one that has none.
+
+    Raises:
+        SteerError: it describes blocks of another model, or a path that the model does not have.
+    """
+    modules = {id(module): path for path, module in model.named_modules()}
+    for index, block in enumerate(backbone.blocks):
+        if id(block) not in modules:
+            raise SteerError(
+                f"a Backbone's blocks are modules of the model that is steered; block {index}, a "
+                f"{type(block).__name__}, is none of this {type(model).__name__}. Describe this very model."
+            )
+    if backbone.path and backbone.path not in dict(model.named_modules()):
+        raise SteerError(f"a Backbone's `path` leads to a module of the model; received {backbone.path!r}.")
+    return replace(backbone, name=backbone.name or CUSTOM)
+
+
+def same_blocks(one: Backbone, other: Backbone) -> bool:
+    """Say whether two descriptions are of the same blocks."""
+    return [id(block) for block in one.blocks] == [id(block) for block in other.blocks]
+
+
+def _steered(model: nn.Module) -> Backbone | None:
+    """Return the backbone that a model is steered by, through wrappers around it."""
+    for path, module in model.named_modules():
+        backbone = getattr(module.__dict__.get(ATTRIBUTE), "backbone", None)
+        if isinstance(backbone, Backbone):
+            return replace(backbone, path=".".join(part for part in (path, backbone.path) if part))
+    return None
 
 
 def _search(model: nn.Module, matches: dict[str, _Family]) -> list[tuple[str, nn.Module, _Family]]:

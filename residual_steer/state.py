@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .backbone import Backbone, bulk_dtype
+from .backbone import ATTRIBUTE, Backbone, bulk_dtype
 from .blend import Tables
 from .errors import SteerError
 from .field import HRes
@@ -24,8 +24,6 @@ from .spec import FieldSpec
 from .switch import Switch
 
 __all__ = ["ATTRIBUTE", "Steering", "base_tensors", "plain_name", "steering_of"]
-
-ATTRIBUTE = "_residual_steering"
 
 
 @dataclass

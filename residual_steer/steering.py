@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from torch import nn
 
+from .backbone import Backbone
 from .errors import SteerError
 from .injector import Injector
 from .mix import Asked, Mix
-from .registry import find_backbone
+from .registry import find_backbone, own_backbone, same_blocks
 from .spec import FieldSpec, check_name, check_ranks, check_site, match_train
 from .state import ATTRIBUTE, Steering, base_tensors, plain_name, steering_of
 
@@ -58,7 +59,7 @@ class Selection:
 
 def steer(
     model: Model,
-    arch: str | None = None,
+    arch: str | Backbone | None = None,
     *,
     rank: int | Mapping[int, int] = 32,
     scale: float = 1.0,
@@ -77,8 +78,10 @@ def steer(
     freezes the others.
 
     Args:
-        model: a model of any size around one known backbone; it is changed in place.
-        arch: a registered backbone's name (`residual_steer.backbones()` lists them); None finds it.
+        model: a model of any size around one backbone; it is changed in place.
+        arch: a registered backbone's name (`residual_steer.backbones()` lists them), "auto" to have the stream of any
+            model found and proved, or a Backbone: one made by hand, or what `find_backbone(model, example=batch)`
+            returned. None looks for a registered one, and falls back on "auto".
         rank: r, for all blocks, or `{block index: rank}`, which then says which blocks are steered.
         scale: λ.
         layers: indices of the blocks to steer, negative ones from the end; None is all of them.
@@ -255,7 +258,7 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     return found + [tensor for tensor in opened.values() if isinstance(tensor, nn.Parameter)]
 
 
-def begin(model: nn.Module, arch: str | None = None) -> Steering:
+def begin(model: nn.Module, arch: str | Backbone | None = None) -> Steering:
     """Return the steering a model has, or a fresh one that is not installed yet.
 
     Raises:
@@ -264,12 +267,13 @@ def begin(model: nn.Module, arch: str | None = None) -> Steering:
     _refuse_wrapped(model)
     state = model.__dict__.get(ATTRIBUTE)
     if isinstance(state, Steering):
-        if arch not in (None, state.backbone.name):
-            raise SteerError(
-                f"this model is steered as {state.backbone.name!r}; received arch={arch!r}. Leave `arch` out."
-            )
+        mine = state.backbone
+        same = same_blocks(mine, arch) if isinstance(arch, Backbone) else arch in (None, mine.name)
+        if not same:
+            told = f"a Backbone of {len(arch.blocks)} blocks" if isinstance(arch, Backbone) else f"arch={arch!r}"
+            raise SteerError(f"this model is steered as {mine.name!r}; received {told}. Leave `arch` out.")
         return state
-    backbone = find_backbone(model, arch)
+    backbone = own_backbone(model, arch) if isinstance(arch, Backbone) else find_backbone(model, arch)
     for path, module in model.named_modules():
         if ATTRIBUTE in module.__dict__:
             raise SteerError(f"a part of this model, {path!r}, is steered already; unsteer it first.")

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbone import bulk_dtype
+from .backbone import ATTRIBUTE, Backbone, bulk_dtype
 from .card import model_card
 from .errors import SteerError
 from .files import as_path, make_folder, write_whole
@@ -20,6 +20,7 @@ from .format import DESCRIPTION, TENSORS, open_field, pack
 from .hub import check_repo, fetch, is_repo, upload
 from .identity import Identity
 from .names import find_names, plain_keys
+from .registry import AUTO
 from .spec import FieldSpec, check_name, check_site
 from .state import Steering, base_tensors, steering_of
 from .steering import begin, install
@@ -88,7 +89,14 @@ def push(
     )
 
 
-def load(model: Model, folder: str | Path, name: str | None = None, *, revision: str | None = None) -> Model:
+def load(
+    model: Model,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    arch: str | Backbone | None = None,
+) -> Model:
     """Load a field that `save` or `push` wrote and select it, on a fresh backbone or beside other fields.
 
     Tensors may be stored in fp64, fp32, fp16 or bf16; the field computes in its own type. Their names may carry what
@@ -100,6 +108,8 @@ def load(model: Model, folder: str | Path, name: str | None = None, *, revision:
         folder: the folder that was given to `save`, or, where there is no such folder, "owner/name" on the Hub.
         name: what to call the field here; None keeps its name.
         revision: a branch, tag or commit on the Hub; None is the main branch.
+        arch: as in `steer`. None takes the field's own: one that was trained on a stream that "auto" found is loaded
+            onto the stream that "auto" finds here.
 
     Returns:
         The same object, frozen and steered.
@@ -109,7 +119,7 @@ def load(model: Model, folder: str | Path, name: str | None = None, *, revision:
             refuses or cannot be reached. The model is as it was.
     """
     with open_field(_find(folder, revision)) as stored:
-        state = begin(model)
+        state = begin(model, _arch(model, arch, stored.identity))
         spec = stored.spec if name is None else replace(stored.spec, name=name)
         check_name(spec.name, state.specs)
         here = Identity.of(model, state.backbone)
@@ -139,6 +149,12 @@ def load(model: Model, folder: str | Path, name: str | None = None, *, revision:
         for key, tensor in state.tensors(model, spec.name).items():
             tensor.copy_(values[key])
     return model
+
+
+def _arch(model: nn.Module, arch: str | Backbone | None, stored: Identity) -> str | Backbone | None:
+    """Return how to look for a field's backbone: a family may have been registered since "auto" found its stream."""
+    fresh = ATTRIBUTE not in model.__dict__
+    return AUTO if arch is None and fresh and stored.name == AUTO else arch
 
 
 def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldSpec, dict[str, Tensor]]:

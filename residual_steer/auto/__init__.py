@@ -1,0 +1,18 @@
+"""Finding the residual stream of a model that no registered family describes, and proving it.
+
+Nothing is concluded from names. The model is run on a tiny input, and the autograd graph of that run says which modules
+hand their input on as `z + g(z)`, in which order, and what stands between them. What cannot be proved is refused.
+
+    example.py    an input for a model that says nothing about it
+    guard.py      the model is afterwards as it was before
+    trace.py      which modules were called, with what
+    graph.py      what the autograd graph tells of one call: is it residual, does it follow on another
+    choose.py     which of the residual modules are the blocks, and whether they are one stream
+    place.py      where the stream stands in a call and in what comes back
+    parts.py      the width, the mixer and the feed-forward of the blocks
+    discover.py   all of it in order
+"""
+
+from .discover import discover
+
+__all__ = ["discover"]

@@ -1,0 +1,235 @@
+"""An input for a model that was given none: tiny, made from what the model says of itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residual_steer.backbone import bulk_dtype
+from residual_steer.errors import SteerError
+
+__all__ = ["Example", "examples", "given"]
+
+ROWS, LENGTHS = 2, (7, 16, 64)
+IMAGES = (32, 64, 224, 28)
+SAMPLES = (4000, 16000)
+_NAMES = ("input_ids", "pixel_values", "input_values", "input_features")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One call of a model.
+
+    Attributes:
+        args: what it is given by position.
+        kwargs: what it is given by name.
+        rows: the size of the batch.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    rows: int
+
+    def __str__(self) -> str:
+        """Tell names and shapes."""
+        named = [("", value) for value in self.args] + [(f"{key} ", value) for key, value in self.kwargs.items()]
+        return ", ".join(f"{name}{tuple(x.shape)}" for name, x in named if isinstance(x, Tensor)) or "no tensors"
+
+    def on(self, like: Tensor, dtype: torch.dtype) -> Example:
+        """Return the same call on the model's device, floats in its type and in the graph."""
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach().to(like.device)
+            return value.to(dtype).requires_grad_().clone() if value.is_floating_point() else value
+
+        return Example(tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, self.rows)
+
+
+def given(example: Any) -> Example:
+    """Take a user's batch: a tensor, a tuple of arguments or a mapping of keywords.
+
+    Raises:
+        SteerError: it is none of them, or holds no tensor.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Tensor):
+        args = (example,)
+    elif isinstance(example, (tuple, list)):
+        args = tuple(example)
+    elif isinstance(example, Mapping):
+        kwargs = dict(example)
+    rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
+    if not rows:
+        raise SteerError(
+            "`example` is a batch that the model can be called with: a tensor, a tuple of arguments or a dict of "
+            f"keywords, with at least one row; received {type(example).__name__}."
+        )
+    return Example(args, kwargs, rows)
+
+
+def examples(model: nn.Module) -> Iterator[Example]:
+    """Yield inputs that the model may take, the likeliest first."""
+    name = getattr(model, "main_input_name", None)
+    config: Any = getattr(model, "config", None)
+    if isinstance(name, str) and config is not None:
+        yield from _of_transformers(model, name, config)
+        return
+    parameters = list(inspect.signature(model.forward).parameters)
+    first = _first_layer(model)
+    if "input_ids" in parameters and (ids := _vocabulary(model)):
+        yield from (_named(input_ids=_ids(ids, length)) for length in LENGTHS)
+    if "pixel_values" in parameters:
+        yield from (_named(pixel_values=image) for image in _images(model))
+    if isinstance(first, nn.Embedding):
+        yield from (_plain(_ids(first.num_embeddings, length)) for length in LENGTHS)
+    elif isinstance(first, nn.Conv2d):
+        yield from map(_plain, _images(model))
+    elif isinstance(first, nn.Conv1d):
+        yield from (_plain(torch.randn(ROWS, first.in_channels, length)) for length in (64, *SAMPLES))
+    elif isinstance(first, nn.Conv3d):
+        yield from (_plain(torch.randn(ROWS, first.in_channels, 8, size, size)) for size in IMAGES)
+    elif first is not None:
+        width = first.in_features if isinstance(first, nn.Linear) else _size_of(first)
+        yield from (_plain(torch.randn(ROWS, *shape)) for shape in ((LENGTHS[0], width), (width,)))
+        yield from map(_plain, _images(model))
+    for other in model.modules():  # whatever comes first, a model with an embedding may take ids
+        if isinstance(other, nn.Embedding) and other is not first:
+            yield _plain(_ids(other.num_embeddings, LENGTHS[0]))
+            return
+
+
+def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Example]:
+    """Yield inputs of a model of transformers, which tells the name of its main input."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    more: dict[str, Tensor] = {}
+    vocabulary = _vocabulary(model) or getattr(text, "vocab_size", 0)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(vocabulary, int) and vocabulary:
+        more["decoder_input_ids"] = _ids(getattr(text, "vocab_size", vocabulary), LENGTHS[0], config)
+    accepted = inspect.signature(model.forward).parameters
+    more = {key: value for key, value in more.items() if key in accepted}
+    for main in dict.fromkeys((name, *(other for other in _NAMES if other in accepted))):
+        if main == "input_ids" and vocabulary:
+            yield from _texts(vocabulary, config, more)
+        elif main == "pixel_values":
+            yield from (_named(pixel_values=image, **more) for image in _images(model))
+        elif main in {"input_values", "input_features"}:
+            yield from (_named(**{main: sound}, **more) for sound in _sounds(config))
+    dummy: Any = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and any(isinstance(value, Tensor) for value in dummy.values()):
+        yield given({key: value for key, value in dummy.items() if isinstance(value, Tensor)})
+
+
+def _texts(vocabulary: int, config: Any, more: Mapping[str, Tensor]) -> Iterator[Example]:
+    for length in LENGTHS:
+        yield _named(input_ids=_ids(vocabulary, length, config), **more)
+    if hasattr(config, "use_cache"):
+        uncached = _named(input_ids=_ids(vocabulary, LENGTHS[0], config), **more)
+        yield replace(uncached, kwargs={**uncached.kwargs, "use_cache": False})
+    books = getattr(config, "num_codebooks", None)
+    if isinstance(books, int):  # as in MusicGen, whose rows are split over codebooks
+        yield Example((), {"input_ids": _ids(vocabulary, LENGTHS[0], config).repeat(books, 1), **more}, ROWS)
+
+
+def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
+    """Return `(rows, length)` ids, none of which the config gives a meaning of its own."""
+    special: set[int] = set()
+    for part in (config, *(value for value in vars(config or object).values() if hasattr(value, "to_dict"))):
+        for key, value in (vars(part) if part is not None and hasattr(part, "to_dict") else {}).items():
+            if key.endswith(("_token_id", "_token_index", "_token_ids")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    free = [i for i in range(min(vocabulary, 1000)) if i not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor(free)[torch.randint(len(free), (ROWS, length), generator=generator)]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return how many ids a model has embeddings for, 0 where it does not tell."""
+    tell: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        size = getattr(tell(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return 0
+    return size if isinstance(size, int) else 0
+
+
+def _images(model: nn.Module) -> Iterator[Tensor]:
+    """Yield batches of images of the sizes that the model names, and of some that ConvNets take."""
+    channels, sizes = 3, list[tuple[int, ...]]()
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
+    if first is not None:
+        channels = first.in_channels
+    patches = getattr(model, "patch_embed", None)
+    settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    shape = settings.get("input_size") if isinstance(settings, Mapping) else None
+    channels = shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 3 else channels
+    config: Any = getattr(model, "config", None)
+    parts = [config, *(getattr(config, key, None) for key in ("vision_config", "backbone_config", "encoder"))]
+    channels = next((n for part in parts if isinstance(n := getattr(part, "num_channels", None), int)), channels)
+    told = [getattr(patches, "img_size", None), shape]
+    for value in (*told, *(getattr(part, "image_size", None) for part in parts)):
+        pair = (value.get("height"), value.get("width")) if isinstance(value, Mapping) else value
+        pair = (pair, pair) if isinstance(pair, int) else pair
+        if isinstance(pair, (tuple, list)) and len(pair) >= 2 and all(isinstance(n, int) for n in pair):
+            sizes.append(tuple(pair[-2:]))
+    for size in dict.fromkeys((*sizes, *((n, n) for n in IMAGES))):
+        yield torch.randn(ROWS, channels, *size)
+    frames = next((n for part in parts if isinstance(n := getattr(part, "num_frames", None), int)), None)
+    if frames is not None:
+        for size in dict.fromkeys((*sizes, (32, 32))):
+            yield torch.randn(ROWS, frames, channels, *size)
+
+
+def _sounds(config: Any) -> Iterator[Tensor]:
+    """Yield batches of sound: features `(rows, bins, frames)` or `(rows, frames, bins)`, or samples."""
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "feat_dim")
+    parts = [config, *(getattr(config, key, None) for key in ("encoder_config", "audio_config", "encoder"))]
+    bins = [n for part in parts for key in names if isinstance(n := getattr(part, key, None), int)]
+    positions = [n for part in parts if isinstance(n := getattr(part, "max_source_positions", None), int)]
+    frames = [n for part in parts if isinstance(n := getattr(part, "max_length", None), int)]
+    for number in bins:
+        for length in (*(2 * n for n in positions), *frames, 64, 160):
+            yield torch.randn(ROWS, number, length)
+            yield torch.randn(ROWS, length, number)
+    yield from (torch.randn(ROWS, samples) for samples in SAMPLES)
+    yield from (torch.randn(ROWS, 1, samples) for samples in SAMPLES)
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    """Return the first module, in the order in which they were made, that holds parameters of its own."""
+    leaves = (module for module in model.modules() if not list(module.children()))
+    return next((module for module in leaves if next(module.parameters(), None) is not None), None)
+
+
+def _size_of(layer: nn.Module) -> int:
+    parameter = next(iter(layer.parameters()))
+    return int(parameter.shape[-1])
+
+
+def _plain(value: Tensor) -> Example:
+    return Example((value,), {}, value.shape[0])
+
+
+def _named(**values: Tensor) -> Example:
+    return given(values)
+
+
+def kind_of(model: nn.Module) -> tuple[Tensor, torch.dtype]:
+    """Return a tensor on the model's device, and the type that it computes in.
+
+    Raises:
+        SteerError: the model has no values, or none at all.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if not tensors:
+        raise SteerError(f"{type(model).__name__} has no parameters, and so no residual stream to probe.")
+    if any(tensor.is_meta for tensor in tensors):
+        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
+    return tensors[0], bulk_dtype(model)
