@@ -58,7 +58,7 @@ TARGET = {"keys": range(64, 95), "values": range(95, 126)}
 RANK = 8  # of H-Res, whose parameters are everybody's budget
 ROWS = {"train": 8000, "valid": 250, "test": 500}
 FEW = {"train": 128, "valid": 16, "test": 16}  # with --quick
-SHAPE = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "tie_word_embeddings": False, "use_cache": False}
+SHAPE = {"vocab_size": VOCABULARY, "initializer_range": 0.1, "use_cache": False}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -205,7 +205,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         before = recall(backbone, rows(sizes, "test", 0, TARGET))
         quality[name] = {"source": record["quality"], "target before": before}
         print(f"{name}: recalls {record['quality']:.1%} of its own associations, {before:.1%} of the new", flush=True)
-        problem = problem_of(name, backbone, 4 if options.quick else 200, sizes)
+        problem = problem_of(name, backbone, 4 if options.quick else 300, sizes)
         results[name] = sweep(problem, arms_of(problem, options.rates), range(options.seeds), ledger)
         column = Column("recall", "queries answered", "%", "up", 1)
         tables.append(comparison(name, problem, results[name], column, scale=100, merged=True))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import residual_steer as rs
@@ -19,7 +19,9 @@ KEY, VALUE = {"seed": 0, "rate": 1e-3}, {"loss": 0.1 + 0.2, "accuracy": None}
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
-    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=4), parts, max_size=3),
+    lambda parts: (
+        st.lists(parts, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=4), parts, max_size=3)
+    ),
     max_leaves=6,
 )
 by_name = st.dictionaries(st.text(st.characters(), max_size=4), plain, max_size=3)
@@ -72,6 +74,7 @@ def test_a_result_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
     assert synced == [(path.stat().st_ino, 2)]
 
 
+@settings(deadline=None)
 @given(by_name, by_name)
 def test_what_was_just_made_is_what_is_read_back(tmp_path_factory, key, value):
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
