@@ -31,23 +31,17 @@ __all__ = ["Entry", "Run", "every_run", "sweep"]
 class Run:
     """One training.
 
-        Attributes:
-            rate: its peak learning rate.
-            seed: of the model's new parts, the method's weights and the data's order.
-    <<<<<<< HEAD
-            valid: scores on validation data; None if the loss became NaN or infinite, or if the run trained on them too.
-            test: scores on test data; None likewise, or if the run only chose a learning rate for others.
-            merged: the same after LoRA was folded into the weights; None for other methods.
-    =======
-            valid: scores on validation data; None if the run diverged: its loss, gradient or parameters became NaN or
-                infinite.
-            test: scores on test data; None likewise.
-            merged: the same after LoRA was folded into the weights; None likewise, and for other methods.
-    >>>>>>> study
-            trainable: number of parameters that trained.
-            total: number of all parameters, the method's included.
-            seconds_per_step: median wall-clock seconds of a step; None likewise.
-            seconds: wall-clock time of the whole, scoring included.
+    Attributes:
+        rate: its peak learning rate.
+        seed: of the model's new parts, the method's weights and the data's order.
+        valid: scores on validation data; None if the run diverged, its loss, gradient or parameters having become NaN
+            or infinite, or if it trained on them too.
+        test: scores on test data; None if it diverged, or only chose a learning rate for others.
+        merged: the same after LoRA was folded into the weights; None likewise, and for other methods.
+        trainable: number of parameters that trained.
+        total: number of all parameters, the method's included.
+        seconds_per_step: median wall-clock seconds of a step; None if it diverged.
+        seconds: wall-clock time of the whole, scoring included.
     """
 
     rate: float
