@@ -7,12 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from residual_steer.errors import SteerError
 from residual_steer.report.result import Cell, Column, Measured, Table
 
+from .paired import Difference, difference
 from .problem import Problem
 from .sweep import Entry
 
-__all__ = ["comparison", "measured", "records"]
+__all__ = ["comparison", "gap", "measured", "records"]
 
 
 def measured(entry: Entry, metric: str, *, scale: float = 1.0, merged: bool = False) -> Measured | None:
@@ -29,6 +31,28 @@ def measured(entry: Entry, metric: str, *, scale: float = 1.0, merged: bool = Fa
     """
     values = entry.results(metric, merged=merged)
     return Measured.of([scale * value for value in values]) if values and all(map(math.isfinite, values)) else None
+
+
+def gap(entries: Sequence[Entry], one: str, other: str, metric: str, *, scale: float = 1.0) -> Difference | None:
+    """Return how much more one method reached than another on the same seeds; None where that cannot be said.
+
+    Args:
+        entries: the methods, these two among them.
+        one: a method's name.
+        other: another's.
+        metric: which score.
+        scale: what to multiply it by.
+
+    Raises:
+        SteerError: there is no such method, or no such score.
+    """
+    found = {entry.arm.name: entry for entry in entries}
+    for name in (one, other):
+        if name not in found:
+            raise SteerError(f"a method is one of {', '.join(found)}; received {name!r}.")
+    pair = [[scale * value for value in found[name].results(metric)] for name in (one, other)]
+    whole = all(values and all(map(math.isfinite, values)) for values in pair)
+    return difference(*pair) if whole else None
 
 
 def comparison(
