@@ -159,7 +159,9 @@ def judge(results: Sequence[tuple[Task, Problem, Sequence[Entry]]], frozen: dict
             than, gain = "the frozen model", over_frozen(entries, frozen[task.backbone], sign)
         else:
             than, gain = "the head alone", gap(entries, "H-Res", "head alone", "metric", scale=sign)
-        said.append(f"{task.backbone} ({task.unit}): better than {than} by {gain or LOST}, than LoRA by {rival or LOST}")
+        said.append(
+            f"{task.backbone} ({task.unit}): better than {than} by {gain or LOST}, than LoRA by {rival or LOST}"
+        )
         won.append(gain is not None and gain.sign == 1)
     return Verdict(
         9,
