@@ -420,7 +420,7 @@ def test_vtab_tables(vtab_run):
     assert budget == head + 2 * (2 * 32 * 8 + 8 + 32)
     for name in sized:
         assert rows[name]["trainable"] == pytest.approx(budget, rel=0.15), name
-    assert "which trained on validation data too" in ours.notes[0]
+    assert "where training takes the validation data too" in ours.notes[0]
     assert theirs.title.startswith("Published by others, not measured here")
     assert "None of these numbers is ours" in theirs.notes[0]
     assert rows_of(theirs)["VPT-Deep"] == {"method": "VPT-Deep", "parameters": 0.53, "cifar100": 78.8, "svhn": 78.1}
