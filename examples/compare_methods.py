@@ -9,6 +9,7 @@ every seed, and measured on the other half.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from experiment import Experiment, Found, run
+from experiment import LOST, Experiment, Found, run
 from residual_steer.report import Axis, Column, Plot, Series, Table, Verdict
 from residual_steer.study import (
     Arm,
+    Difference,
     Entry,
     Ledger,
     Problem,
@@ -27,6 +29,7 @@ from residual_steer.study import (
     difference,
     digest,
     every_run,
+    gap,
     measured,
     rates_around,
     records,
@@ -138,20 +141,28 @@ def trade_off(task: Task, entries: Sequence[Entry]) -> Plot:
     return Plot(f"{task.backbone}: quality against the time of a step", "scatter", *axes, tuple(series))
 
 
-def judge(results: Sequence[tuple[Task, Problem, Sequence[Entry]]], better: dict[str, Sequence[float]]) -> Verdict:
+def over_frozen(entries: Sequence[Entry], frozen: float, sign: int) -> Difference | None:
+    """Return how much better H-Res is than the frozen model."""
+    reached = next(entry.results("metric") for entry in entries if entry.arm.name == "H-Res")
+    if not reached or not all(map(math.isfinite, reached)):
+        return None
+    return difference([sign * x for x in reached], [sign * frozen] * len(reached))
+
+
+def judge(results: Sequence[tuple[Task, Problem, Sequence[Entry]]], frozen: dict[str, float]) -> Verdict:
     """Judge claim 9: the same call works on Transformers and SSMs."""
     said, won = [], []
     for task, problem, entries in results:
-        of = {entry.arm.name: entry.results("metric") for entry in entries}
         sign = 1 if problem.better == "up" else -1
-        start = better[task.backbone] if task.kind == "text" else of["head alone"]
-        gain = difference([sign * x for x in of["H-Res"]], [sign * x for x in start])
-        rival = difference([sign * x for x in of["H-Res"]], [sign * x for x in of["LoRA"]])
-        than = "the frozen model" if task.kind == "text" else "the head alone"
+        rival = gap(entries, "H-Res", "LoRA", "metric", scale=sign)
+        if task.kind == "text":
+            than, gain = "the frozen model", over_frozen(entries, frozen[task.backbone], sign)
+        else:
+            than, gain = "the head alone", gap(entries, "H-Res", "head alone", "metric", scale=sign)
         said.append(
-            f"{task.backbone} ({task.unit}): better than {than} by {gain}, than LoRA of the same rank by {rival}"
+            f"{task.backbone} ({task.unit}): better than {than} by {gain or LOST}, than LoRA by {rival or LOST}"
         )
-        won.append(gain.sign == 1)
+        won.append(gain is not None and gain.sign == 1)
     return Verdict(
         9,
         "holds" if all(won) else "partly holds" if any(won) else "does not hold",
@@ -170,12 +181,11 @@ def compare_all(tasks: Sequence[Task], options: argparse.Namespace) -> int:
             problem = problem_of(task)
             arms = arms_of(task, options)
             results.append((task, problem, sweep(problem, arms, range(options.seeds), ledger)))
-            frozen[task.backbone] = [before(problem, task) or 0.0] * options.seeds
-        complete = all(len(entry.runs) == options.seeds for _, _, entries in results for entry in entries[:2])
+            frozen[task.backbone] = before(problem, task) or 0.0
         return Found(
             tables=[table_of(task, problem, entries) for task, problem, entries in results],
             plots=[trade_off(task, entries) for task, _, entries in results],
-            verdicts=[judge(results, frozen)] if complete else [],
+            verdicts=[judge(results, frozen)],
             settings={"rank": options.rank, "site": options.site, "steps": {t.backbone: t.steps for t in tasks}},
             records=[record for _, problem, entries in results for record in records(problem, entries)],
             seconds=sum(one.seconds for _, _, entries in results for one in every_run(entries)),

@@ -17,6 +17,8 @@ from residual_steer.report import Plot, Result, Table, Verdict, command_line, ma
 from residual_steer.report.markdown import table_markdown
 from residual_steer.study import Ledger
 
+LOST = "cannot be said, since a run diverged"
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import residual_steer as rs
-from experiment import Experiment, Found, parser_of, run
+from experiment import LOST, Experiment, Found, parser_of, run
 from residual_steer.data import latent
 from residual_steer.report import Column, Table, Verdict
 from residual_steer.study import (
@@ -31,9 +31,9 @@ from residual_steer.study import (
     Ledger,
     Problem,
     comparison,
-    difference,
     digest,
     every_run,
+    gap,
     rates_around,
     records,
     sweep,
@@ -174,15 +174,14 @@ def check_counts(entries: list[Entry]) -> None:
 
 def verdict(entries: list[Entry]) -> Verdict:
     """Judge claim 4: accuracy rises with rank, and falls with prompt length."""
-    numbers = {entry.arm.name: [100 * value for value in entry.results("accuracy")] for entry in entries}
-    rank = difference(numbers["H-Res, rank 32"], numbers["H-Res, rank 8"])
-    length = difference(numbers["prompt of 10"], numbers["prompt of 1"])
-    holds = (rank.sign == 1) + (length.sign == -1)
+    rank = gap(entries, "H-Res, rank 32", "H-Res, rank 8", "accuracy", scale=100)
+    length = gap(entries, "prompt of 10", "prompt of 1", "accuracy", scale=100)
+    holds = (rank is not None and rank.sign == 1) + (length is not None and length.sign == -1)
     return Verdict(
         claim=4,
         verdict=("does not hold", "partly holds", "holds")[holds],
         paper="prompts p=1 76.54 %, p=10 70.48 %; H-Res r=8 79.37 %, r=32 82.14 %",
-        ours=f"rank 32 minus rank 8: {rank} points; prompt of 10 minus prompt of 1: {length} points.",
+        ours=f"Accuracy in points: rank 32 minus 8 {rank or LOST}; prompt of 10 minus 1 {length or LOST}.",
         command="python examples/latent_ablation.py",
     )
 

@@ -136,6 +136,5 @@ def add_options(parser: Any, named: Callable[[str], int]) -> None:
         parser: of `parser_of`.
         named: reads a positive integer.
     """
-    parser.add_argument("--rates", type=named, default=3, help="learning rates tried, the same number for all")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast in training")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")

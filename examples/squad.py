@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from experiment import Experiment, Found, parser_of, positive, run
 from hub_tasks import quiet_libraries
 from pretrained import add_options, fingerprint, language_model, last_names
 from residual_steer.data import squad_scores
+from residual_steer.errors import UnsuitableError
 from residual_steer.report import Axis, Cell, Column, Plot, Series, Table, Verdict, command_line
 from residual_steer.study import (
     Arm,
@@ -43,6 +45,7 @@ from residual_steer.study import (
     difference,
     digest,
     every_run,
+    gap,
     match_budget,
     measured,
     rates_around,
@@ -151,7 +154,7 @@ def arms_of(subject: Subject, options: argparse.Namespace) -> tuple[list[Arm], l
     for method in ("prompt", "prefix"):
         try:
             wanted = match_budget(problem, method, "length", budget)["length"]
-        except rs.SteerError as error:  # a state-space model has no keys and values to extend
+        except UnsuitableError as error:  # a state-space model has no keys and values to extend
             notes.append(f"{method}: {error}")
             continue
         length = min(wanted, options.longest, room)
@@ -179,14 +182,9 @@ def table_of(subject: Subject, entries: list[Entry], notes: list[str]) -> Table:
     return replace(table, columns=(*first, *SCORES, time), rows=rows, notes=(*table.notes, *notes))
 
 
-def gap(entries: Mapping[str, Entry], one: str, other: str) -> Difference | None:
+def gap_of(entries: Mapping[str, Entry], one: str, other: str) -> Difference | None:
     """Return by how much the loss of one method is above another's; None unless both have it for every seed."""
-    pair = [entries[name] for name in (one, other) if name in entries]
-    losses = [entry.results("loss") for entry in pair]
-    whole = len(pair) == 2 and all(
-        found and len(found) == len(entry.runs) for found, entry in zip(losses, pair, strict=True)
-    )
-    return difference(*losses) if whole else None
+    return gap(list(entries.values()), one, other, "loss") if {one, other} <= entries.keys() else None
 
 
 def verdicts(subjects: list[Subject], results: list[dict[str, Entry]], longest: int) -> list[Verdict]:
@@ -194,7 +192,7 @@ def verdicts(subjects: list[Subject], results: list[dict[str, Entry]], longest: 
     said, better = [], []
     for subject, entries in zip(subjects, results, strict=True):
         for rival in ("LoRA", "prompt"):
-            found = gap(entries, "H-Res", rival)
+            found = gap_of(entries, "H-Res", rival)
             better.append(found is not None and found.sign == -1)
             said.append(f"{subject.problem.name}, H-Res minus {rival}: {found or 'a run diverged'}")
     words = "holds" if all(better) else "partly holds" if any(better) else "does not hold"
@@ -211,9 +209,9 @@ def on_ssm(subjects: list[Subject], results: list[dict[str, Entry]]) -> list[Ver
     """Judge claim 9 by whether H-Res lowers the loss of state-space models, in the loop that serves all."""
     said, lower = [], []
     for subject, entries in zip(subjects, results, strict=True):
-        losses, runs = entries["H-Res"].results("loss"), entries["H-Res"].runs
+        losses = entries["H-Res"].results("loss")
         if subject.recurrent:
-            whole = losses and len(losses) == len(runs)
+            whole = losses and all(map(math.isfinite, losses))
             found = difference(losses, [subject.frozen["loss"]] * len(losses)) if whole else None
             lower.append(found is not None and found.sign == -1)
             said.append(f"{subject.problem.name}, H-Res minus the frozen model: {found or 'a run diverged'}")

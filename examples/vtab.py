@@ -39,9 +39,9 @@ from residual_steer.study import (
     Ledger,
     Problem,
     comparison,
-    difference,
     digest,
     every_run,
+    gap,
     match_budget,
     measured,
     rates_around,
@@ -170,15 +170,12 @@ def verdict(results: Mapping[str, list[Entry]]) -> Verdict:
     """
     said, par, below = [], [], []
     for name, entries in results.items():
-        of = {entry.arm.name: [100 * value for value in entry.results("accuracy")] for entry in entries}
-        seeds = max(len(values) for values in of.values())
         for rival in ("VPT-shallow", "VPT-deep"):
-            whole = len(of[SMALL]) == len(of[rival]) == seeds > 0
-            gap = difference(of[SMALL], of[rival]) if whole else None
-            low, high = (gap.mean - gap.margin, gap.mean + gap.margin) if gap else (-math.inf, math.inf)
+            found = gap(entries, SMALL, rival, "accuracy", scale=100)
+            low, high = (found.mean - found.margin, found.mean + found.margin) if found else (-math.inf, math.inf)
             par.append(low > -PARITY)
             below.append(high < -PARITY)
-            said.append(f"{name}, H-Res minus {rival}: {f'{gap} points' if gap else 'a run diverged'}")
+            said.append(f"{name}, H-Res minus {rival}: {f'{found} points' if found else 'a run diverged'}")
     return Verdict(
         3,
         "holds" if all(par) else "does not hold" if all(below) else "partly holds",

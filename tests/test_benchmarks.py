@@ -29,83 +29,10 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def rounds(bench):
-    from residual_steer.study import rounds
-
-    return rounds
-
-
-@pytest.fixture(scope="module")
 def output(bench):
     import output
 
     return output
-
-
-class Clock:
-    """A clock that only moves when it is told to."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def spend(self, seconds):
-        self.now += seconds
-
-
-def test_median_and_quartiles(rounds):
-    assert rounds.spread([4.0, 1.0, 3.0, 2.0, 5.0]) == rounds.Spread(3.0, 2.0, 4.0)
-    assert rounds.spread([1.0, 2.0]) == rounds.Spread(1.5, 1.25, 1.75)
-    assert rounds.spread([7.0]) == rounds.Spread(7.0, 7.0, 7.0)
-    assert f"{rounds.Spread(1.0, 0.5, 2.0):.1f}" == "1.0 (0.5–2.0)"
-
-
-def test_a_ratio_is_taken_within_each_round(rounds):
-    measured = rounds.Rounds({"one": [1.0, 10.0, 2.0], "two": [2.0, 30.0, 2.0]})
-    assert measured.ratio("two", "one").median == 2.0  # of 2, 3 and 1; the ratio of medians would be 1
-    assert measured.ratio("one", "one") == rounds.Spread(1.0, 1.0, 1.0)
-    assert measured.time("one").median == 2.0
-    record = measured.record("one")
-    assert record["two"]["ratio"]["median"] == 2.0
-    assert record["two"]["rounds"] == [2.0, 30.0, 2.0]
-
-
-def test_every_round_begins_with_another_variant_and_warm_up_is_not_measured(rounds):
-    clock, calls = Clock(), []
-
-    def variant(name, seconds):
-        def before():
-            clock.spend(100)  # not measured
-            return name
-
-        def run(given):
-            assert given == name
-            calls.append(name)
-            clock.spend(seconds + (1000 if len(calls) <= 3 else 0))
-
-        return rounds.Variant(name, run, before)
-
-    measured = rounds.play([variant("a", 1), variant("b", 2), variant("c", 3)], 4, warmup=1, clock=clock)
-    assert "".join(calls[3:]) == "abc" + "bca" + "cab" + "abc"
-    assert sorted(calls[:3]) == ["a", "b", "c"]
-    assert measured.seconds == {"a": [1] * 4, "b": [2] * 4, "c": [3] * 4}
-
-
-def test_a_measurement_of_several_calls_is_divided_by_them(rounds):
-    clock = Clock()
-    measured = rounds.play([rounds.Variant("a", lambda _: clock.spend(2))], 3, repeats=5, clock=clock)
-    assert measured.seconds == {"a": [2.0] * 3}
-
-
-def test_what_cannot_be_timed_is_refused(rounds):
-    variant = rounds.Variant("a", lambda _: None)
-    for variants, count in (([], 1), ([variant, variant], 1), ([variant], 0)):
-        with pytest.raises(rs.SteerError, match="received"):
-            rounds.play(variants, count)
-    with pytest.raises(rs.SteerError, match="one of a; received 'b'"):
-        rounds.play([variant], 1).ratio("a", "b")
 
 
 def test_tables_line_up(output):

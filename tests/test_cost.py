@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import residual_steer as rs
+from residual_steer.study.counters import operations
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -39,14 +39,6 @@ def counted(cost, request):
     return {name: row.counts for name, row in cost.counted(shape, methods, inputs).items()}, tokens
 
 
-def test_counting_a_step_that_can_be_counted_by_hand(cost):
-    model, x = nn.Linear(4, 5, bias=False), torch.randn(3, 4)
-    counts = cost.count(model, lambda: torch.relu(model(x)).pow(2).sum(), x)
-    assert counts.flops == 2 * (2 * 3 * 4 * 5)  # the product, and the weight's gradient
-    assert counts.saved == 3 * 5 * 4  # what relu returns, which pow keeps too
-    assert counts.trainable == 20
-
-
 def test_a_step_keeps_the_hidden_units_and_one_stream_beyond_the_floor(counted):
     """Before and after σ, rank wide; the streams are kept by the blocks anyway, but that which enters the first."""
     counts, tokens = counted
@@ -74,8 +66,6 @@ def test_steering_beside_the_block_keeps_and_computes_least(counted):
 @pytest.mark.parametrize("name", ["gpt2", "vit", "mamba"])
 @torch.no_grad()
 def test_a_field_launches_three_operations_a_block_and_one_for_its_biases(cost, name, bias, expected):
-    from residual_steer.study.counters import operations
-
     shape = cost.SHAPES[name]
     model = shape.build(tiny=True)
     inputs = shape.batch(model, 2, None)
@@ -89,8 +79,6 @@ def test_a_field_launches_three_operations_a_block_and_one_for_its_biases(cost, 
 
 @torch.no_grad()
 def test_many_fields_launch_no_more_operations_than_two(cost):
-    from residual_steer.study.counters import operations
-
     shape = cost.SHAPES["gpt2"]
     model = shape.build(tiny=True)
     inputs = shape.batch(model, 4, None)

@@ -122,7 +122,7 @@ def squad_run(language_models, squad_data, tmp_path_factory):
     """The arguments of a run, and its result."""
     out = tmp_path_factory.mktemp("out")
     models = [part for path in language_models.values() for part in ("--model", path)]
-    sizes = ["--rank", 4, "--length", LENGTH, "--rates", 1, "--seeds", 2, "--full", "--longest", 16]
+    sizes = ["--rank", 4, "--length", LENGTH, "--rates", 2, "--seeds", 2, "--full", "--longest", 16]
     arguments = ["--out", out, "--data", squad_data, *models, *sizes]
     few = ["--steps", 4, "--batch", 4, "--limit", 8, "--valid", 8, "--generate", 4]
     assert script("squad", *arguments, *few) == 0
@@ -156,11 +156,21 @@ def test_squad_matches_budgets(squad_run):
         rows = rows_of(table)
         budget = rows["H-Res"]["trainable"]
         short = {name for name in rows if any(note.startswith(f"{name}: 16 tokens") for note in table.notes)}
+        assert "prompt" in short
         assert "LoRA" not in short
         for name in ({"LoRA", "prompt", "prefix"} & rows.keys()) - short:
             assert rows[name]["trainable"] == pytest.approx(budget, rel=0.25), name
         assert all(rows[name]["trainable"] < budget for name in short)
         assert rows["full fine-tuning"]["trainable"] > 4 * budget
+
+
+def test_squad_chooses_the_rate_of_the_lowest_loss(squad_run):
+    _, result = squad_run
+    for title in ("tiny-gpt2", "tiny-mamba"):
+        for method in ("H-Res", "LoRA", "prompt", "full fine-tuning"):
+            runs = [r for r in result.records if (r["problem"], r["method"]) == (title, method)]
+            best = min((run for run in runs if run["seed"] == 0), key=lambda run: run["valid"]["loss"])
+            assert {run["rate"] for run in runs if run["chosen"]} == {best["rate"]}
 
 
 def test_a_second_call_of_squad_trains_nothing(squad_run, no_training, capsys):
@@ -239,6 +249,20 @@ def test_answers_are_those_of_one_question_at_a_time(language_models, name, meth
         wanted.append(said.split("\n")[0] if said else "")
     assert any(wanted)
     assert answers(model, words, prompts, batch=2) == wanted
+
+
+def test_answers_end_with_the_line_and_with_the_text(language_models):
+    from pretrained import language_model
+    from squad_task import answers
+
+    model, words = language_model(str(language_models["tiny-gpt2"]))
+    rows = {"the fox": " hen\n dogs<end>", "corn at": " dawn<end> dogs bark dogs"}
+    batches = [
+        {"input_ids": (ids := torch.tensor([words(a + b)["input_ids"]])), "labels": ids} for a, b in rows.items()
+    ]
+    rs.fit(model, batches, steps=120, lr=1e-2, progress=False)
+    prompts = [torch.tensor(words(text)["input_ids"]) for text in rows]
+    assert answers(model.eval(), words, prompts, batch=2) == ["hen", "dawn"]
 
 
 def fail(capsys, name, *arguments):
@@ -371,16 +395,17 @@ def test_vtab_keeps_to_the_protocol(vtab_run):
     assert result.settings["images"] == {
         "cifar100": {"train800": 800, "val200": 200, "train800val200": 1000, "test": 20}
     }
-    for arm in {record["method"] for record in result.records}:
-        for options in ({8}, {32}) if arm == "hres" else (None,):
-            runs = [r for r in result.records if r["method"] == arm and options in (None, {r["options"].get("rank")})]
-            chose = [run for run in runs if run["valid"] is not None]
-            reported = [run for run in runs if run["test"] is not None]
-            assert [run["seed"] for run in chose] == [0, 0]
-            assert [run["seed"] for run in reported] == [0, 1]
-            assert len(runs) == 4
-            best = max(chose, key=lambda run: run["valid"]["accuracy"])["rate"]
-            assert {run["rate"] for run in reported} == {best}
+    names = {record["method"] for record in result.records}
+    assert len(names) == 8
+    for name in names:
+        runs = [record for record in result.records if record["method"] == name]
+        chose = [run for run in runs if run["valid"] is not None]
+        reported = [run for run in runs if run["test"] is not None]
+        assert [run["seed"] for run in chose] == [0, 0]
+        assert [run["seed"] for run in reported] == [0, 1]
+        assert len(runs) == 4
+        best = max(chose, key=lambda run: run["valid"]["accuracy"])["rate"]
+        assert {run["rate"] for run in reported} == {best}
 
 
 def test_vtab_tables(vtab_run):
@@ -395,7 +420,7 @@ def test_vtab_tables(vtab_run):
     assert budget == head + 2 * (2 * 32 * 8 + 8 + 32)
     for name in sized:
         assert rows[name]["trainable"] == pytest.approx(budget, rel=0.15), name
-    assert "which trained on validation data too" in ours.notes[0]
+    assert "where training takes the validation data too" in ours.notes[0]
     assert theirs.title.startswith("Published by others, not measured here")
     assert "None of these numbers is ours" in theirs.notes[0]
     assert rows_of(theirs)["VPT-Deep"] == {"method": "VPT-Deep", "parameters": 0.53, "cifar100": 78.8, "svhn": 78.1}

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import residual_steer as rs
+from residual_steer.files import fcntl, lock
 from residual_steer.study import Ledger
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -19,7 +20,9 @@ KEY, VALUE = {"seed": 0, "rate": 1e-3}, {"loss": 0.1 + 0.2, "accuracy": None}
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
-    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=4), parts, max_size=3),
+    lambda parts: (
+        st.lists(parts, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=4), parts, max_size=3)
+    ),
     max_leaves=6,
 )
 by_name = st.dictionaries(st.text(st.characters(), max_size=4), plain, max_size=3)
@@ -72,6 +75,7 @@ def test_a_result_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
     assert synced == [(path.stat().st_ino, 2)]
 
 
+@settings(deadline=None)
 @given(by_name, by_name)
 def test_what_was_just_made_is_what_is_read_back(tmp_path_factory, key, value):
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
@@ -186,6 +190,31 @@ def test_two_ledgers_on_one_file_keep_each_others_results(tmp_path):
     assert one.get_or({"run": 1}, lambda: {"by": "one"}) == {"by": "two"}  # the first stays
     assert path.read_bytes().count(b"\n") == 2
     assert len(Ledger(path)) == 2
+
+
+@pytest.mark.skipif(fcntl is None, reason="there are no such locks here")
+def test_nobody_else_writes_while_a_line_is_written(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.jsonl"
+    free = []
+
+    def sync(descriptor):
+        with path.open("r+b") as other:
+            free.append(lock(other, wait=False))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    ledger = Ledger(path)
+    ledger.get_or({"run": 0}, lambda: VALUE)
+    del free[:]
+    ledger.get_or({"run": 1}, lambda: VALUE)
+    assert free == [False]
+    sync(0)
+    assert free == [False, True]
+
+
+def test_of_two_lines_with_one_key_the_first_counts(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"key": {"run": 0}, "value": {"by": 1}}\n{"key": {"run": 0}, "value": {"by": 2}}\n')
+    assert Ledger(path).get_or({"run": 0}, never) == {"by": 1}
 
 
 def test_a_file_that_was_removed_is_made_again_whole(tmp_path):

@@ -119,7 +119,7 @@ def test_the_table_says_so(made):
     for retrain, said in ((problem.retrain, True), (None, False)):
         other = dataclasses.replace(problem, retrain=retrain)
         table = comparison("title", other, sweep(other, [ARM], [3, 5], progress=False), column)
-        assert ("which trained on validation data too" in table.notes[0]) == said
+        assert ("where training takes the validation data too" in table.notes[0]) == said
         assert table.rows[0]["weight"].count == 2
 
 

@@ -6,7 +6,7 @@ from .ledger import Ledger
 from .paired import Difference, difference
 from .problem import Arm, Problem, rates_around
 from .sweep import Entry, Run, every_run, sweep
-from .tables import comparison, measured, records
+from .tables import comparison, gap, measured, records
 
 __all__ = [
     "Arm",
@@ -20,6 +20,7 @@ __all__ = [
     "difference",
     "digest",
     "every_run",
+    "gap",
     "match_budget",
     "measured",
     "rates_around",

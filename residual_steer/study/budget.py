@@ -35,7 +35,8 @@ def trainable(model: nn.Module) -> tuple[int, int]:
 def match_budget(problem: Problem, method: str, option: str, budget: int, **options: Any) -> dict[str, Any]:
     """Choose a method's size so that it trains as close to `budget` parameters as can be.
 
-    Every extra rank, or prompt token, costs the same number of parameters, so two counts give all others.
+    Every extra rank, or prompt token, costs the same number of parameters, so two counts give all others. Of two sizes
+    that are equally near, it is either.
 
     Args:
         problem: the backbone.
@@ -48,9 +49,12 @@ def match_budget(problem: Problem, method: str, option: str, budget: int, **opti
         The method's options, that of its size among them: at least 1.
 
     Raises:
-        SteerError: the option does not change how many parameters train.
+        SteerError: `budget` is no positive integer; the option does not change how many parameters train; or the method
+            refuses the size, such as a rank above the width.
         UnsuitableError: the method makes no sense on the backbone.
     """
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise SteerError(f"`budget` is a positive number of parameters; received {budget!r}.")
 
     def count(size: int) -> int:
         arm = Arm(method, method, (1.0,), {**options, option: size})
@@ -61,4 +65,7 @@ def match_budget(problem: Problem, method: str, option: str, budget: int, **opti
         raise SteerError(
             f"{method!r} trains {one:,} parameters whatever its {option!r} is; a budget cannot be matched."
         )
-    return {**options, option: max(1, 1 + round((budget - one) / (two - one)))}
+    size = max(1, 1 + round((budget - one) / (two - one)))
+    if size > 2:
+        count(size)  # what refuses such a size does so here, and not after hours of a study
+    return {**options, option: size}

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Counts", "count", "flops", "operations"]
 
-VIEWS = ("view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "alias")
+# What makes tensors and computes nothing; views are known by their schema.
+_NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Counts:
     Attributes:
         saved: bytes that autograd keeps for the backward pass, beside parameters and the batch; each storage once.
         flops: floating-point operations of matrix products, forward and backward.
-        operations: kernels that are launched, forward and backward; views are none.
+        operations: kernels that are launched, forward and backward; views and memory that is set aside are none.
         trainable: parameters that train.
     """
 
@@ -44,7 +45,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        self.number += name not in VIEWS and not name.startswith(("as_strided", "_unsafe_view", "detach"))
+        self.number += not func.is_view and name not in _NO_KERNEL
         return func(*args, **(kwargs or {}))
 
 
@@ -68,10 +69,10 @@ def _addmm(_: Any, one: Any, other: Any, **__: Any) -> int:
 
 
 def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor) -> Counts:
-    """Run a forward and a backward pass three times, and count.
+    """Run a forward and a backward pass three times, and count; afterwards the model has no gradients.
 
     Args:
-        model: whose parameters do not count as saved.
+        model: whose parameters and buffers do not count as saved.
         loss: runs the model and returns a scalar.
         given: the batch, which does not count either.
     """

@@ -11,7 +11,8 @@ from residual_steer.errors import SteerError
 
 __all__ = ["Difference", "difference"]
 
-# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; beyond the last, the normal distribution's is near
+# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom, and that of the normal distribution
+_NORMAL = 1.959964
 _QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -53,15 +54,27 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
         other: numbers for the same seeds in the same order.
 
     Raises:
-        SteerError: there are none, or not as many.
+        SteerError: there are none, or not as many; or one is NaN or infinite, as that of a run that diverged.
     """
     if not one or len(one) != len(other):
         raise SteerError(
             f"paired numbers are one or more, as many of one as of the other; received {len(one)} and {len(other)}."
         )
     differences = [a - b for a, b in zip(one, other, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        raise SteerError(
+            "paired numbers are finite, and a run that diverged has none to compare; received "
+            f"{', '.join(f'{a:g} and {b:g}' for a, b in zip(one, other, strict=True) if not math.isfinite(a - b))}."
+        )
     mean, count = statistics.fmean(differences), len(differences)
     if count == 1:
         return Difference(mean, math.inf, 1)
-    quantile = _QUANTILES[count - 2] if count - 2 < len(_QUANTILES) else 1.96 + 2.5 / (count - 1)
-    return Difference(mean, quantile * statistics.stdev(differences) / math.sqrt(count), count)
+    return Difference(mean, _quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count), count)
+
+
+def _quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, to four digits."""
+    if freedom <= len(_QUANTILES):
+        return _QUANTILES[freedom - 1]
+    z = _NORMAL  # expanded in 1/freedom: Abramowitz and Stegun, 26.7.5
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from residual_steer.errors import SteerError
+from residual_steer.training import FitOptions
 from residual_steer.training.losses import Loss
 
 __all__ = ["Arm", "Problem", "rates_around"]
@@ -31,16 +32,17 @@ class Problem:
         better: `"up"` if more of it is better, `"down"` if less.
         steps: optimizer steps, the same for every method.
         identity: plain values that tell this problem from every other: sizes, seeds, a digest of the backbone's
-            weights. With equal ones a finished run is read back instead of made again.
+            weights. With equal ones a finished run is read back instead of made again, whatever code `fresh`, `train`,
+            `score` and `loss` have become: count up a version in it when they change.
         train_also: names of base modules that every method trains, such as a new classifier.
         loss: as in `fit`.
-        fit: other options of `fit`.
+        fit: other options of `fit`, plain values; not `seed` and `resume`, which are the study's.
         retrain: from a seed to the loader that the runs of the chosen learning rate train on, where that is another
             than `train`: in VTAB-1k the validation images are trained on too, once they have chosen. Then what chooses
             is measured on validation data alone, and what is reported on test data alone.
 
     Raises:
-        SteerError: `better` is another word, or `steps` is below 1.
+        SteerError: `better` is another word, `steps` is below 1, or `fit` holds what it may not.
     """
 
     name: str
@@ -61,12 +63,27 @@ class Problem:
             raise SteerError(f"`better` is 'up' or 'down'; received {self.better!r}.")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise SteerError(f"`steps` is a positive integer; received {self.steps!r}.")
+        FitOptions.of(dict(self.fit))
+        if self.fit.keys() & {"seed", "resume"}:
+            raise SteerError(
+                "`seed` and `resume` are no options of a problem: a study gives every run its seed, and keeps finished "
+                f"runs in its ledger; received {', '.join(self.fit)}."
+            )
 
     def worth(self, scores: Mapping[str, float] | None) -> float:
-        """Return a number that is larger the better the scores are; -inf for those of a run that diverged."""
-        if scores is None or math.isnan(scores[self.metric]):
+        """Return a number that is larger the better the scores are; -inf for a run that diverged, or has no finite one.
+
+        Raises:
+            SteerError: the metric is not among the scores.
+        """
+        if scores is None:
             return -math.inf
-        return scores[self.metric] if self.better == "up" else -scores[self.metric]
+        if self.metric not in scores:
+            raise SteerError(f"`score` returns {self.metric!r} among its numbers; received {', '.join(scores)}.")
+        value = scores[self.metric]
+        if not math.isfinite(value):
+            return -math.inf
+        return value if self.better == "up" else -value
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Arm:
     Attributes:
         name: as in tables.
         method: as `baselines.apply` takes it.
-        rates: peak learning rates; a fair study gives every arm as many.
+        rates: peak learning rates; a fair study gives every arm as many. Of equally good ones the first is chosen.
         options: of the method.
 
     Raises:
@@ -89,20 +106,26 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.rates or len(set(self.rates)) < len(self.rates) or not all(0 < r < math.inf for r in self.rates):
+        rates = tuple(self.rates)
+        if not rates or len(set(rates)) < len(rates) or not all(map(_is_positive, rates)):
             raise SteerError(f"`rates` are one or more different positive numbers; received {self.rates!r}.")
+        object.__setattr__(self, "rates", tuple(map(float, rates)))  # so that 1 and 1.0 are the same run
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def rates_around(centre: float, count: int = 3, factor: float = 3.0) -> tuple[float, ...]:
-    """Return `count` learning rates, each `factor` times the one before, with `centre` in their middle.
+    """Return `count` learning rates of three digits, each `factor` times the one before, around `centre`.
 
     >>> rates_around(1e-2)
     (0.00333, 0.01, 0.03)
 
     Raises:
-        SteerError: `centre` is not positive, `count` is below 1, or `factor` is not above 1.
+        SteerError: `centre` is not positive, `count` is no integer from 1, or `factor` is not above 1.
     """
-    if not centre > 0 or count < 1 or not factor > 1:
+    if not (_is_positive(centre) and _is_positive(factor) and factor > 1 and type(count) is int and count > 0):
         raise SteerError(
             "learning rates are positive, at least one, and grow by a factor above 1; received "
             f"centre={centre!r}, count={count!r}, factor={factor!r}."

@@ -17,13 +17,7 @@ import torch
 
 from residual_steer.errors import SteerError
 
-__all__ = [
-    "Rounds",
-    "Spread",
-    "Variant",
-    "play",
-    "spread",
-]
+__all__ = ["Rounds", "Spread", "Variant", "play", "spread"]
 
 
 def _nothing() -> None:

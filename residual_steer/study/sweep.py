@@ -6,18 +6,18 @@ reported is measured on test data that chose nothing. A problem may give the run
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from residual_steer import baselines
 from residual_steer.errors import DivergedError, SteerError, UnsuitableError
+from residual_steer.report.environment import versions
 from residual_steer.training import fit
 
 from .budget import adapted, trainable
@@ -34,12 +34,13 @@ class Run:
     Attributes:
         rate: its peak learning rate.
         seed: of the model's new parts, the method's weights and the data's order.
-        valid: scores on validation data; None if the loss became NaN or infinite, or if the run trained on them too.
-        test: scores on test data; None likewise, or if the run only chose a learning rate for others.
-        merged: the same after LoRA was folded into the weights; None for other methods.
+        valid: scores on validation data; None if the run diverged, its loss, gradient or parameters having become NaN
+            or infinite, or if it trained on them too.
+        test: scores on test data; None if it diverged, or only chose a learning rate for others.
+        merged: the same after LoRA was folded into the weights; None likewise, and for other methods.
         trainable: number of parameters that trained.
         total: number of all parameters, the method's included.
-        seconds_per_step: median wall-clock seconds of a step; None likewise.
+        seconds_per_step: median wall-clock seconds of a step; None if it diverged.
         seconds: wall-clock time of the whole, scoring included.
     """
 
@@ -60,9 +61,11 @@ class Entry:
 
     Attributes:
         arm: the method.
-        rate: the learning rate that was best on validation data; None if all diverged, or the method was refused.
+        rate: the learning rate that was best on validation data, the first of equals; None if all diverged, or the
+            method was refused.
         trials: one run for every rate, with the first seed.
-        runs: one run for every seed, with that rate; the first is among the trials if the training data are the same.
+        runs: one run for every seed, with that rate, in the order of the seeds; the first is among the trials if the
+            training data are the same.
         refused: why the method makes no sense on this backbone; empty if it does.
     """
 
@@ -79,7 +82,7 @@ class Entry:
 
     @property
     def at_edge(self) -> bool:
-        """Say whether the best rate was the lowest or the highest tried, so that a better one may lie beyond."""
+        """Say whether the best of three or more rates was the lowest or highest, so that a better may lie beyond."""
         return (
             self.rate is not None
             and len(self.arm.rates) > 2
@@ -87,9 +90,20 @@ class Entry:
         )
 
     def results(self, metric: str, *, merged: bool = False) -> list[float]:
-        """Return a number of every seed that did not diverge, measured on test data."""
+        """Return a number for every seed, measured on test data: NaN for one that diverged, so that pairs stay pairs.
+
+        None are returned for a method that was refused, or diverged at every rate; nor, of `merged`, but for LoRA.
+
+        Raises:
+            SteerError: there is no such score.
+        """
+        if merged and self.arm.method != "lora":
+            return []
         found = [run.merged if merged else run.test for run in self.runs]
-        return [scores[metric] for scores in found if scores is not None]
+        for scores in found:
+            if scores is not None and metric not in scores:
+                raise SteerError(f"a score is one of {', '.join(scores)}; received {metric!r}.")
+        return [math.nan if scores is None else scores[metric] for scores in found]
 
 
 def sweep(
@@ -99,7 +113,8 @@ def sweep(
 
     Args:
         problem: what they are compared on.
-        arms: the methods, with different names.
+        arms: the methods, with different names. One that makes no sense on the backbone trains nothing, and its entry
+            says why.
         seeds: at least one; three or more give a spread.
         ledger: where finished runs are kept and found.
         progress: whether to show a bar.
@@ -108,14 +123,14 @@ def sweep(
         An entry for every arm, in their order.
 
     Raises:
-        SteerError: no arm, two of the same name, no seed, two equal ones; or what `fit` raises but for a divergence,
-            which is a result.
+        SteerError: no arm, two of the same name; seeds that are no integers from 0, or not different; or what `apply`
+            and `fit` raise, but for a divergence, which is a result.
     """
     names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
         raise SteerError(f"arms are one or more of different names; received {names}.")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise SteerError(f"seeds are one or more different integers; received {list(seeds)}.")
+    if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) or not 0 < len(seeds) == len(set(seeds)):
+        raise SteerError(f"seeds are one or more different integers from 0 to 2**32 - 1; received {list(seeds)}.")
     ledger = Ledger() if ledger is None else ledger
     total = sum(_count(problem, arm, seeds) for arm in arms)
     with tqdm(total=total, unit="run", desc=problem.name, disable=not progress, leave=False) as bar:
@@ -129,10 +144,6 @@ def every_run(entries: Iterable[Entry]) -> list[Run]:
 
 def _compare(problem: Problem, arm: Arm, seeds: Sequence[int], ledger: Ledger, bar: Any) -> Entry:
     bar.set_postfix_str(arm.name)
-    reason = refusal(problem, arm)
-    if reason:
-        bar.update(_count(problem, arm, seeds))
-        return Entry(arm, None, (), (), reason)
 
     def run(part: _Part, rate: float, seed: int) -> Run:
         key = _key(problem, arm, part, rate, seed)
@@ -141,7 +152,11 @@ def _compare(problem: Problem, arm: Arm, seeds: Sequence[int], ledger: Ledger, b
         return found
 
     first, last = _parts(problem)
-    trials = tuple(run(first, rate, seeds[0]) for rate in arm.rates)
+    try:
+        trials = tuple(run(first, rate, seeds[0]) for rate in arm.rates)
+    except UnsuitableError as error:
+        bar.update(_count(problem, arm, seeds))
+        return Entry(arm, None, (), (), str(error))
     best = max(trials, key=lambda trial: problem.worth(trial.valid))
     if problem.worth(best.valid) == -math.inf:
         bar.update(_count(problem, arm, seeds) - len(trials))
@@ -178,33 +193,36 @@ def _count(problem: Problem, arm: Arm, seeds: Sequence[int]) -> int:
     return len(arm.rates) + len(seeds) - (problem.retrain is None)
 
 
-def refusal(problem: Problem, arm: Arm) -> str:
-    """Return why a method makes no sense on a problem's backbone; empty if it does."""
-    try:
-        adapted(problem, arm, 0)
-    except UnsuitableError as error:
-        return str(error)
-    return ""
-
-
 def _train(problem: Problem, arm: Arm, part: _Part, rate: float, seed: int) -> Run:
     started = time.perf_counter()
     model = adapted(problem, arm, seed)
     trains, total = trainable(model)
-    options = {"progress": False, "seed": seed, "log_every": 1, **problem.fit}
+    step = _fit(problem, part, model, rate, seed)
     scores: dict[str, dict[str, float]] = {}
-    merged = step = None
+    merged = None
+    if step is not None:
+        scores = {split: _scores(problem, model, split, seed) for split in part.measured}
+        if arm.method == "lora" and "test" in scores:
+            merged = _scores(problem, baselines.merge(model), "test", seed)
+    seconds = time.perf_counter() - started
+    return Run(rate, seed, scores.get("valid"), scores.get("test"), merged, trains, total, step, seconds)
+
+
+def _fit(problem: Problem, part: _Part, model: nn.Module, rate: float, seed: int) -> float | None:
+    """Train a model; return the seconds of a step, or None if it diverged."""
+    options = {"progress": False, "log_every": 1, **problem.fit, "seed": seed}
     try:
         history = fit(model, part.train(seed), steps=problem.steps, lr=rate, loss=problem.loss, **options)
     except DivergedError:
-        pass
-    else:
-        step = history.seconds_per_step
-        scores = {split: problem.score(model, split, seed) for split in part.measured}
-        if arm.method == "lora" and "test" in scores:
-            merged = problem.score(baselines.merge(model), "test", seed)
-    seconds = time.perf_counter() - started
-    return Run(rate, seed, scores.get("valid"), scores.get("test"), merged, trains, total, step, seconds)
+        return None
+    trained = (p for p in model.parameters() if p.requires_grad)  # of what the last step did to them, no loss has told
+    return history.seconds_per_step if all(bool(p.isfinite().all()) for p in trained) else None
+
+
+def _scores(problem: Problem, model: nn.Module, split: str, seed: int) -> dict[str, float]:
+    scores = {name: float(value) for name, value in problem.score(model, split, seed).items()}
+    problem.worth(scores)  # a score that lacks the metric is no result to keep
+    return scores
 
 
 def _key(problem: Problem, arm: Arm, part: _Part, rate: float, seed: int) -> dict[str, Any]:
@@ -215,9 +233,10 @@ def _key(problem: Problem, arm: Arm, part: _Part, rate: float, seed: int) -> dic
         "identity": dict(problem.identity),
         "steps": problem.steps,
         "fit": dict(problem.fit),
+        "train_also": problem.train_also,
         "method": arm.method,
         "options": dict(arm.options),
         "rate": rate,
         "seed": seed,
-        "versions": {"residual-steer": importlib.metadata.version("residual-steer"), "torch": torch.__version__},
+        "versions": {name: found for name, found in versions(["residual-steer"]).items() if name != "python"},
     }

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from residual_steer.errors import SteerError
 from residual_steer.report.result import Cell, Column, Measured, Table
 
+from .paired import Difference, difference
 from .problem import Problem
 from .sweep import Entry
 
-__all__ = ["comparison", "measured", "records"]
+__all__ = ["comparison", "gap", "measured", "records"]
 
 
 def measured(entry: Entry, metric: str, *, scale: float = 1.0, merged: bool = False) -> Measured | None:
-    """Return what an entry reached on test data over its seeds; None if it was refused, or any seed diverged.
+    """Return what an entry reached on test data over its seeds; None if it was refused, or a seed has no finite one.
 
     Args:
         entry: one method.
         metric: which score.
         scale: what to multiply it by, such as 100 for percent.
         merged: LoRA's scores after it was folded into the weights.
+
+    Raises:
+        SteerError: there is no such score.
     """
     values = entry.results(metric, merged=merged)
-    return Measured.of([scale * value for value in values]) if values and len(values) == len(entry.runs) else None
+    return Measured.of([scale * value for value in values]) if values and all(map(math.isfinite, values)) else None
+
+
+def gap(entries: Sequence[Entry], one: str, other: str, metric: str, *, scale: float = 1.0) -> Difference | None:
+    """Return how much more one method reached than another on the same seeds; None where that cannot be said.
+
+    Args:
+        entries: the methods, these two among them.
+        one: a method's name.
+        other: another's.
+        metric: which score.
+        scale: what to multiply it by.
+
+    Raises:
+        SteerError: there is no such method, or no such score.
+    """
+    found = {entry.arm.name: entry for entry in entries}
+    for name in (one, other):
+        if name not in found:
+            raise SteerError(f"a method is one of {', '.join(found)}; received {name!r}.")
+    pair = [[scale * value for value in found[name].results(metric)] for name in (one, other)]
+    whole = all(values and all(map(math.isfinite, values)) for values in pair)
+    return difference(*pair) if whole else None
 
 
 def comparison(
@@ -39,6 +67,9 @@ def comparison(
         column: how the problem's metric is shown; its key is the metric's name.
         scale: what to multiply it by.
         merged: whether LoRA gets a second row, for its weights folded in.
+
+    Raises:
+        SteerError: the metric is none of the scores.
     """
     columns = (
         Column("method", "method"),
@@ -51,14 +82,14 @@ def comparison(
     rows: list[dict[str, Cell]] = []
     for entry in entries:
         rows.append({"method": entry.arm.name, **_sizes(entry), column.key: measured(entry, column.key, scale=scale)})
-        if merged and entry.runs and entry.runs[0].merged is not None:
+        if merged and entry.results(column.key, merged=True):
             value = measured(entry, column.key, scale=scale, merged=True)
             rows.append({"method": f"{entry.arm.name}, merged", column.key: value})
     return Table(title, columns, tuple(rows), tuple(_notes(problem, entries)))
 
 
 def records(problem: Problem, entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return every run as plain values, those that chose the learning rate included."""
+    """Return every run as plain values, those that chose the learning rate included; a refusal with its reason."""
     found = []
     for entry in entries:
         about: dict[str, Any] = {"problem": problem.name, "method": entry.arm.name, "options": dict(entry.arm.options)}
@@ -69,26 +100,26 @@ def records(problem: Problem, entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _sizes(entry: Entry) -> dict[str, Cell]:
-    if not entry.runs:
+    if not entry.trials:
         return {}
-    run = entry.runs[0]
+    run = entry.trials[0]
     seconds = [run.seconds_per_step for run in entry.runs if run.seconds_per_step is not None]
     return {
         "trainable": run.trainable,
         "share": 100 * run.trainable / run.total,
-        "rate": f"{run.rate:g}",
+        "rate": None if entry.rate is None else f"{entry.rate:g}",
         "step": 1000 * statistics.median(seconds) if seconds else None,
     }
 
 
 def _notes(problem: Problem, entries: Sequence[Entry]) -> list[str]:
-    tried = {len(entry.arm.rates) for entry in entries}
-    seeds = {len(entry.runs) for entry in entries if entry.runs}
-    rates, counted = "–".join(map(str, sorted(tried))), "–".join(map(str, sorted(seeds)))
-    again = "" if problem.retrain is None else ", which trained on validation data too"
+    tried = sorted({len(entry.arm.rates) for entry in entries if not entry.refused}) or [0]
+    seeds = max((len(entry.runs) for entry in entries), default=0)
+    rates = f"{tried[0]} to {tried[-1]}" if len(tried) > 1 else str(tried[0])
+    again = "" if problem.retrain is None else ", where training takes the validation data too"
     notes = [
-        f"{problem.steps} steps for every method; {rates} learning rates tried with the first seed, the best on "
-        f"validation data used with {counted} seeds{again}; measured on test data."
+        f"Steps for every method: {problem.steps}. Learning rates tried with the first seed: {rates}; the best on "
+        f"validation data is used with every seed, of which there are {seeds}{again}. Measured on test data."
     ]
     notes += [f"{entry.arm.name}: {entry.refused}" for entry in entries if entry.refused]
     edge = [f"{entry.arm.name} ({entry.rate:g})" for entry in entries if entry.at_edge]
@@ -96,5 +127,9 @@ def _notes(problem: Problem, entries: Sequence[Entry]) -> list[str]:
         notes.append(f"Best at the edge of the rates tried, so that a better one may lie beyond: {', '.join(edge)}.")
     lost = [entry.arm.name for entry in entries if not entry.refused and entry.rate is None]
     if lost:
-        notes.append(f"DivergedError at every learning rate: {', '.join(lost)}.")
+        notes.append(f"Diverged at every learning rate: {', '.join(lost)}.")
+    partly = {entry.arm.name: sum(map(math.isnan, entry.results(problem.metric))) for entry in entries}
+    if any(partly.values()):
+        counted = ", ".join(f"{name} ({number})" for name, number in partly.items() if number)
+        notes.append(f"Diverged with some of the seeds at the best learning rate, so that it has no number: {counted}.")
     return notes
