@@ -1,7 +1,8 @@
 """The frozen prefix, computed once: everything under the first block that trains is a constant of the data.
 
 In the first epoch the output of the last frozen block is kept for every row; from then on the blocks below hand that
-output through instead of computing it. A row is known by its content, so that shuffling does not matter.
+output through instead of computing it. Where something else than the next block stands behind one, a change of width or
+the decoder behind an encoder, its output is kept too. A row is known by its content, so that shuffling does not matter.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Prefix:
         _refuse_compiled(model)
         _refuse_augmentation(train)
         self._model, self._train, self._loss, self._options = model, train, loss, options
-        blocks = find_backbone(model).blocks
+        self._backbone = find_backbone(model)
+        blocks = self._backbone.blocks
         training = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
         self.depth = training[0] if training else len(blocks)
         if self.depth == 0:
@@ -59,6 +61,7 @@ class Prefix:
                 "trains. Steer the upper blocks only, with `layers`."
             )
         self._frozen = list(blocks[: self.depth])
+        self._ends = [self.depth - 1]  # the last block of every run of frozen blocks that read one from another
         self._store: MemoryStore | DiskStore | None = None
         self._spec: TreeSpec | None = None
         self._proved = False
@@ -84,12 +87,7 @@ class Prefix:
         calls: list[Any] = []
         with self._watching(calls):
             yield
-        if len(calls) != 1:
-            raise SteerError(
-                f"`cache_prefix` needs a loss that calls the model once for a batch; this one called it {len(calls)} "
-                "times."
-            )
-        leaves = self._leaves(calls[0], len(keys))
+        leaves = self._leaves(calls, len(keys))
         for row, key in enumerate(keys):
             if key not in store:
                 store.add(key, [leaf[row].cpu() for leaf in leaves])
@@ -123,6 +121,7 @@ class Prefix:
             SteerError: it is not, or the streams of all rows would take more than the limit.
         """
         rows = rows_of(batch)
+        self._ends = self._find_ends(batch)
         leaves, others = (self._leaves(self._run_below(batch, seed), rows) for seed in (0, 1))
         for leaf, other in zip(leaves, others, strict=True):
             if not torch.allclose(leaf, other, rtol=1e-4, atol=1e-5 * float(leaf.abs().max())):
@@ -145,8 +144,34 @@ class Prefix:
             self._store = DiskStore(Path(place) / self._key(), limit)
         return self._store
 
-    def _run_below(self, batch: Any, seed: int) -> Any:
-        """Run the model until the last frozen block is done, and return what that returned.
+    def _find_ends(self, batch: Any) -> list[int]:
+        """Return the frozen blocks behind which something else than the next one stands, and the last one."""
+        joined: set[int] = set()
+        left: dict[int, Tensor] = {}
+        handles = []
+        for index, block in enumerate(self._frozen):
+
+            def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
+                if index - 1 in left and torch.equal(self._backbone.read(args, kwargs), left.pop(index - 1)):
+                    joined.add(index - 1)
+
+            def leave(_: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
+                def keep(stream: Tensor) -> Tensor:
+                    left[index] = stream
+                    return stream
+
+                self._backbone.write(output, keep)
+
+            handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
+        try:
+            self._run_below(batch, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [index for index in range(self.depth) if index not in joined]
+
+    def _run_below(self, batch: Any, seed: int) -> list[Any]:
+        """Run the model until the last frozen block is done, and return what the ends of runs returned.
 
         Raises:
             SteerError: the loss does not get there.
@@ -165,7 +190,7 @@ class Prefix:
                 handle.remove()
         if not calls:
             raise SteerError("`cache_prefix` needs a loss that calls the model; this one did not reach its blocks.")
-        return calls[0]
+        return calls
 
     def _prove(self, batch: Any, keys: Sequence[bytes]) -> None:
         """Compare one batch that is handed through with the same batch computed from the start.
@@ -187,29 +212,35 @@ class Prefix:
 
     @contextlib.contextmanager
     def _watching(self, calls: list[Any]) -> Iterator[None]:
-        handle = self._frozen[-1].register_forward_hook(lambda _, args, output: calls.append(output))
+        handles = [
+            self._frozen[end].register_forward_hook(lambda _, args, output: calls.append(output)) for end in self._ends
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     @contextlib.contextmanager
     def _handing_through(self, keys: Sequence[bytes]) -> Iterator[None]:
-        """Let every frozen block return what the last one returned for these rows.
+        """Let every frozen block return what the last one of its run returned for these rows.
 
         What was kept is what its hooks had made of it, those of frozen fields among them; so they do not run again.
         """
         device = next(self._model.parameters()).device
         rows = [] if self._store is None else self._store.get(keys)
         leaves: list[Any] = [torch.stack(parts).to(device) for parts in zip(*rows, strict=True)]
-        output = None if self._spec is None else tree_unflatten(leaves, self._spec)
+        outputs = [] if self._spec is None else tree_unflatten(leaves, self._spec)
         names = ("forward", "_forward_hooks", "_forward_pre_hooks")
         own = [
             (block, {name: block.__dict__[name] for name in names if name in block.__dict__}) for block in self._frozen
         ]
-        for block in self._frozen:
+        for index, block in enumerate(self._frozen):
+            output = outputs[sum(end < index for end in self._ends)]
             block.__dict__.update(
-                forward=lambda *_, **__: output, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict()
+                forward=lambda *_, output=output, **__: output,
+                _forward_hooks=OrderedDict(),
+                _forward_pre_hooks=OrderedDict(),
             )
         try:
             yield
@@ -230,13 +261,18 @@ class Prefix:
                     for buffer, value in buffers:
                         buffer.copy_(value)
 
-    def _leaves(self, output: Any, rows: int) -> list[Tensor]:
-        """Return the tensors in what a block returned.
+    def _leaves(self, calls: list[Any], rows: int) -> list[Tensor]:
+        """Return the tensors in what the ends of runs returned.
 
         Raises:
-            SteerError: something trains below, or a tensor in it is not told apart by row.
+            SteerError: there is more than one call, something trains below, or a tensor is not told apart by row.
         """
-        leaves, self._spec = tree_flatten(output)
+        if len(calls) != len(self._ends):
+            raise SteerError(
+                "`cache_prefix` needs a loss that calls the model once for a batch; this one called it, or the model "
+                f"its frozen blocks, {len(calls) / len(self._ends):g} times."
+            )
+        leaves, self._spec = tree_flatten(calls)
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
                 shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
