@@ -113,6 +113,7 @@ def _all(pending: list[Entry], jobs: int, seconds: float) -> Iterable[dict[str, 
 
 def _import(kind: str) -> None:
     """Import what every model of a kind imports too."""
+    importlib.import_module("coverage_check")
     if kind == "timm":
         importlib.import_module("timm")
         return

@@ -31,6 +31,7 @@ def check(model: nn.Module) -> dict[str, Any]:
     """
     model.eval().requires_grad_(False)
     _wake(model)
+    _settle(model, _batch(model))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     backbone = rs.find_backbone(model)
     batch = _batch(model)
@@ -70,6 +71,21 @@ def _wake(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dim() > 1 and not parameter.any():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Let batch norms count one batch: with statistics of no data, a deep ConvNet's random stream vanishes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    if norms:
+        _floats(model, batch)
+    for norm in norms:
+        norm.eval()
+        if norm.running_var is not None:
+            norm.running_var.clamp_(min=1e-12)
 
 
 def _expect(holds: bool, otherwise: str) -> None:
@@ -154,10 +170,13 @@ def _learns(model: nn.Module, batch: dict[str, Any]) -> None:
 @torch.no_grad()
 def _cache_agrees(model: nn.Module, batch: dict[str, Any]) -> bool | None:
     """Say whether greedy generation with the cache gives the tokens it gives without; None where there is none."""
-    if not getattr(model, "can_generate", bool)() or "input_ids" not in batch:
+    given = {key: value for key, value in batch.items() if key != "decoder_input_ids"}
+    if not getattr(model, "can_generate", bool)() or not given or "" in given or "pixel_values" in given:
         return None
-    ids = batch["input_ids"]
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "input_ids" in given:
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+    if "decoder_input_ids" in batch:
+        given["decoder_start_token_id"] = 1
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "min_new_tokens": NEW_TOKENS}
     settings |= {"max_new_tokens": NEW_TOKENS, "output_logits": True, "return_dict_in_generate": True}
     try:

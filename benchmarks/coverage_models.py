@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 # No module of these returns what entered it plus something: chains, concatenations, and streams that grow.
-NO_STREAM = {"densenet", "dpn", "inception_v3", "inception_v4", "mobilenet_v1", "pp_lcnet", "vgg"}
+NO_STREAM = {"densenet", "dpn", "inception_v3", "inception_v4", "mobilenet_v1", "pp_lcnet", "rdnet", "rexnet", "vgg"}
 LIMIT = 30_000_000  # parameters
 KINDS = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
@@ -81,7 +81,9 @@ def _of_timm() -> Iterator[Entry]:
     import timm
 
     for module in timm.list_modules():
-        names = [name for name in timm.list_models(module=module) if not name.startswith("test_")]
+        names = [
+            name for name in timm.list_models(module=module) if not name.startswith("test_") and name not in _WITHOUT
+        ]
         names = names or timm.list_models(module=module)
         if names:
             yield Entry("timm", module, "", lambda names=tuple(names): _smallest(names))
@@ -111,18 +113,15 @@ def _smallest(names: tuple[str, ...]) -> nn.Module:
         for settings in _OWN.get(name.partition("_")[0], _SETTINGS):
             try:
                 with torch.device("meta"):
-                    size = sum(
-                        p.numel()
-                        for p in timm.create_model(name, pretrained_cfg_overlay=_INPUT, **settings).parameters()
-                    )
+                    size = sum(p.numel() for p in timm.create_model(name, **settings).parameters())
             except Exception:
                 continue
             if size <= LIMIT:
                 torch.manual_seed(0)
-                return timm.create_model(name, pretrained_cfg_overlay=_INPUT, **settings)
+                return timm.create_model(name, **settings)
         try:
             torch.manual_seed(0)
-            model = timm.create_model(name, pretrained_cfg_overlay=_INPUT)
+            model = timm.create_model(name, **_INPUT)
         except Exception as error:
             errors = errors or f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue
@@ -131,12 +130,16 @@ def _smallest(names: tuple[str, ...]) -> nn.Module:
     raise UnbuiltError(errors or f"its smallest member has {min(sizes.values()) / 1e6:.0f}M parameters")
 
 
-_INPUT = {"input_size": (3, 64, 64)}
-_OWN: dict[str, tuple[dict[str, Any], ...]] = {"cait": ({"img_size": 64, "depth": 8},), "crossvit": ({},)}
+_INPUT = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
+_WITHOUT = {"resnest14d"}  # has one block a stage, and each changes the width
 _HINTS = ("atto", "femto", "pico", "nano", "xxs", "_xxt", "tiny", "_s12", "18", "_xs", "mini", "_t0", "_b0", "small")
 _SETTINGS: tuple[dict[str, Any], ...] = (
-    {"img_size": 64, "depth": 4},
-    {"depth": 4},
-    {"img_size": 64},
-    {},
+    {"img_size": 64, "depth": 4, **_INPUT},
+    {"depth": 4, **_INPUT},
+    {"img_size": 64, **_INPUT},
+    _INPUT,
 )
+_OWN: dict[str, tuple[dict[str, Any], ...]] = {
+    "cait": ({"img_size": 64, "depth": 8},),  # beside two blocks of class attention
+    "crossvit": ({},),
+}

@@ -20,7 +20,8 @@ SIZES: tuple[tuple[int, str], ...] = (
         """hidden_size d_model n_embd dim n_embed embedding_size word_embed_proj_dim
         embed_dim emb_dim encoder_hidden_size model_dim attention_hidden_size entity_emb_size lru_width hidden_dim
         output_dim projection_dim output_hidden_size encoder_hidden_dim decoder_hidden_size decoder_hidden_dim
-        cross_attention_hidden_size text_hidden_size conv_channels backbone_hidden_size dim_model hidden_size_per_layer attention_dim""",
+        cross_attention_hidden_size text_hidden_size conv_channels backbone_hidden_size
+        dim_model hidden_size_per_layer attention_dim""",
     ),
     (
         HEADS,

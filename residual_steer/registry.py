@@ -108,12 +108,12 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
     """
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
+    steered = _steered(model)
+    if steered is not None and arch in (None, steered.name) and arch != AUTO:
+        return steered
     known = backbones()
     if arch not in (None, AUTO) and (not isinstance(arch, str) or arch not in _families):
         raise SteerError(f"unknown backbone {arch!r}; registered are: {', '.join(known)}; 'auto' looks for itself.")
-    steered = _steered(model)
-    if steered is not None and arch in (None, steered.name):
-        return steered
     if arch == AUTO:
         return discover(model, example)
     families = [_families[arch]] if arch is not None else list(_families.values())

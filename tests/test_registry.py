@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import residual_steer as rs
@@ -177,3 +178,115 @@ def test_the_package_of_families_is_also_the_function_that_lists_them(code):
     done = run(code)
     listed = [f"'{name}'" for name in ("bert", "gpt2", "mamba", "vit")]
     assert all(name in done.stdout for name in listed), done.stderr
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, z):
+        return z + self.inner(z)
+
+
+class Proper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, z):
+        for block in self.blocks:
+            z = block(z)
+        return z
+
+
+def test_registered_families_come_before_the_probe():
+    assert rs.find_backbone(Proper()).name == "auto"
+
+    @rs.register_backbone("proper", matches=["test_registry.Proper"])
+    def proper(model):
+        return rs.Backbone(blocks=model.blocks[1:], width=4)
+
+    assert rs.find_backbone(Proper()).name == "proper"
+    assert len(rs.find_backbone(Proper(), "auto").blocks) == 3
+    assert rs.summary(rs.steer(Proper(), "auto", rank=2)).blocks == 3
+
+
+@pytest.mark.parametrize("name", ["auto", "custom"])
+def test_names_of_what_is_not_registered_are_taken(name):
+    with pytest.raises(rs.SteerError, match=f"'{name}' is taken"):
+        register(name)
+
+
+def test_a_model_is_steered_by_a_description_made_by_hand(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return Proper()
+
+    model, z = make(), torch.randn(2, 3, 4)
+    frozen = make().requires_grad_(False)(z)
+    by_hand = rs.Backbone(blocks=[model.blocks[0], model.blocks[2]], width=4)
+    rs.steer(model, by_hand, rank=2)
+    assert torch.equal(model(z), frozen)
+    assert rs.summary(model).backbone == "custom"
+    rs.steer(model, by_hand, name="second", rank=1)
+    rs.steer(model, "custom", name="third", rank=1)
+    with pytest.raises(rs.SteerError, match=r"steered as 'custom'; received a Backbone of 3 blocks"):
+        rs.steer(model, rs.Backbone(blocks=model.blocks, width=4), name="fourth")
+    with torch.no_grad():
+        for parameter in rs.parameters(model):
+            parameter.normal_()
+    rs.save(model, tmp_path / "field")
+    fresh = make()
+    with pytest.raises(rs.SteerError, match=r"was trained on custom.*2 blocks.*this model has auto"):
+        rs.load(fresh, tmp_path / "field")
+    rs.load(fresh, tmp_path / "field", arch=rs.Backbone(blocks=fresh.blocks[::2], width=4))
+    assert torch.equal(fresh(z), model(z))
+
+
+def test_a_description_is_of_this_very_model():
+    other = rs.Backbone(blocks=Proper().blocks, width=4)
+    with pytest.raises(rs.SteerError, match=r"block 0, a Residual, is none of this Proper"):
+        rs.steer(Proper(), other)
+    model = Proper()
+    with pytest.raises(rs.SteerError, match=r"`path` leads to a module of the model; received 'body'"):
+        rs.steer(model, rs.Backbone(blocks=model.blocks, width=4, path="body"))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_steered_model_has_the_backbone_that_it_is_steered_by():
+    model = Proper()
+    rs.steer(model, rs.Backbone(blocks=model.blocks[:1], width=4), rank=1)
+    wrapped = nn.Sequential(nn.Identity(), model)
+    assert len(rs.find_backbone(model).blocks) == len(rs.find_backbone(wrapped, "custom").blocks) == 1
+    assert rs.find_backbone(wrapped).path == "1"
+    assert len(rs.find_backbone(model, "auto").blocks) == 3
+    rs.unsteer(model)
+    assert len(rs.find_backbone(model).blocks) == 3
+
+
+def test_a_field_of_auto_loads_where_a_family_was_registered_since(tmp_path):
+    torch.manual_seed(0)
+    rs.save(rs.steer(Proper(), rank=2), tmp_path / "field")
+
+    @rs.register_backbone("proper", matches=["test_registry.Proper"])
+    def proper(model):
+        return rs.Backbone(blocks=model.blocks, width=4)
+
+    fresh = Proper()
+    rs.load(fresh, tmp_path / "field")
+    assert rs.summary(fresh).backbone == "auto"
+    rs.load(fresh, tmp_path / "field", "again")
+    assert len(rs.fields(fresh)) == 2
+
+
+def test_the_frozen_prefix_of_a_model_that_auto_found_is_kept():
+    model = rs.steer(Proper(), rank=2, layers=[2])
+    data = [(torch.randn(2, 3, 4), torch.randn(2, 3, 4)) for _ in range(2)]
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    history = rs.fit(model, data, steps=4, loss=loss, cache_prefix=True)
+    assert history.cache["blocks"] == 2
+    assert history.cache["hits"] == 2

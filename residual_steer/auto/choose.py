@@ -179,7 +179,11 @@ def _in_turn(steps: list[Step]) -> bool:
 
 
 def stacks_of(steps: Sequence[Step]) -> list[Stack]:
-    """Part steps into streams: a step belongs to the stream whose last block its own stream was computed from."""
+    """Part steps into streams: a step belongs to the stream whose last block its own stream was computed from.
+
+    A stream that leaves another one in its course, and to whose end that one's end leads in turn, is no other: as in a
+    network that goes around some of its blocks and takes up what they computed.
+    """
     stacks: list[Stack] = []
     for step in steps:
         for stack in reversed(stacks):
@@ -188,7 +192,22 @@ def stacks_of(steps: Sequence[Step]) -> list[Stack]:
                 break
         else:
             stacks.append(Stack([step]))
+    whole: list[Stack] = []
+    for stack in stacks:
+        for other in whole:
+            if _leaves_and_meets(stack, other):
+                other.steps = sorted(other.steps + stack.steps, key=lambda step: step.call.span)
+                break
+        else:
+            whole.append(stack)
     merged: dict[tuple[str, ...], Stack] = {}
-    for stack in stacks:  # one stack that is called for several inputs is one
+    for stack in whole:  # one stack that is called for several inputs is one
         merged.setdefault(tuple(stack.blocks), Stack()).steps.extend(stack.steps)
     return list(merged.values())
+
+
+def _leaves_and_meets(stack: Stack, other: Stack) -> bool:
+    """Say whether a stream begins at a block of another one, and ends with what the other's end leads to."""
+    if not depends(stack.steps[-1].end, other.steps[-1].end):
+        return False
+    return any(depends(stack.steps[0].source, step.end) for step in other.steps)

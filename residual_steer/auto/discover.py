@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from residual_steer.backbone import Backbone, Read, Write, read_stream, write_stream
 from residual_steer.errors import SteerError
 
-from .choose import Stack, Step, blocks_of, folder, stacks_of, steps_of
+from .choose import LISTS, Stack, Step, blocks_of, folder, stacks_of, steps_of
 from .example import Example, examples, given, kind_of
 from .graph import depends, edge_of
 from .guard import differentiable, undisturbed
@@ -42,15 +42,30 @@ def discover(model: nn.Module, example: Any = None) -> Backbone:
     Raises:
         SteerError: no input is known that the model runs on, or no residual stream, or several, can be proved.
     """
+    with torch.inference_mode(False), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _discover(model, example)
+
+
+def _discover(model: nn.Module, example: Any) -> Backbone:
+    """Try one input after the other.
+
+    Raises:
+        SteerError: none of them proves a stream.
+    """
     like, dtype = kind_of(model)
     failed: list[str] = []
+    ran: set[tuple[Any, ...]] = set()
     refused: SteerError | None = None
     for made in [given(example)] if example is not None else examples(model):
+        if made.kind in ran:
+            continue
         probe = made.on(like, dtype)
         try:
             return _Probe(model, probe).describe()
         except _NotProvedError as error:
             refused = refused or error
+            ran.add(made.kind)  # another size would show the same
         except Exception as error:  # a model may fail in any way on an input that is not its own
             failed.append(f"{probe}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         if len(failed) == 12:
@@ -125,10 +140,11 @@ class _Probe:
             joined = self._encoder_decoder(stacks)
             if joined is None:
                 listed = ", ".join(map(str, stacks))
-                part = folder(list(stacks[0].blocks)).rpartition(".")[0] or folder(list(stacks[0].blocks))
+                place = folder(list(stacks[0].blocks))
+                part = place.rpartition(".")[0] or place
+                how = f"Steer one of them, for example steer(model.{part}, ...)." if part else "Describe one by hand."
                 raise _NotProvedError(
-                    f"{name} has several residual streams, none of which goes on where another ends: {listed}. Steer "
-                    f"one of them, for example steer(model.{part}, ...)."
+                    f"{name} has several residual streams, none of which goes on where another ends: {listed}. {how}"
                 )
             return joined, ""
         return stacks[0], ", ".join(map(str, stacks[1:]))
@@ -173,7 +189,7 @@ class _Probe:
             inplace=any(step.enter.path in step.call.overwrote for step in stack.steps),
             name="auto",
             path=self._path(list(stack.blocks)),
-            origin=f"proved on a probe of {self._example}" + (f"; left out: {left_out}" if left_out else ""),
+            origin=f"auto: proved on a probe of {self._example}" + (f"; left out: {left_out}" if left_out else ""),
         )
 
     def _dimension(self, step: Step, inside: Sequence[Call]) -> int:
@@ -240,11 +256,12 @@ class _Probe:
         return (names.index(key) if key in names else key, *rest), key
 
     def _path(self, names: list[str]) -> str:
-        """Return the module that holds all blocks and is no mere list of them."""
-        path = folder(names)
-        while path and isinstance(self._model.get_submodule(path), (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            path = path.rpartition(".")[0]
-        return path
+        """Return the module that holds all blocks and is no mere list of them, one with a config if there is one."""
+        parts = folder(names).split(".")
+        above = [".".join(parts[:size]) for size in range(len(parts), -1, -1)]
+        modules = [(path, self._model.get_submodule(path)) for path in above]
+        proper = [path for path, module in modules if not isinstance(module, LISTS)] or [""]
+        return next((path for path, module in modules if hasattr(module, "config")), proper[0])
 
     def _prove(self, backbone: Backbone, expected: Any) -> None:
         """Run the model through the description: writing the same stream changes nothing, writing another does.

@@ -40,13 +40,19 @@ class Example:
         named = [("", value) for value in self.args] + [(f"{key} ", value) for key, value in self.kwargs.items()]
         return ", ".join(f"{name}{tuple(x.shape)}" for name, x in named if isinstance(x, Tensor)) or "no tensors"
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Names, numbers of dimensions and types: what examples of several sizes have in common."""
+        named = [*enumerate(self.args), *self.kwargs.items()]
+        return tuple((key, x.dim(), x.dtype) if isinstance(x, Tensor) else (key,) for key, x in named)
+
     def on(self, like: Tensor, dtype: torch.dtype) -> Example:
         """Return the same call on the model's device, floats in its type and in the graph."""
 
         def move(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            value = value.detach().to(like.device)
+            value = value.detach().to(like.device).clone()
             return value.to(dtype).requires_grad_().clone() if value.is_floating_point() else value
 
         return Example(tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, self.rows)

@@ -100,7 +100,7 @@ _ACTIVATIONS = (
     "Threshold",
     "RreluWithNoise",
 )
-LANES = 6  # at most, in a stream of several lanes; fewer than a probe has tokens
+LANES = 4  # at most, in a stream of several lanes; fewer than a probe has tokens
 _FIRST_IS_CARRIED = frozenset(_NORMS + _ACTIVATIONS)
 _ANY_IS_CARRIED = frozenset(_PLACES)
 _SUMS_ONTO_THE_FIRST = frozenset(("Addmm", "Baddbmm", "Addbmm", "Addmv", "Addcmul", "Addcdiv", "Sub", "IndexAdd"))

@@ -95,6 +95,8 @@ def width_dimension(shape: tuple[int, ...], calls: Sequence[Call]) -> int | None
                 votes.add(d)
     if not votes:
         votes = {d for call in calls if _is_norm(call.module) for d in _counted(call.module, shape)}
+    if not votes:
+        votes = {d for call in calls if _typed(call.module) is not None for d in _counted(call.module, shape)}
     return votes.pop() if len(votes) == 1 else None
 
 
