@@ -142,15 +142,15 @@ def arms_of(problem: Problem, rates: int) -> list[Arm]:
     budget = sum(p.numel() for p in rs.parameters(model))
     rank, length = match_budget(problem, "lora", "rank", budget), match_budget(problem, "prompt", "length", budget)
     arms = [
-        Arm("H-Res", "hres", rates_around(1e-2, rates), {"rank": RANK}),
-        Arm("LoRA", "lora", rates_around(1e-2, rates), rank),
-        Arm("prompt", "prompt", rates_around(3e-2, rates), length),
+        Arm("H-Res", "hres", rates_around(3e-2, rates), {"rank": RANK}),
+        Arm("LoRA", "lora", rates_around(3e-3, rates), rank),
+        Arm("prompt", "prompt", rates_around(1e-2, rates), length),
         Arm("head alone", "linear", rates_around(1e-2, rates)),
         Arm("full fine-tuning", "full", rates_around(2e-3, rates)),
     ]
     if problem.name == "GPT-2":  # a Mamba has no keys and values to extend
         arms.insert(
-            3, Arm("prefix", "prefix", rates_around(3e-2, rates), match_budget(problem, "prefix", "length", budget))
+            3, Arm("prefix", "prefix", rates_around(1e-2, rates), match_budget(problem, "prefix", "length", budget))
         )
     return arms
 
@@ -204,7 +204,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         before = recall(backbone, rows(sizes, "test", 0, TARGET))
         quality[name] = {"source": record["quality"], "target before": before}
         print(f"{name}: recalls {record['quality']:.1%} of its own associations, {before:.1%} of the new", flush=True)
-        problem = problem_of(name, backbone, 4 if options.quick else 300, sizes)
+        problem = problem_of(name, backbone, 4 if options.quick else 250, sizes)
         results[name] = sweep(problem, arms_of(problem, options.rates), range(options.seeds), ledger)
         column = Column("recall", "queries answered", "%", "up", 1)
         tables.append(comparison(name, problem, results[name], column, scale=100, merged=True))
