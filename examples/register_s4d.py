@@ -157,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps, of pre-training and of each method")
     steps = parser.parse_args(arguments).steps
+    torch.set_num_threads(1)  # these tensors are too small for a second one to pay
     torch.manual_seed(0)
     pretrained = pretrain(steps)
     print(f"\n{rs.find_backbone(pretrained)}\n")
