@@ -334,9 +334,11 @@ def test_models_of_transformers(model, config, more, blocks):
 
 
 def test_mixer_and_mlp_are_found_where_every_block_has_them():
-    gpt2 = find_backbone(_gpt2(), "gpt2")
-    auto = find_backbone(_gpt2(), "auto")
-    assert (auto.mixer, auto.mlp, auto.width, auto.path) == (gpt2.mixer, gpt2.mlp, gpt2.width, gpt2.path)
+    model = _gpt2()
+    gpt2, auto = find_backbone(model, "gpt2"), find_backbone(model, "auto")
+    assert (auto.widths, auto.path) == (gpt2.widths, gpt2.path)
+    for site in ("mixer", "mlp"):
+        assert [auto.point(i, site) for i in (0, 1)] == [gpt2.point(i, site) for i in (0, 1)]
 
     class Renamed(Block):
         def __init__(self):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import residual_steer as rs
-from cases import CASES
+from held import HELD
 from residual_steer.errors import UnsuitableError
 
 OPTIONS = {  # a ReLU with few units may be silent for the one token that a classifier reads
@@ -22,7 +22,7 @@ OPTIONS = {  # a ReLU with few units may be silent for the one token that a clas
     "vpt-shallow": {"length": 3},
     "vpt-deep": {"length": 3},
 }
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in HELD}
 TEXT = ("gpt2", "mamba", "falcon")
 SSM = ("mamba", "falcon")
 HEADLESS = ("hf-dinov2", "hf-clip")
@@ -46,7 +46,7 @@ def reason(method, case):
     return None
 
 
-GRID = [(method, case) for method in rs.baselines.methods() for case in CASES]
+GRID = [(method, case) for method in rs.baselines.methods() for case in HELD]
 MAKES_SENSE = [pytest.param(m, c, id=f"{m}-{c.name}") for m, c in GRID if reason(m, c) is None]
 MAKES_NONE = [pytest.param(m, c, id=f"{m}-{c.name}") for m, c in GRID if reason(m, c) is not None]
 FROZEN_BASE = ("hres", "adaptformer", "parallel-adapter", "lora", "prompt", "prefix", "vpt-shallow", "vpt-deep", "ssf")

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES, WIDTH
+from cases import WIDTH
+from held import HELD
 from residual_steer.errors import UnsuitableError
 
-BY_NAME = {case.name: case for case in CASES}
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in HELD}
+every_case = pytest.mark.parametrize("case", HELD, ids=lambda case: case.name)
 
 WHERE = {
     "timm-vit": {"attn.qkv"},
@@ -36,7 +37,7 @@ WHERE = {
 
 def lora(case, **options):
     torch.manual_seed(4)
-    model = case.build() if isinstance(case, type(CASES[0])) else case
+    model = case.build() if isinstance(case, type(HELD[0])) else case
     return rs.baselines.apply(model, "lora", **{"rank": 2, **options})
 
 
