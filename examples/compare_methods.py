@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
 PROMPT = 10  # tokens of a prompt, a prefix, or of VPT in every block
 # Centres of the sweeps: methods of few parameters take larger rates; each is tried at a third and three times as much.
 RATES = {"hres": 1e-2, "lora": 1e-2, "parallel-adapter": 1e-2, "prompt": 3e-2, "prefix": 3e-2, "vpt-deep": 3e-2}
-RATES |= {"ssf": 1e-2, "bitfit": 1e-2, "linear": 3e-2, "full": 2e-3}
+RATES |= {"linear": 3e-2, "full": 2e-3}
 
 
 def arms_of(task: Task, options: argparse.Namespace) -> list[Arm]:
@@ -59,8 +59,6 @@ def arms_of(task: Task, options: argparse.Namespace) -> list[Arm]:
         ("LoRA", "lora", {"rank": options.rank}),
         ("parallel adapter", "parallel-adapter", {"rank": options.rank}),
         ("VPT-deep" if task.kind == "images" else "prompt", *learned),
-        ("SSF", "ssf", {}),
-        ("BitFit", "bitfit", {}),
         ("head alone", "linear", {}),
         ("full fine-tuning", "full", {}),
     ]

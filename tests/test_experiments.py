@@ -105,7 +105,7 @@ def test_every_method_on_a_transformer_a_mamba_and_a_vit(examples, out, tmp_path
     assert script.main(arguments) == 0
     result = Result.load(out / "compare-transformer-mamba.json")
     methods = {name: set(rows_of(result, name)) for name in ("GPT-2", "Mamba", "ViT")}
-    common = {"H-Res", "LoRA", "LoRA, merged", "parallel adapter", "SSF", "BitFit", "head alone", "full fine-tuning"}
+    common = {"H-Res", "LoRA", "LoRA, merged", "parallel adapter", "head alone", "full fine-tuning"}
     assert methods["GPT-2"] == common | {"frozen", "prompt", "prefix"}
     assert methods["Mamba"] == methods["GPT-2"]
     assert methods["ViT"] == common | {"VPT-deep"}
