@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn import functional
 
 import residual_steer as rs
-from cases import CASES, WIDTH, closed_form
+from cases import WIDTH, closed_form
+from held import HELD
 from residual_steer import HRes
 from residual_steer.baselines.ssf import ScaleShift
 from residual_steer.errors import UnsuitableError
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in HELD}
 TOKENS = {"prompt": {"length": 3}, "prefix": {"length": 3}, "vpt-shallow": {"length": 3}, "vpt-deep": {"length": 3}}
 
 

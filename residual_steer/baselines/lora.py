@@ -124,11 +124,11 @@ def _usual(subject: Subject, layers: Sequence[int] | None) -> list[str]:
             "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
             + (f"The model reads the weights itself; to change that, {' or '.join(remedies)}." if remedies else "")
         )
-    mixer = f"{subject.backbone.mixer}."
     found = []
-    for _, group in itertools.groupby(called, key=lambda part: part.block):  # blocks of a hybrid differ
-        block = list(group)
-        inside = [part for part in block if part.path.startswith(mixer)] or block
+    for index, group in itertools.groupby(called, key=lambda part: part.block):  # blocks of a hybrid differ
+        block, mixer = list(group), subject.backbone.point(index, "mixer")
+        mixing = set() if mixer is None else {id(module) for module in mixer.modules()}
+        inside = [part for part in block if id(part.module) in mixing] or block
         there = {part.path.rpartition(".")[2] for part in inside}
         usual = next((names for names in _USUAL if names <= there), there)
         found += [part.name for part in inside if part.path.rpartition(".")[2] in usual]
