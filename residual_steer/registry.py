@@ -2,8 +2,8 @@
 
 A family is registered by one call, the built-in ones too:
 
-    @register_backbone("rwkv", matches=["transformers.RwkvModel"])
-    def rwkv(model: nn.Module) -> Backbone:
+    @register_backbone("mine", matches=["my_package.MyModel"])
+    def mine(model: nn.Module) -> Backbone:
         return Backbone(blocks=model.blocks, width=model.config.hidden_size, mixer="attention", mlp="feed_forward")
 
 An installed package registers by naming its module under the entry point group `residual_steer.backbones`. A model that
