@@ -3,9 +3,9 @@
     python examples/retrieval.py
 
 A small GPT-2 and a small Mamba are pre-trained to recall: a row shows four keys, each with its value, then asks for the
-value of each (MQAR, arXiv 2312.04927). Frozen, they are adapted to keys and values that they have never seen, with as
-many steps and as many learning rates for every method, and as many parameters for all but the head and the whole model.
-The backbones are kept in ~/.cache/residual-steer; no network, no GPU.
+value of each (MQAR, arXiv 2312.04927). Frozen, they are adapted to other keys and values, with as many steps and rates
+for every method, and as many parameters for all but the head and the whole model. The backbones are kept in
+~/.cache/residual-steer; no network, no GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,11 @@ EXPERIMENT = Experiment(
     name="retrieval",
     title="Associative recall (MQAR), Transformer and Mamba",
     about="A GPT-2 and a Mamba of two blocks of width 64, pre-trained to recall the values of four keys among 31 keys "
-    "and 31 values, are adapted to 31 other keys and values that they have never seen. Every method but the head and "
-    "full fine-tuning trains about as many parameters as H-Res of rank 8. The metric is the share of queries that are "
-    "answered.",
+    "and 31 values, are adapted to 31 other keys and values. The GPT-2 has never seen their tokens; the Mamba has seen "
+    "them in repeated patterns, but never as key and value. Every method but the head and full fine-tuning trains "
+    "about as many parameters as H-Res of rank 8. The metric is the share of queries that are answered.",
 )
-VERSION = 1  # raise it when the code below changes what a backbone is
+VERSION = 2  # raise it when the code below changes what a backbone is
 VOCABULARY, WIDTH, LENGTH, PAIRS, BATCH = 128, 64, 32, 4, 32
 SOURCE = {"keys": range(1, 32), "values": range(32, 63)}
 TARGET = {"keys": range(64, 95), "values": range(95, 126)}
@@ -83,22 +84,31 @@ def build_mamba() -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {"GPT-2": build_gpt2, "Mamba": build_mamba}
-STEPS = {"GPT-2": 1500, "Mamba": 3500}  # of the pre-training
-ADAPTING = {"GPT-2": 250, "Mamba": 120}  # steps of every method; one of the Mamba takes three times as long
+STEPS = {"GPT-2": 1500, "Mamba": 3000}  # of the pre-training
+ADAPTING = {"GPT-2": 200, "Mamba": 120}  # steps of every method; one of the Mamba takes three times as long
+# Share of the repeated patterns in the pre-training that may hold any token. Without them no method, full fine-tuning
+# included, teaches this Mamba tokens that it has never seen; with them this GPT-2 recalls 96 % before it is adapted.
+MET = {"GPT-2": 0.0, "Mamba": 0.5}
 
 
-def lessons(size: int) -> TokenRows:
-    """Return what the backbones are pre-trained on: a quarter recall, and patterns repeated, which speed it up."""
+def lessons(size: int, met: float) -> TokenRows:
+    """Return what a backbone is pre-trained on: a quarter recall, and patterns repeated, which speed it up.
+
+    Args:
+        size: number of rows.
+        met: share of the patterns that may hold any token, those of the new associations too.
+    """
     recalled = mqar(size // 4, pairs=PAIRS, length=LENGTH, power=1.0, seed=1, **SOURCE)[:]
-    repeated = patterns(size - size // 4)
+    repeated = patterns(size - size // 4, met)
     return TokenRows(**{name: torch.cat([recalled[name], repeated[name]]) for name in recalled})
 
 
-def patterns(size: int) -> dict[str, Tensor]:
+def patterns(size: int, met: float) -> dict[str, Tensor]:
     """Return rows that each repeat a pattern of 3 to 16 tokens; what cannot be known has no label."""
     random = torch.Generator().manual_seed(2)
     period = torch.randint(3, LENGTH // 2 + 1, (size, 1), generator=random)
-    tokens = torch.randint(1, 63, (size, LENGTH // 2), generator=random)
+    below = torch.where(torch.rand(size, 1, generator=random) < met, VOCABULARY - 2, 63)
+    tokens = 1 + (torch.rand(size, LENGTH // 2, generator=random) * (below - 1)).long()
     position = torch.arange(LENGTH).expand(size, LENGTH)
     ids = tokens.gather(1, position % period)
     return {"input_ids": ids, "labels": ids.masked_fill(position < period, -100)}
@@ -111,10 +121,10 @@ def rows(sizes: dict[str, int], split: str, seed: int, which: dict[str, range]) 
     return DataLoader(data, batch_size=BATCH if split == "train" else 250, shuffle=split == "train")
 
 
-def pretrain(model: nn.Module, steps: int) -> dict[str, Any]:
+def pretrain(model: nn.Module, steps: int, met: float) -> dict[str, Any]:
     """Pre-train a backbone; return what share of its own associations it recalls."""
     scan_linearly(model)
-    loader = DataLoader(lessons(BATCH * steps), batch_size=BATCH, shuffle=True)
+    loader = DataLoader(lessons(BATCH * steps, met), batch_size=BATCH, shuffle=True)
     rs.fit(model, loader, steps=steps, lr=3e-3, weight_decay=0.01, warmup=0.05, seed=0)
     return {"quality": recall(model, rows(ROWS if steps > 100 else FEW, "test", 0, SOURCE))}
 
@@ -210,7 +220,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
     for name, build in BUILDERS.items():
         steps = 4 if options.quick else STEPS[name]
         folder = folder_of(options.cache, f"recall-{name.lower()}", [VERSION, name, steps, torch.__version__])
-        backbone, record, _ = cached(folder, build, lambda model, steps=steps: pretrain(model, steps))
+        backbone, record, _ = cached(folder, build, partial(pretrain, steps=steps, met=MET[name]))
         before = recall(backbone, rows(sizes, "test", 0, TARGET))
         quality[name] = {"source": record["quality"], "target before": before}
         print(f"{name}: recalls {record['quality']:.1%} of its own associations, {before:.1%} of the new", flush=True)

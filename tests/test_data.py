@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residual_steer import SteerError
-from residual_steer.data import ByteBlocks, TokenBlocks, digits, english_prose, python_source
+from residual_steer.data import ByteBlocks, TokenBlocks, character_names, digits, english_prose, python_source
 
 
 @pytest.fixture
@@ -60,6 +60,14 @@ def test_english_prose_has_every_paragraph_once():
     assert len(prose) > 200_000
     assert len(paragraphs) == len(set(paragraphs))
     assert prose.lower().count(" the ") > 2000
+
+
+def test_names_of_characters_are_words_of_their_own():
+    names = character_names().decode().split("\n")
+    assert len(names) > 25_000
+    assert len(set(names)) == len(names)
+    assert "GREEK SMALL LETTER ALPHA WITH TONOS" in names
+    assert not [name for name in names if not name or name.startswith(("CJK UNIFIED", "TANGUT IDEOGRAPH"))]
 
 
 def test_english_prose_not_there(missing):

@@ -10,7 +10,7 @@ from .retrieval import mqar, recall
 from .rows import TokenRows
 from .scores import squad_scores
 from .source import Plan, plan, splits
-from .text import english_prose, python_source
+from .text import character_names, english_prose, python_source
 from .vtab1k import vtab
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Questions",
     "TokenBlocks",
     "TokenRows",
+    "character_names",
     "digits",
     "english_prose",
     "images",

@@ -1,15 +1,17 @@
-"""Two texts that every machine with Python has: its library's source, and its language reference."""
+"""Texts that every machine with Python has: its library's source, its language reference, the names of characters."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 import sysconfig
+import unicodedata
 from pathlib import Path
 
 from residual_steer.errors import SteerError
 
-__all__ = ["english_prose", "python_source"]
+__all__ = ["character_names", "english_prose", "python_source"]
 
 # Tests and tools that say little new, tables, other people's packages, files that differ from machine to machine, and
 # the language reference, which `english_prose` is made of.
@@ -17,6 +19,7 @@ _SKIPPED = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "site-packages",
     "dist-packages", "pydoc_data", "__pycache__", "__phello__",
 }  # fmt: skip
+_NUMBERED = ("CJK ", "HANGUL SYLLABLE", "KHITAN", "NUSHU CHARACTER-", "TANGUT")
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "_distutils_system_mod")
 
 
@@ -70,6 +73,16 @@ def english_prose() -> bytes:
         ) from error
     paragraphs = dict.fromkeys(part for name in sorted(topics) for part in topics[name].strip().split("\n\n"))
     return "\n\n".join(paragraphs).encode()
+
+
+def character_names() -> bytes:
+    """Return the names of Unicode's characters, a line each, by code point: 0.8 MB of English in capitals.
+
+    `GREEK SMALL LETTER ALPHA WITH TONOS` and the like; names that are a number, such as `CJK UNIFIED IDEOGRAPH-4E00`,
+    are left out. Each release of Python has those of its release of Unicode.
+    """
+    names = (unicodedata.name(chr(point), "") for point in range(sys.maxunicode + 1))
+    return "\n".join(name for name in names if name and not name.startswith(_NUMBERED)).encode()
 
 
 def _library(root: Path) -> list[Path]:
