@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from residual_steer.errors import SteerError
 
 from .axis import Axis
-from .scales import ticks_of
+from .scales import Scale, ticks_of
 from .styles import INK, PAPER, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 __all__ = [
     "DPI",
@@ -31,6 +31,7 @@ __all__ = [
     "legend_below",
     "picture_bytes",
     "settings",
+    "settle",
     "shades",
 ]
 
@@ -109,19 +110,28 @@ def headline(figure: Figure, title: str) -> None:
     figure.suptitle(text, x=PAD / WIDTH, ha="left", fontsize=11.5, fontweight="bold", color=INK)
 
 
-def legend_below(figure: Figure, names: Sequence[str], handles: Sequence[Any] | None = None) -> None:
+def legend_below(figure: Figure, names: Sequence[str], handles: Sequence[Any] | None = None, title: str = "") -> None:
     """Name what is drawn below it, where nothing is covered, on a page that is so much taller.
 
     Args:
         figure: the page.
         names: in the order of the legend.
         handles: what they name; the labelled lines of the page if left out.
+        title: a line above them.
     """
     longest = max(map(len, names))
     columns = max(1, min(len(names), 80 // (longest + 8)))
     shown: dict[str, Any] = {} if handles is None else {"handles": handles, "labels": names}
+    shown |= {"title": title} if title else {}
     figure.legend(loc="outside lower center", ncols=columns, handlelength=3, **shown)
-    figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(names) / columns))
+    figure.set_figheight(figure.get_figheight() + 0.21 * (math.ceil(len(names) / columns) + bool(title)))
+
+
+def settle(figure: Figure, axes: Axes, high: float) -> None:
+    """Make the page as tall as it has to be for axes of a height in inches, whatever stands around them."""
+    for _ in range(2):  # the layout moves a little with the height
+        figure.draw_without_rendering()
+        figure.set_figheight(figure.get_figheight() + high - axes.get_window_extent().height / figure.dpi)
 
 
 def shades(name: str, *, count: int = 64, pale: float = 0.0) -> Any:
@@ -134,24 +144,33 @@ def shades(name: str, *, count: int = 64, pale: float = 0.0) -> Any:
     return ListedColormap(colors, name)
 
 
-def color_bar(axes: Axes, drawn: ScalarMappable, z: Axis, limits: tuple[float, float], room: int) -> Colorbar:
-    """Draw the colour bar at the right of axes.
+def color_bar(axes: Axes, drawn: ScalarMappable, z: Axis, numbers: Sequence[float], room: int) -> None:
+    """Draw the colour bar at the right of axes, as high as they are.
 
     Args:
         axes: that it belongs to.
         drawn: what the colours come from.
         z: what they mean.
-        limits: the lowest and the highest value.
+        numbers: what is coloured.
         room: how many letters of the label fit beside it.
     """
-    figure: Any = axes.get_figure(root=True)
-    bar: Colorbar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.02, aspect=24)
-    ticks, texts, scale = ticks_of(*limits, z.log)
+    page: Any = axes.get_figure(root=True)
+    beside = axes.inset_axes((1, 0, 0.1, 1))
+    beside.set_axes_locator(lambda *_: _beside(axes))
+    bar = page.colorbar(drawn, cax=beside)
+    scale = Scale.of(numbers, z.log)
+    ticks, texts = ticks_of(min(numbers), max(numbers), scale, z.log)
     bar.set_ticks(ticks, labels=texts)
     bar.minorticks_off()
     bar.set_label("\n".join(textwrap.wrap(scale.label(z), room)))
     bar.outline.set_visible(False)
-    solids: Any = bar.solids
-    solids.set_rasterized(False)  # shapes, which any page can hold
-    solids.set_edgecolor("face")
-    return bar
+    bar.solids.set_rasterized(False)  # shapes, which any page can hold
+    bar.solids.set_edgecolor("face")
+
+
+def _beside(axes: Axes) -> Bbox:
+    """Return where a colour bar is, in shares of the page."""
+    from matplotlib.transforms import Bbox
+
+    place = axes.get_position()
+    return Bbox([[place.x1 + 0.12 / WIDTH, place.y0], [place.x1 + 0.28 / WIDTH, place.y1]])

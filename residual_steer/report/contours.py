@@ -79,10 +79,10 @@ def _bands(axes: Axes, surface: Surface) -> None:
     levels = levels_of(low, high, surface.z.log)
     norm = (LogNorm if surface.z.log else Normalize)(levels[0], levels[-1])
     plane: Any = (surface.across, surface.up, surface.values)
-    drawn = axes.contourf(*plane, levels=levels, cmap=shades("cividis", count=256, pale=_PALE), norm=norm)
+    drawn = axes.contourf(*plane, levels=levels, cmap=shades("viridis", count=256, pale=_PALE), norm=norm)
     if low < high:
-        axes.contour(*plane, levels=levels, colors="#ffffff", linewidths=0.5)
-    color_bar(axes, drawn, surface.z, (low, high), 44)
+        axes.contour(*plane, levels=levels, colors="#ffffff", linestyles="solid", linewidths=0.5)
+    color_bar(axes, drawn, surface.z, [value for row in surface.values for value in row], 44)
 
 
 def _path(axes: Axes, surface: Surface, path: Trajectory, style: Style) -> None:
@@ -92,8 +92,8 @@ def _path(axes: Axes, surface: Surface, path: Trajectory, style: Style) -> None:
     for tail, head in _directions(surface, path):
         arrow: Any = {"arrowstyle": "-|>", "color": style.color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
         axes.annotate("", head, tail, arrowprops=arrow, zorder=4)
-    axes.plot(path.x[:1], path.y[:1], **_start(style.color), zorder=5)
-    axes.plot(path.x[-1:], path.y[-1:], **_end(style), zorder=6)
+    axes.plot(path.x[:1], path.y[:1], **_start(style.color), clip_on=False, zorder=5)
+    axes.plot(path.x[-1:], path.y[-1:], **_end(style), clip_on=False, zorder=6)
 
 
 def _start(color: str) -> dict[str, Any]:
@@ -128,8 +128,13 @@ def _limits(axes: Axes, surface: Surface) -> None:
     """Show the whole plane and the whole of every path."""
     x = [*surface.across, *(x for path in surface.paths for x in path.x)]
     y = [*surface.up, *(y for path in surface.paths for y in path.y)]
-    axes.set_xlim(min(x), max(x))
-    axes.set_ylim(min(y), max(y))
+    for values, plane, log, setter in (
+        (x, surface.across, surface.x.log, axes.set_xlim),
+        (y, surface.up, surface.y.log, axes.set_ylim),
+    ):
+        low, high = min(values), max(values)
+        air = 0.0 if log else 0.04 * (high - low)  # for markers beyond the plane
+        setter(low - air * (low < plane[0]), high + air * (high > plane[-1]))
 
 
 def _legend(page: Figure, surface: Surface, styles: Mapping[str, Style]) -> None:
@@ -141,4 +146,4 @@ def _legend(page: Figure, surface: Surface, styles: Mapping[str, Style]) -> None
         line = {**_end(style), "linestyle": style.dashes, "linewidth": 2}
         handles.append(Line2D([], [], **line))
     handles.append(Line2D([], [], **_start(INK)))
-    legend_below(page, [*(f"{path.name} (marker: its end)" for path in surface.paths), "start"], handles)
+    legend_below(page, [*names(surface), "start"], handles)

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .canvas import WIDTH, blank, color_bar, headline, shades
+from .canvas import WIDTH, blank, color_bar, headline, settle, shades
 from .pictures import Matrix
 from .scales import Scale
 from .styles import PAPER, QUIET, Style
@@ -20,8 +20,8 @@ __all__ = ["describe", "figure", "names", "remarks"]
 
 _BLACK, _WHITE = "#000000", "#ffffff"  # on colours that stay what they are on a dark page, and not INK and PAPER
 _SIZES = (9.5, 8.5, 7.5, 6.8)  # points of the type in cells
-_HIGH, _LOW, _WIDE = 0.36, 0.1, 1.1  # inches: of a cell with a number, the lowest cell, the widest one
-_TALLEST = 6.5  # inches of all cells
+_HIGH, _WIDE = 0.36, 1.1  # inches: of a cell
+_LEAST, _TALLEST = 1.35, 6.5  # inches: of all cells, beside which a colour bar has room
 _SHAPES = 4096  # cells; more become an image within an SVG
 _NAME = 26  # letters of a row's name in a line
 _LETTER = 0.6  # of the type's size: the width of a letter
@@ -49,33 +49,32 @@ def remarks(matrix: Matrix) -> list[str]:
 def figure(matrix: Matrix, styles: Mapping[str, Style]) -> Figure:
     """Draw a matrix."""
     rows, columns = len(matrix.rows), len(matrix.columns)
-    high = min(_HIGH, max(_LOW, _TALLEST / rows))
-    body = min(_TALLEST, max(1.1, high * rows))  # inches, with room for a colour bar beside a single row
-    page = blank(body + 1.2)
+    body = min(_TALLEST, max(_LEAST, _HIGH * rows))  # inches
+    page = blank(body + 4)  # more than will be needed, until it is known
     axes = page.add_subplot()
     headline(page, matrix.title)
-    drawn, limits = _cells(axes, matrix)
-    room = max(14, round(13 * body))
+    drawn = _cells(axes, matrix)
+    room = round(14 * body)  # letters
     axes.set_ylabel("\n".join(textwrap.wrap(str(matrix.y), room)))
     axes.set_xlabel("\n".join(textwrap.wrap(str(matrix.x), 60)))
     _row_names(axes, matrix.rows, body / rows)
-    if limits is not None:
-        color_bar(axes, drawn, matrix.z, limits, room)
-    _settle(page, axes, _WIDE * columns, body)
-    _column_names(axes, matrix.columns, _size(axes)[0] / columns)
-    _settle(page, axes, _WIDE * columns, body)
-    _write(axes, matrix, drawn)
+    numbers = _numbers(matrix)
+    if numbers:
+        color_bar(axes, drawn, matrix.z, numbers, room)
+    wide = _narrowed(page, axes, _WIDE * columns) / columns
+    _column_names(axes, matrix.columns, wide)
+    settle(page, axes, body)
+    _write(axes, matrix, drawn, (wide, body / rows))
     return page
 
 
-def _cells(axes: Axes, matrix: Matrix) -> tuple[Any, tuple[float, float] | None]:
-    """Colour the cells; return them with the lowest and the highest value."""
+def _cells(axes: Axes, matrix: Matrix) -> Any:
+    """Colour the cells."""
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
     numbers = _numbers(matrix)
-    limits = (min(numbers), max(numbers)) if numbers else None
-    low, high = limits or (0.0, 1.0)
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     if not low < high:  # a colour in the middle
         half = abs(low) / 2 or 0.5
         low, high = low - half, high + half
@@ -96,7 +95,7 @@ def _cells(axes: Axes, matrix: Matrix) -> tuple[Any, tuple[float, float] | None]
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return drawn, limits
+    return drawn
 
 
 def _row_names(axes: Axes, rows: Sequence[str], high: float) -> None:
@@ -131,37 +130,25 @@ def _folded(name: str, room: int, lines: int) -> str:
     return "\n".join(parts)
 
 
-def _settle(page: Figure, axes: Axes, widest: float, high: float) -> None:
-    """Give the cells the height that they are to have, and no more than a width, whatever stands around them."""
+def _narrowed(page: Figure, axes: Axes, widest: float) -> float:
+    """Keep axes within a width, for cells that are no banners; return the width that they have."""
     engine: Any = page.get_layout_engine()
     page.draw_without_rendering()
-    spare = _size(axes)[0] - widest
-    if spare > 0.02:
-        _, _, width, _ = engine.get()["rect"]
-        engine.set(rect=(0, 0, width - spare / WIDTH, 1))
-    for _ in range(2):  # the layout moves a little with the height
-        page.set_figheight(page.get_figheight() + high - _size(axes)[1])
-        page.draw_without_rendering()
+    found = axes.get_window_extent().width / page.dpi
+    if found > widest:
+        engine.set(rect=(0, 0, 1 - (found - widest) / WIDTH, 1))
+    return min(found, widest)
 
 
-def _size(axes: Axes) -> tuple[float, float]:
-    """Return the width and height of axes in inches."""
-    box = axes.get_window_extent()
-    return box.width / axes.figure.dpi, box.height / axes.figure.dpi
-
-
-def _write(axes: Axes, matrix: Matrix, drawn: Any) -> None:
-    """Write the numbers into the cells, in the largest type that fits all of them; not at all where none does."""
+def _write(axes: Axes, matrix: Matrix, drawn: Any, cell: tuple[float, float]) -> None:
+    """Write the numbers into cells of a size, in the largest type that fits all of them; not at all where none does."""
     numbers = _numbers(matrix)
     scale = Scale.of(numbers, matrix.z.log)
-    wide, high = (
-        part / count for part, count in zip(_size(axes), (len(matrix.columns), len(matrix.rows)), strict=True)
-    )
     longest = max((len(scale.text(number)) for number in numbers), default=0)
     fitting = [
         size
         for size in _SIZES
-        if (0.62 * longest + 0.4) * size <= wide * 72 and 1.3 * size <= high * 72
+        if (0.62 * longest + 0.4) * size <= cell[0] * 72 and 1.3 * size <= cell[1] * 72
     ]  # fmt: skip
     if not fitting:
         return

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .canvas import blank, headline, legend_below
+from .canvas import blank, headline, legend_below, settle
 from .pictures import Arrows
 from .scales import plain
 from .styles import QUIET, Style, colors_for
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "factor_of", "figure", "names", "remarks"]
 
-_LONGEST, _SHORTEST = 0.35, 0.02  # of the panel: the longest arrow is within, or all are drawn by a factor
-_AIM = 0.2  # of the panel: about the longest arrow, where there is a factor
-_HEIGHTS = {1: 4.6, 2: 3.7, 3: 3.0, 4: 2.6}  # inches, by the number of panels
+_LONGEST, _SHORTEST = 0.5, 0.03  # of a panel: long arrows are within these, or all are drawn by a factor
+_AIM = 0.3  # of a panel: how long they are at most, where there is a factor
+_HEIGHTS = {1: 3.7, 2: 2.7, 3: 2.1, 4: 1.7}  # inches of the panels, by their number
 
 
 def names(arrows: Arrows) -> list[str]:
@@ -38,7 +38,7 @@ def remarks(arrows: Arrows) -> list[str]:
     factor = factor_of(arrows)
     if factor == 1:
         return []
-    times = f"1/{plain(round(1 / factor))}" if factor < 1 else f"{plain(factor)} times"
+    times = f"1/{plain(1 / factor)} of" if factor < 1 else f"{plain(factor)} times"
     return [f"Arrows are drawn at {times} their length."]
 
 
@@ -46,21 +46,25 @@ def factor_of(arrows: Arrows) -> float:
     """Return what all arrows are multiplied by: 1 unless they are too long, or too short to be seen."""
     xs, ys = _starts(arrows)
     wide, high = max(xs) - min(xs), max(ys) - min(ys)
-    moves = [(dx, dy) for panel in arrows.panels for dx, dy in zip(panel.dx, panel.dy, strict=True)]
-    longest = max(
-        math.hypot(dx / wide if wide else 0.0, dy / high if high else 0.0) for dx, dy in moves
-    )  # fmt: skip
-    if not longest or _SHORTEST <= longest <= _LONGEST:
+    lengths = sorted(
+        math.hypot(dx / wide if wide else 0.0, dy / high if high else 0.0)
+        for panel in arrows.panels
+        for dx, dy in zip(panel.dx, panel.dy, strict=True)
+    )
+    most = max(lengths[int(0.95 * (len(lengths) - 1))], lengths[-1] / 3)  # an arrow in twenty may be longer
+    if not most or _SHORTEST <= most <= _LONGEST:
         return 1.0
-    goal = _AIM / longest
-    power = 10.0 ** math.floor(math.log10(goal))
-    return max(step * power for step in (1, 2, 5) if step * power <= goal * (1 + 1e-9))
+    times = _AIM / most if most < _AIM else most / _AIM
+    steps = [step * 10.0**power for power in range(-1, math.ceil(math.log10(times)) + 1) for step in (1, 2, 3, 5)]
+    if most < _AIM:
+        return max(step for step in steps if step <= times)
+    return 1 / min(step for step in steps if step >= times)
 
 
 def figure(arrows: Arrows, styles: Mapping[str, Style]) -> Figure:
     """Draw panels of arrows."""
     count = len(arrows.panels)
-    page = blank(_HEIGHTS[count])
+    page = blank(_HEIGHTS[count] + 2)  # more than will be needed, until it is known
     headline(page, arrows.title)
     every: Any = page.subplots(1, count, sharex=True, sharey=True, squeeze=False)
     factor = factor_of(arrows)
@@ -71,23 +75,24 @@ def figure(arrows: Arrows, styles: Mapping[str, Style]) -> Figure:
         scale: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1 / factor}
         shaft: dict[str, Any] = {
             "units": "inches",
-            "width": 0.018,
+            "width": 0.018 if count < 3 else 0.013,
             "headwidth": 4.2,
-            "headlength": 5,
-            "headaxislength": 4.5,
+            "minlength": 1.8,
         }
         axes.quiver(*where, color=shades, **scale, **shaft, zorder=3)
         title = textwrap.wrap(panel.name, round(72 / count))
         axes.set_title("\n".join(title), fontsize=10, fontweight="normal")
+        axes.set_xlabel("\n".join(textwrap.wrap(str(arrows.x), round(76 / count) - 1)), fontsize=10 if count < 3 else 9)
         axes.grid(visible=True)
         axes.locator_params(nbins=8 - count)
     _limits(every[0][0], arrows, factor)
-    label = "\n".join(textwrap.wrap(str(arrows.x), 80))
-    notes = remarks(arrows)
-    page.supxlabel("\n".join([label, *notes]), fontsize=10)
-    page.supylabel("\n".join(textwrap.wrap(str(arrows.y), round(11 * _HEIGHTS[count]))), fontsize=10)
+    every[0][0].set_ylabel("\n".join(textwrap.wrap(str(arrows.y), round(12 * _HEIGHTS[count]))))
+    note = " ".join(remarks(arrows))
     if colors:
-        _legend(page, arrows, colors)
+        _legend(page, arrows, colors, note)
+    else:
+        page.supxlabel(note, fontsize=10)
+    settle(page, every[0][0], _HEIGHTS[count])
     return page
 
 
@@ -106,7 +111,7 @@ def _limits(axes: Any, arrows: Arrows, factor: float) -> None:
         setter(low - air, high + air)
 
 
-def _legend(page: Figure, arrows: Arrows, colors: Mapping[str, str]) -> None:
+def _legend(page: Figure, arrows: Arrows, colors: Mapping[str, str], note: str) -> None:
     from matplotlib.patches import Patch
 
     handles, labels = [Patch(color=color) for color in colors.values()], [*colors]
@@ -114,4 +119,4 @@ def _legend(page: Figure, arrows: Arrows, colors: Mapping[str, str]) -> None:
     if others:
         handles.append(Patch(color=QUIET))
         labels.append(f"{len(others)} others")
-    legend_below(page, labels, handles)
+    legend_below(page, labels, handles, note)

@@ -75,25 +75,21 @@ def plain(number: float) -> str:
     return f"−{text}" if number < 0 else text
 
 
-def ticks_of(low: float, high: float, log: bool) -> tuple[list[float], list[str], Scale]:
-    """Return ticks between two numbers, their texts, and the scale that these are written in."""
+def ticks_of(low: float, high: float, scale: Scale, log: bool) -> tuple[list[float], list[str]]:
+    """Return ticks between two numbers, and their texts in the power of ten of a scale."""
     if not low < high:
-        scale = Scale.of([low], log)
-        return [low], [scale.text(low)], scale
-    if log:
-        ticks = [tick for tick in _steps(low, high, 7) if low <= tick <= high]
-        if len(ticks) > 1:
-            return ticks, [plain(tick) for tick in ticks], Scale(0, None)
-    ticks = [tick for tick in _even(low, high, 6) if low <= tick <= high]
-    largest = max(abs(low), abs(high))
-    exponent = 0 if 1e-3 <= largest < 1e6 else max(-300, 3 * math.floor(math.log10(largest) / 3))
-    scaled = [tick / 10.0**exponent for tick in ticks]
+        return [low], [scale.text(low)]
+    steps = [tick for tick in _steps(low, high, 7) if low <= tick <= high] if log else []
+    ticks = steps if len(steps) > 1 else [tick for tick in _even(low, high, 6) if low <= tick <= high]
+    if scale.decimals is None:
+        return ticks, [plain(tick) for tick in ticks]
+    scaled = [tick / 10.0**scale.exponent for tick in ticks]
     step = (scaled[1] - scaled[0]) if len(scaled) > 1 else abs(scaled[0])
-    decimals = max(0, -_order(step))
-    while decimals < 15 and any(abs(round(tick, decimals) - tick) > 0.01 * step for tick in scaled):
+    decimals = max(0, -_order(1.001 * step))
+    if any(abs(round(tick, decimals) - tick) > 0.01 * step for tick in scaled):  # 2.5
         decimals += 1
-    scale = Scale(exponent, decimals)
-    return ticks, [scale.text(tick) if abs(tick) > 1e-9 * largest else "0" for tick in ticks], scale
+    texts = [Scale(scale.exponent, decimals).text(tick) for tick in ticks]
+    return ticks, ["0" if abs(tick) < 1e-6 * step else text for tick, text in zip(scaled, texts, strict=True)]
 
 
 def levels_of(low: float, high: float, log: bool) -> list[float]:
@@ -104,14 +100,14 @@ def levels_of(low: float, high: float, log: bool) -> list[float]:
     levels = _steps(low, high, 14) if log else []
     if len(levels) > 4:
         return levels
-    levels = _even(low, high, 12)
+    levels = _even(low, high, 16)
     return [low, *(level for level in levels if level > low)] if log and levels[0] <= 0 else levels
 
 
 def _even(low: float, high: float, most: int) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
-    return [float(tick) for tick in MaxNLocator(nbins=most).tick_values(low, high)]
+    return [float(tick) for tick in MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
 def _steps(low: float, high: float, most: int) -> list[float]:
