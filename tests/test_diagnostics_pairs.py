@@ -50,6 +50,8 @@ def test_a_reference_is_run_as_it_is(frozen):
                 assert one is model
     assert pair.backbone("frozen").blocks is frozen.transformer.h
     assert pair.backbone("adapted").blocks is model.transformer.h
+    assert pair.inner("frozen") is frozen.transformer
+    assert pair.inner("adapted") is model.transformer
 
 
 def test_a_failure_in_the_middle_leaves_the_selection_as_it_was(frozen):
