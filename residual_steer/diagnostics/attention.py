@@ -1,0 +1,143 @@
+"""The attention maps of a batch, or its queries and keys, of the frozen and of the adapted model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from residual_steer.backbone import Backbone
+from residual_steer.errors import SteerError
+from residual_steer.passes import Batch, require_finite
+
+from .pairs import SIDES, Pair
+from .queries import chosen, places
+from .watching import Keys, Map, Watch
+
+__all__ = ["counts_of", "keys_of", "maps_of", "real"]
+
+Look = TypeVar("Look", Map, Keys)
+
+
+def maps_of(pair: Pair, batch: Batch) -> dict[str, list[Map]]:
+    """Return the map of every attention in the order of their calls, by side.
+
+    Raises:
+        SteerError: there are none, the two models have different ones, or one is not finite; with the reason.
+    """
+    return _alike({side: [x for x in _look(pair, side, batch, False) if isinstance(x, Map)] for side in SIDES})
+
+
+def keys_of(pair: Pair, batch: Batch) -> dict[str, list[Keys]]:
+    """Return the queries and keys of every attention in the order of their calls, by side.
+
+    Raises:
+        SteerError: there are none, the two models have different ones, or one is not finite; with the reason.
+    """
+    return _alike({side: [x for x in _look(pair, side, batch, True) if isinstance(x, Keys)] for side in SIDES})
+
+
+def real(x: Tensor, batch: Batch, length: int, prefix: int) -> Tensor:
+    """Return what is known of the queries that are tokens of the batch, `(rows, heads, length)`, in their order.
+
+    Args:
+        x: a number for every query, `(rows, heads, queries)`.
+        batch: their batch.
+        length: how many queries the reference has.
+        prefix: how many tokens stand before those of an image.
+    """
+    where = places(batch, length, x.shape[2], prefix, x.device)
+    return x.gather(2, where[:, None].expand(-1, x.shape[1], -1))
+
+
+def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> Sequence[Map | Keys]:
+    """Run a batch through the model of a side and look.
+
+    Raises:
+        SteerError: it has two streams, or its attentions cannot be looked at.
+    """
+    backbone = pair.backbone(side)
+    with pair.on(side) as model:
+        if any(_has_two_stacks(module) for module in model.modules()):
+            raise SteerError(
+                f"attention is measured in one stack of blocks, and this {type(model).__name__} has an encoder and a "
+                "decoder that attends to it. Steer and measure one of them: model.get_encoder()."
+            )
+        with Watch(model, backbone, keys=keys) as watch:
+            batch.run(model)
+            looks = watch.take()
+    if not looks:
+        raise SteerError(_why_nothing(backbone, keys))
+    for look in looks:
+        shape = tuple(look.seen[0].shape)
+        if len(shape) != 4 or shape[0] != batch.rows:
+            raise SteerError(
+                f"attention is measured from the tokens of a row to the same row; that of block {look.block} has the "
+                f"shape {shape} for {batch.rows} rows: it attends inside windows, as Swin's does, or across rows."
+            )
+        for tensor in look.seen:
+            require_finite(f"the attention of block {look.block}", _of_text(tensor, batch))
+    return looks
+
+
+def _has_two_stacks(module: nn.Module) -> bool:
+    two = isinstance(getattr(module, "encoder", None), nn.Module) and isinstance(
+        getattr(module, "decoder", None), nn.Module
+    )
+    return two and bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def _of_text(tensor: Tensor, batch: Batch) -> Tensor:
+    """Leave the padding out, `(rows, heads, queries or keys, ...)`, for which a kernel may have computed anything."""
+    mask = batch.mask
+    if mask is None or mask.shape != (batch.rows, tensor.shape[2]):
+        return tensor
+    return tensor.transpose(1, 2)[mask]
+
+
+def _why_nothing(backbone: Backbone, keys: bool) -> str:
+    kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in backbone.blocks))
+    if any("A_log" in part._parameters for block in backbone.blocks for part in block.modules()):
+        return (
+            f"blocks of {kinds} have a state and no attention. Its counterpart, how far back the state remembers, is "
+            "residual_steer.diagnostics.memory_length."
+        )
+    if keys:
+        return (
+            "queries and keys are read where transformers' AttentionInterface or torch's scaled_dot_product_attention "
+            f"is given them; the blocks of {kinds} give them to neither."
+        )
+    return (
+        f"the blocks of {kinds} gave no attention map. Maps are read from attention of transformers and timm and from "
+        "torch.nn.MultiheadAttention; build your own on one of these."
+    )
+
+
+def _alike(looks: dict[str, list[Look]]) -> dict[str, list[Look]]:
+    """Hold the layers of both models against each other.
+
+    Raises:
+        SteerError: they differ in number or heads.
+    """
+    frozen, adapted = ([look.seen[0].shape[1] for look in looks[side]] for side in SIDES)
+    if frozen != adapted or len(set(frozen)) > 1:
+        raise SteerError(
+            f"attention is compared layer by layer and head by head; the reference has layers of {frozen} heads, the "
+            f"adapted model of {adapted}."
+        )
+    return looks
+
+
+def counts_of(batch: Batch, looks: dict[str, list[Look]], query: str) -> Tensor:
+    """Return which tokens of the batch count as queries, `(rows, length)` of booleans.
+
+    Raises:
+        SteerError: layers attend from different numbers of tokens.
+    """
+    lengths = {look.seen[0].shape[2] for look in looks["frozen"]}
+    if len(lengths) > 1:
+        raise SteerError(
+            f"every layer attends from the same tokens; here from {', '.join(map(str, sorted(lengths)))} of them."
+        )
+    return chosen(batch, lengths.pop(), query, looks["frozen"][0].seen[0].device)
