@@ -6,9 +6,10 @@ import pytest
 
 from report_samples import METHODS, bars, curves, ranks, result, tradeoff
 from residual_steer.report import Axis, Column, Measured, Plot, Series, Table, Verdict
-from residual_steer.report.cells import best_of, head_of, is_numeric, notes_of, numbers_of, shown, text_of
+from residual_steer.report.cells import best_of, head_of, is_numeric, notes_of, shown, text_of
 from residual_steer.report.facts import duration, facts_of, hardware, paragraphs, seeds_of, verdicts_of
 from residual_steer.report.styles import styles_for
+from residual_steer.report.values import numbers_of
 
 
 @pytest.mark.parametrize(

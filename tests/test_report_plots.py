@@ -12,7 +12,7 @@ import residual_steer as rs
 from report_samples import METHODS, bars, curves, ranks, tradeoff
 from residual_steer.report import Axis, Measured, Plot, Series
 from residual_steer.report.labels import doubtful, overlap, place
-from residual_steer.report.plots import DPI, alt_text, draw, left_out, png, svg
+from residual_steer.report.plots import DPI, alt_text, draw, png, remarks, svg
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -140,7 +140,7 @@ def test_bars_stand_where_they_should():
     middles = [patch.get_x() + patch.get_width() / 2 for patch in figure.axes[0].patches]
     assert middles == pytest.approx([-0.2, 0.8, 1.2])
     assert figure.axes[0].get_ylim()[0] == 0
-    assert left_out(two) == ["Not drawn: 1 point (not a finite number, or not positive on a logarithmic axis)."]
+    assert remarks(two) == ["Not drawn: 1 point (not a finite number, or not positive on a logarithmic axis)."]
     (error,) = [c for c in figure.axes[0].collections if len(c.get_segments())]
     assert error.get_segments()[0][:, 1] == pytest.approx([2.5, 3.5])
 
@@ -160,8 +160,8 @@ def test_lines_have_bands_gaps_and_an_order():
 
 def test_logarithmic_axes_say_plain_numbers_and_leave_out_what_they_cannot_show():
     crossing = plot("lines", Series("a", (0, 1, 10, 100), (1.0, -1.0, Measured(0.02, 0.05, 3), 5000.0)), log=True)
-    assert left_out(crossing)[0].startswith("Not drawn: 2 points")
-    assert left_out(curves()) == []
+    assert remarks(crossing)[0].startswith("Not drawn: 2 points")
+    assert remarks(curves()) == []
     figure = draw(crossing)
     figure.draw_without_rendering()
     told = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]

@@ -3,19 +3,27 @@
 `python -m residual_steer.report FOLDER` makes the report of every result in a folder.
 """
 
+from .axis import Axis
 from .environment import command_line, machine, portable, versions
-from .result import Axis, Plot, Result, Series, Verdict
+from .pictures import Arrows, Flow, Matrix, Surface, Trajectory
+from .result import Result, Verdict
+from .series import Plot, Series
 from .table import Cell, Column, Measured, Table
 
 __all__ = [
+    "Arrows",
     "Axis",
     "Cell",
     "Column",
+    "Flow",
+    "Matrix",
     "Measured",
     "Plot",
     "Result",
     "Series",
+    "Surface",
     "Table",
+    "Trajectory",
     "Verdict",
     "command_line",
     "machine",

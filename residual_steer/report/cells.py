@@ -11,13 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .result import Cell, Column, Measured, Plot, Table
+from .table import Cell, Column, Measured, Table
 
-__all__ = ["NOTHING", "Shown", "best_of", "head_of", "is_numeric", "notes_of", "numbers_of", "shown", "text_of"]
+__all__ = ["NOTHING", "Shown", "best_of", "head_of", "is_numeric", "notes_of", "shown", "text_of"]
 
 NOTHING = "–"
 _ARROWS = {"up": " ↑", "down": " ↓", None: ""}
-_LONGEST = 60  # rows of the table that stands beside a plot for those who cannot see it
 
 
 @dataclass(frozen=True)
@@ -101,35 +100,6 @@ def notes_of(table: Table) -> list[str]:
         more = ", with those that differ from it by no more than both spreads" if spread else ""
         lines.append(f"Bold: the best of a column{more}; nothing is bold where that is every row.")
     return [*lines, *table.notes]
-
-
-def numbers_of(plot: Plot) -> Table | None:
-    """Return what a plot shows as a table, for those who cannot see it; None where that is too long."""
-    x, y = Column("x", str(plot.x)), Column("y", str(plot.y))
-    if plot.kind == "scatter":
-        rows = [
-            {"name": series.name, "label": label, "x": at, "y": value}
-            for series in plot.series
-            for at, value, label in zip(series.x, series.y, series.labels or [""] * len(series.x), strict=True)
-        ]
-        label = [Column("label", "point")] if any(series.labels for series in plot.series) else []
-        columns = (Column("name", "method"), *label, x, y)
-        kept = {column.key for column in columns}
-        rows = [{key: cell for key, cell in row.items() if key in kept} for row in rows]
-    else:
-        places = dict.fromkeys(_plain(at) for series in plot.series for at in series.x)
-        by_name = [dict(zip(map(_plain, series.x), series.y, strict=True)) for series in plot.series]
-        columns = (x, *(Column(f"y{index}", series.name) for index, series in enumerate(plot.series)))
-        order = sorted(places) if plot.kind == "lines" else list(places)
-        rows = [{"x": at, **{f"y{i}": found.get(at) for i, found in enumerate(by_name)}} for at in order]
-    about = plot.title if plot.kind == "scatter" else f"{plot.title}: {plot.y}"
-    return Table(about, columns, tuple(rows)) if len(rows) <= _LONGEST else None
-
-
-def _plain(at: float | Measured | str) -> float | str:
-    if isinstance(at, Measured):
-        at = at.mean
-    return int(at) if isinstance(at, float) and at.is_integer() else at
 
 
 def _value(cell: Cell) -> float | None:

@@ -12,9 +12,8 @@ from residual_steer.files import as_path, make_folder, write_whole
 from .claims import claims_page
 from .html import html
 from .markdown import markdown
-from .plots import png, svg
+from .plots import png, styles_of, svg
 from .result import FORMAT, Result, read_json
-from .styles import styles_for
 
 __all__ = ["read_folder", "write_report"]
 
@@ -65,7 +64,7 @@ def write_report(results: Sequence[Result], folder: Path, claims: Path) -> list[
     Raises:
         SteerError: matplotlib is needed and not installed; something cannot be written.
     """
-    styles = styles_for(series.name for result in results for plot in result.plots for series in plot.series)
+    styles = styles_of(picture for result in results for picture in result.plots)
     drawings: dict[tuple[str, int], str] = {}
     contents: dict[Path, bytes] = {}
     for result in results:

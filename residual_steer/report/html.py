@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 
-from .cells import head_of, is_numeric, notes_of, numbers_of, shown
+from .cells import head_of, is_numeric, notes_of, shown
 from .facts import facts_of, paragraphs, verdicts_of
 from .page import THEMED, page
-from .plots import alt_text, left_out
-from .result import Plot, Result, Table, Verdict
+from .pictures import Picture
+from .plots import alt_text, remarks
+from .result import Result, Verdict
+from .table import Table
+from .values import numbers_of
 
 __all__ = ["html", "inline"]
 
@@ -41,7 +44,8 @@ def inline(svg: str, label: str, prefix: str) -> str:
         label: what it shows.
         prefix: before every id.
     """
-    text = re.sub(r"<!--.*?-->\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"\s*<title>.*?</title>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)  # `label` says more
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'^<svg\b([^>]*?) width="[^"]*" height="[^"]*"', r"<svg\1", text)
     text = re.sub(r"\s*<defs>\s*<style\b.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
@@ -87,9 +91,9 @@ def _wide(title: str, heads: str, rows: Sequence[str]) -> str:
     )
 
 
-def _figure(plot: Plot, drawing: str) -> str:
-    caption = f"<figcaption>{_notes([*left_out(plot), *plot.notes])}</figcaption>"
-    numbers = numbers_of(plot)
+def _figure(picture: Picture, drawing: str) -> str:
+    caption = f"<figcaption>{_notes([*remarks(picture), *picture.notes])}</figcaption>"
+    numbers = numbers_of(picture)
     more = "" if numbers is None else f"\n<details>\n<summary>The numbers</summary>\n{_table(numbers)}\n</details>"
     return f"<figure>\n{drawing}\n{caption if 'li' in caption else ''}{more}\n</figure>"
 

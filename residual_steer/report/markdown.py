@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 
 from .cells import head_of, is_numeric, notes_of, shown
 from .facts import facts_of, paragraphs, verdicts_of
-from .plots import alt_text, left_out
-from .result import Plot, Result, Table
+from .pictures import Picture
+from .plots import alt_text, remarks
+from .result import Result
+from .table import Table
 
 __all__ = ["aligned", "code", "escaped", "markdown", "rule", "table_lines", "table_markdown"]
 
@@ -27,8 +29,8 @@ def markdown(results: Sequence[Result], picture: Callable[[Result, int], str]) -
         parts += [f'<a id="{result.name}"></a>\n\n## {escaped(result.title)}', *map(escaped, paragraphs(result.about))]
         for table in result.tables:
             parts += table_markdown(table)
-        for index, plot in enumerate(result.plots):
-            parts += _picture(plot, picture(result, index))
+        for index, shown_here in enumerate(result.plots):
+            parts += _picture(shown_here, picture(result, index))
         parts += ["### How it was made", fenced(result.command), "\n".join(_facts(result))]
     return "\n\n".join(parts) + "\n"
 
@@ -86,8 +88,8 @@ def table_markdown(table: Table) -> list[str]:
     return [f"**{escaped(table.title)}**", "\n".join(lines), *_notes(notes_of(table))]
 
 
-def _picture(plot: Plot, path: str) -> list[str]:
-    return [f"![{escaped(alt_text(plot))}]({path})", *_notes([*left_out(plot), *plot.notes])]
+def _picture(picture: Picture, path: str) -> list[str]:
+    return [f"![{escaped(alt_text(picture))}]({path})", *_notes([*remarks(picture), *picture.notes])]
 
 
 def _notes(notes: Sequence[str]) -> list[str]:

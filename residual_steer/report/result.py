@@ -23,8 +23,11 @@ from typing import Any, Literal
 from residual_steer.errors import SteerError
 from residual_steer.files import as_path, make_folder, write_whole
 
+from .axis import Axis
 from .environment import portable
+from .pictures import Picture
 from .schema import check_fields, decode, encode, short
+from .series import Plot, Series
 from .table import Cell, Column, Measured, Table
 
 __all__ = [
@@ -44,88 +47,6 @@ __all__ = [
 
 FORMAT, FORMAT_VERSION = "residual_steer.result", 1
 CLAIMS = range(1, 11)  # the paper's, as claims.py lists them
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An axis of a plot.
-
-    Attributes:
-        label: what it shows.
-        unit: behind the label; "" for none.
-        log: whether it is logarithmic, which bars ignore along x.
-    """
-
-    label: str
-    unit: str = ""
-    log: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def __str__(self) -> str:
-        """Write the label with its unit."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
-
-
-@dataclass(frozen=True)
-class Series:
-    """What a plot shows of one method.
-
-    Attributes:
-        name: of the method; the same name has the same colour and marker in every plot.
-        x: numbers; for bars, the names of groups.
-        y: as many numbers, with a spread or without; None where there is none.
-        labels: in a scatter plot, one for each point; if left out, a series of a single point is labelled by its name.
-    """
-
-    name: str
-    x: tuple[float | Measured | str, ...]
-    y: tuple[float | Measured | None, ...]
-    labels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if len(self.x) != len(self.y) or (self.labels and len(self.labels) != len(self.x)):
-            raise SteerError(
-                f"a series has as many y as x, and a label for each point or none at all; {self.name!r} has "
-                f"{len(self.x)} x, {len(self.y)} y and {len(self.labels)} labels."
-            )
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture.
-
-    Attributes:
-        title: above it.
-        kind: "lines" with bands where y has a spread; "scatter", labelled points with bars of error, as in the paper's
-            figure 2; "bars", grouped by x.
-        x: the axis along the bottom.
-        y: the axis at the left.
-        series: one for every method, with different names.
-        notes: lines below it.
-    """
-
-    title: str
-    kind: Literal["lines", "scatter", "bars"]
-    x: Axis
-    y: Axis
-    series: tuple[Series, ...]
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        names = [series.name for series in self.series]
-        if not names or len(set(names)) < len(names):
-            raise SteerError(f"a plot has series of different names; received {names}.")
-        for series in self.series:
-            texts = sum(isinstance(x, str) for x in series.x)
-            if texts != (len(series.x) if self.kind == "bars" else 0):
-                wanted = "the name of a group" if self.kind == "bars" else "a number"
-                raise SteerError(f"an x of {self.kind} is {wanted}; {series.name!r} has {short(series.x)}.")
-            if self.kind == "bars" and len(set(series.x)) < len(series.x):
-                raise SteerError(f"a series has one bar in a group; {series.name!r} has {short(series.x)}.")
 
 
 @dataclass(frozen=True)
@@ -183,7 +104,7 @@ class Result:
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     tables: tuple[Table, ...] = ()
-    plots: tuple[Plot, ...] = ()
+    plots: tuple[Picture, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     seconds: float = 0.0
     records: Any = None

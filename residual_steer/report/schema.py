@@ -125,6 +125,8 @@ def _fit_any(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     if type(None) in hints and (value is None or (_is_number(value) and _finite(value) is None)):
         return None
     kinds = [hint for hint in hints if hint is not type(None)]
+    if all(map(dataclasses.is_dataclass, kinds)) and not isinstance(value, tuple(kinds)):
+        return decode(_nearest(kinds, value), value, where)
     for hint in kinds:
         try:
             return _fit(hint, value, where)
@@ -133,6 +135,12 @@ def _fit_any(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     names = [", ".join(map(repr, typing.get_args(kind))) or kind.__name__ for kind in kinds]
     names += ["None"] if type(None) in hints else []
     raise SteerError(f"{where} is one of {', '.join(names)}; received {short(value)}.")
+
+
+def _nearest(kinds: list[Any], value: Any) -> Any:
+    """Return the dataclass that an object is one of: its fields say it, and where some are wrong, most of them do."""
+    keys = set(value) if isinstance(value, Mapping) else set()
+    return min(kinds, key=lambda kind: len(_hints(kind).keys() ^ keys))
 
 
 def _text(value: Any, where: str) -> str:

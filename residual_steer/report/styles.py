@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["INK", "PAPER", "QUIET", "Style", "styles_for"]
+__all__ = ["INK", "PAPER", "QUIET", "Style", "colors_for", "styles_for"]
 
 INK, QUIET, PAPER = "#1b1b1f", "#8a8a93", "#fefefe"  # a page that is dark puts others in their place
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
@@ -47,6 +47,7 @@ _KNOWN = {
     "adapter": _ADAPTER,
 }
 _COLORS = (GREY, SKY, PURPLE, GREEN, ORANGE, VERMILLION, BLUE, INK, YELLOW)
+_GROUPS = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, INK)  # told apart without a marker, also beside grey
 _MARKERS = "pP<>hd*8oDs^vX"
 _DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", "--", ":", "-.", _LONG, _DOUBLE)
 
@@ -61,6 +62,18 @@ def styles_for(names: Iterable[str]) -> dict[str, Style]:
     for name, style in zip([name for name in every if name not in found], _endless(unused), strict=False):
         found[name] = style
     return found
+
+
+def colors_for(groups: Iterable[str]) -> dict[str, str]:
+    """Return the colours of groups within one picture, by their first appearance; those of methods as everywhere.
+
+    Only as many as can be told apart by colour alone; groups beyond these have none.
+    """
+    every = list(dict.fromkeys(groups))
+    known = {name: _KNOWN[name.lower()].color for name in every if name.lower() in _KNOWN}
+    free = [color for color in _GROUPS if color not in known.values()]
+    others = dict(zip([name for name in every if name not in known], free, strict=False))
+    return {name: (known | others)[name] for name in every if name in known or name in others}
 
 
 def _others() -> Iterable[Style]:

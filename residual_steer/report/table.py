@@ -115,3 +115,12 @@ class Table:
         for row in self.rows:
             if row.keys() - set(keys):
                 raise SteerError(f"a row has cells for {', '.join(keys)}; received {', '.join(row)}.")
+
+    def __str__(self) -> str:
+        """Write the table as Markdown, which can be read as it stands.
+
+        The writer is imported here: it needs this class.
+        """
+        from .markdown import table_markdown
+
+        return "\n\n".join(table_markdown(self))

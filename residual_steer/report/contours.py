@@ -1,0 +1,144 @@
+"""Surfaces: filled contours, with paths over them."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from .canvas import HEIGHT, blank, color_bar, headline, legend_below, shades
+from .pictures import Surface, Trajectory
+from .scales import Scale, levels_of
+from .styles import INK, PAPER, Style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["describe", "figure", "names", "remarks"]
+
+_PALE = 0.35  # of white, so that paths stand out
+_HEADS = (0.2, 0.5, 0.8)  # of a path's length: where its direction is shown
+
+
+def names(surface: Surface) -> list[str]:
+    """Return the methods that take the paths."""
+    return [path.name for path in surface.paths]
+
+
+def describe(surface: Surface) -> str:
+    """Say what the surface is of, what it reaches from and to, and who walks over it."""
+    numbers = [value for row in surface.values for value in row]
+    scale = Scale.of(numbers, surface.z.log)
+    paths = f" Paths over it: {'; '.join(names(surface))}." if surface.paths else ""
+    return (
+        f"Contours: {scale.label(surface.z)} over {surface.x} and {surface.y}, from {scale.text(min(numbers))} to "
+        f"{scale.text(max(numbers))}.{paths}"
+    )
+
+
+def remarks(surface: Surface) -> list[str]:
+    """Return a note on paths that leave the plane, if there are any."""
+    left = [
+        path.name
+        for path in surface.paths
+        if min(path.x) < surface.across[0]
+        or max(path.x) > surface.across[-1]
+        or min(path.y) < surface.up[0]
+        or max(path.y) > surface.up[-1]
+    ]
+    return [f"Beyond the plane that was measured, for a part of the way: {', '.join(left)}."] if left else []
+
+
+def figure(surface: Surface, styles: Mapping[str, Style]) -> Figure:
+    """Draw a surface."""
+    page = blank(HEIGHT + 0.4)
+    axes = page.add_subplot()
+    headline(page, surface.title)
+    axes.set_xlabel("\n".join(textwrap.wrap(str(surface.x), 60)))
+    axes.set_ylabel("\n".join(textwrap.wrap(str(surface.y), 44)))
+    if surface.x.log:
+        axes.set_xscale("log")
+    if surface.y.log:
+        axes.set_yscale("log")
+    _bands(axes, surface)
+    for path in surface.paths:
+        _path(axes, surface, path, styles[path.name])
+    _limits(axes, surface)
+    if surface.paths:
+        _legend(page, surface, styles)
+    return page
+
+
+def _bands(axes: Axes, surface: Surface) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+
+    low, high = min(map(min, surface.values)), max(map(max, surface.values))
+    levels = levels_of(low, high, surface.z.log)
+    norm = (LogNorm if surface.z.log else Normalize)(levels[0], levels[-1])
+    plane: Any = (surface.across, surface.up, surface.values)
+    drawn = axes.contourf(*plane, levels=levels, cmap=shades("cividis", count=256, pale=_PALE), norm=norm)
+    if low < high:
+        axes.contour(*plane, levels=levels, colors="#ffffff", linewidths=0.5)
+    color_bar(axes, drawn, surface.z, (low, high), 44)
+
+
+def _path(axes: Axes, surface: Surface, path: Trajectory, style: Style) -> None:
+    """Draw a path: a line in a pale seam, arrowheads along it, an empty circle at its start, a marker at its end."""
+    axes.plot(path.x, path.y, color=PAPER, linewidth=4, solid_joinstyle="round", zorder=3)
+    axes.plot(path.x, path.y, color=style.color, linestyle=style.dashes, linewidth=2, zorder=4, label=path.name)
+    for tail, head in _directions(surface, path):
+        arrow: Any = {"arrowstyle": "-|>", "color": style.color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
+        axes.annotate("", head, tail, arrowprops=arrow, zorder=4)
+    axes.plot(path.x[:1], path.y[:1], **_start(style.color), zorder=5)
+    axes.plot(path.x[-1:], path.y[-1:], **_end(style), zorder=6)
+
+
+def _start(color: str) -> dict[str, Any]:
+    face: dict[str, Any] = {"markerfacecolor": PAPER, "markeredgecolor": color, "markeredgewidth": 1.8}
+    return {"linestyle": "none", "marker": "o", "markersize": 6.5, **face}
+
+
+def _end(style: Style) -> dict[str, Any]:
+    edge: dict[str, Any] = {"color": style.color, "markeredgecolor": INK, "markeredgewidth": 0.7}
+    return {"linestyle": "none", "marker": style.marker, "markersize": 9, **edge}
+
+
+def _directions(surface: Surface, path: Trajectory) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """Return tail and tip of the arrowheads of a path, which lie within its steps."""
+    wide = surface.across[-1] - surface.across[0]
+    high = surface.up[-1] - surface.up[0]
+    points = list(zip(path.x, path.y, strict=True))
+    steps = [math.hypot((b[0] - a[0]) / wide, (b[1] - a[1]) / high) for a, b in pairwise(points)]
+    ends = [0.0, *accumulate(steps)]
+    found = []
+    for part in _HEADS if ends[-1] else ():
+        goal = part * ends[-1]
+        index = next(i for i, step in enumerate(steps) if step and ends[i + 1] >= goal)
+        tail, tip = points[index], points[index + 1]
+        share = (goal - ends[index]) / steps[index]
+        middle = (tail[0] + share * (tip[0] - tail[0]), tail[1] + share * (tip[1] - tail[1]))
+        found.append((tail, middle) if share > 0 else (tail, tip))
+    return found
+
+
+def _limits(axes: Axes, surface: Surface) -> None:
+    """Show the whole plane and the whole of every path."""
+    x = [*surface.across, *(x for path in surface.paths for x in path.x)]
+    y = [*surface.up, *(y for path in surface.paths for y in path.y)]
+    axes.set_xlim(min(x), max(x))
+    axes.set_ylim(min(y), max(y))
+
+
+def _legend(page: Figure, surface: Surface, styles: Mapping[str, Style]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for path in surface.paths:
+        style = styles[path.name]
+        line = {**_end(style), "linestyle": style.dashes, "linewidth": 2}
+        handles.append(Line2D([], [], **line))
+    handles.append(Line2D([], [], **_start(INK)))
+    legend_below(page, [*(f"{path.name} (marker: its end)" for path in surface.paths), "start"], handles)
