@@ -1,1 +1,44 @@
-"""What steering does to a model, measured: each function takes a model and a loader and returns a small result."""
+"""What adaptation does to a model, measured: each function takes a model and a loader and returns a small result.
+
+Every result has a `.table()`, which prints as Markdown, and a `.plot()`, which a notebook shows and `.save` writes.
+
+===================  =============================================================================================
+`attention_entropy`  how widely each layer and head attends (lemmas 1 and 2)
+`memory_length`      the same question for an SSM: how far back its states remember
+`stream_energy`      the modern Hopfield energy of the states against their layer's keys (arXiv 2008.02217)
+`neural_collapse`    NC1 to NC4 (arXiv 2008.08186); `collapse_over_training` draws them over steps
+`control_effort`     how hard a field steers, layer by layer, and in how many directions
+`drift`              how far the stream is moved, on the task's data and on others
+`displacement`       the field of displacements of several methods side by side (figure 1b)
+`landscape`          the loss over a plane of the stream, with the ways that states take (figure 1a)
+===================  =============================================================================================
+"""
+
+from .collapse import NeuralCollapse, collapse_over_training, neural_collapse
+from .displacement import Displacement, displacement
+from .drift import Drift, drift
+from .effort import ControlEffort, control_effort
+from .energy import StreamEnergy, stream_energy
+from .entropy import AttentionEntropy, attention_entropy
+from .landscape import Landscape, landscape
+from .memory import MemoryLength, memory_length
+
+__all__ = [
+    "AttentionEntropy",
+    "ControlEffort",
+    "Displacement",
+    "Drift",
+    "Landscape",
+    "MemoryLength",
+    "NeuralCollapse",
+    "StreamEnergy",
+    "attention_entropy",
+    "collapse_over_training",
+    "control_effort",
+    "displacement",
+    "drift",
+    "landscape",
+    "memory_length",
+    "neural_collapse",
+    "stream_energy",
+]

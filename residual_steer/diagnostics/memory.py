@@ -15,7 +15,7 @@ from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .pairs import SIDES, compared
 from .queries import chosen, places, prefix_tokens
-from .states import Steps, steps_of
+from .steps import Steps, steps_of
 
 __all__ = ["MemoryLength", "memory_length"]
 

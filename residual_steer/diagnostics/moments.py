@@ -1,0 +1,87 @@
+"""Means and covariances of what comes in batches, in fp64, the same however the batches are cut.
+
+Batches are merged as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance": no sum of squares
+is ever taken about a point far from the mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ClassMoments", "Moments", "exact"]
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Return a tensor in fp64, on the CPU where its own device has no such numbers."""
+    return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
+class Moments:
+    """The means of x and y, and their scatter Σ (x − x̄)(y − ȳ)ᵀ; y is x itself where none is given.
+
+    Attributes:
+        count: how many pairs were added.
+        mean: x̄, `(width,)`.
+        other: ȳ, `(width of y,)`.
+        scatter: `(width, width of y)`; divided by `count` it is the covariance.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.other = self.scatter = torch.zeros(0)
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: `(rows, width)` in fp64.
+            y: `(rows, width of y)` in fp64.
+        """
+        y = x if y is None else y
+        if not len(x):
+            return
+        mean, other = x.mean(0), y.mean(0)
+        scatter = (x - mean).T @ (y - other)
+        if self.count:
+            before, total = self.count, self.count + len(x)
+            step, step_other = mean - self.mean, other - self.other
+            scatter = self.scatter + scatter + torch.outer(step, step_other) * (before * len(x) / total)
+            mean, other = self.mean + step * (len(x) / total), self.other + step_other * (len(x) / total)
+        self.count += len(x)
+        self.mean, self.other, self.scatter = mean, other, scatter
+
+
+class ClassMoments:
+    """The mean of every class, and the scatter of rows about the mean of their class.
+
+    Args:
+        classes: C.
+        width: d.
+        device: of what is added.
+
+    Attributes:
+        counts: rows of each class, `(classes,)`.
+        means: `(classes, width)`; 0 for a class without rows.
+        within: Σ (h − μ_c)(h − μ_c)ᵀ over all rows, `(width, width)`.
+    """
+
+    def __init__(self, classes: int, width: int, device: torch.device) -> None:
+        self.counts = torch.zeros(classes, dtype=torch.float64, device=device)
+        self.means = torch.zeros(classes, width, dtype=torch.float64, device=device)
+        self.within = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            rows: `(rows, width)` in fp64.
+            labels: class indices, `(rows,)`.
+        """
+        counts = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(rows[:, 0]))
+        means = torch.zeros_like(self.means).index_add_(0, labels, rows) / counts.clamp_min(1)[:, None]
+        centred = rows - means[labels]
+        step, total = means - self.means, (self.counts + counts).clamp_min(1)
+        self.within += centred.T @ centred + (step * (self.counts * counts / total)[:, None]).T @ step
+        self.means += step * (counts / total)[:, None]
+        self.counts += counts

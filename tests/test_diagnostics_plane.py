@@ -1,0 +1,416 @@
+"""Pictures in the plane of the stream: fields and losses whose numbers are known, and what dense algebra gives."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cases import CASES, randomise
+from fields import IMAGES, shake, vit
+from residual_steer import Backbone, SteerError, baselines, register_backbone, steer, use
+from residual_steer.diagnostics.displacement import displacement
+from residual_steer.diagnostics.field_measures import NEIGHBOURS
+from residual_steer.diagnostics.landscape import landscape
+from residual_steer.diagnostics.plane import plane
+from residual_steer.report import Arrows, Surface
+
+WIDTH = 4
+SCALES = torch.tensor([3.0, 2.0, 1.0, 0.5])
+CENTRE = torch.tensor([1.0, 5.0, -2.0, 0.0])
+
+
+class Apply(nn.Module):
+    """A block that maps states by a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z):
+        return self.function(z)
+
+
+class Toy(nn.Module):
+    def __init__(self, *functions):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Apply, functions))
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.fixture(autouse=True)
+def _toy():
+    def describe(model):
+        return Backbone(blocks=model.blocks, width=WIDTH)
+
+    register_backbone("toy", matches=[f"{Toy.__module__}.Toy"])(describe)
+
+
+def same(z):
+    return z
+
+
+def toy(function):
+    return Toy(lambda z: z + function(z))
+
+
+def data(rows=60, tokens=5, batch=20):
+    x = torch.randn(rows, tokens, WIDTH, dtype=torch.float64) * SCALES + CENTRE
+    return list(zip(x.split(batch), (torch.arange(rows) % 3).split(batch), strict=True))
+
+
+def states(loader):
+    return torch.cat([x for x, _ in loader]).reshape(-1, WIDTH)
+
+
+def fields(functions, loader, **more):
+    return displacement(
+        {name: toy(f).double() for name, f in functions.items()}, loader, reference=Toy(same).double(), **more
+    )
+
+
+def case_of(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def test_the_plane_is_that_of_a_dense_decomposition():
+    loader = data()
+    found = plane(toy(same).double(), loader, reference=Toy(same).double())
+    x = states(loader)
+    _, values, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    torch.testing.assert_close(found.mean, x.mean(0))
+    assert found.deviations == pytest.approx((values[:2] / math.sqrt(len(x))).tolist(), rel=1e-9)
+    assert found.explained == pytest.approx((values[:2] ** 2 / (values**2).sum()).tolist(), rel=1e-9)
+    torch.testing.assert_close((found.directions @ directions[:2].T).abs(), torch.eye(2).double())
+    assert all(row[row.abs().argmax()] > 0 for row in found.directions)
+    torch.testing.assert_close(found.project(x), (x - x.mean(0)) @ found.directions.T)
+    assert found.tokens == 300
+    again = plane(toy(same).double(), loader[::-1], reference=Toy(same).double())
+    torch.testing.assert_close(again.directions, found.directions)
+    assert found.table().rows[1]["direction"] == 2
+
+
+def test_the_plane_is_of_the_frozen_states_and_leaves_out_padding():
+    case = case_of("gpt2")
+    model = randomise(steer(case.build(), rank=2))
+    ids = torch.randint(3, 50, (6, 7))
+    mask = torch.ones_like(ids)
+    mask[3:, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    found = plane(model, [batch], layer=0)
+    with use(model, None), torch.no_grad():
+        z = model(**batch, output_hidden_states=True).hidden_states[1][mask.bool()].double()
+    torch.testing.assert_close(found.mean, z.mean(0), rtol=1e-6, atol=1e-6)
+    assert found.tokens == 33
+    assert plane(model, [batch], layer=-2).layer == 0
+
+
+def test_a_field_that_contracts():
+    loader = data()
+    one = fields({"pull": lambda z: -0.3 * (z - CENTRE)}, loader, points=200).fields[0]
+    for measures in (one.stream, one.plane):
+        assert measures.divergence == pytest.approx(-0.3)
+        assert measures.contraction == pytest.approx(0.7)
+        assert measures.coherence > 0.5 + measures.chance
+    pairwise = fields({"pull": lambda z: -0.3 * (z - CENTRE)}, [x for x, _ in loader]).fields[0]
+    assert pairwise.stream.contraction == pytest.approx(0.7)
+    assert pairwise.plane.contraction == pytest.approx(0.7)
+
+
+def test_a_field_that_shifts_all_states_alike():
+    one = fields({"shift": lambda z: torch.ones_like(z)}, data()).fields[0]
+    for measures in (one.stream, one.plane):
+        assert (measures.coherence, measures.chance, measures.contraction) == pytest.approx((1, 1, 1))
+        assert measures.divergence == pytest.approx(0, abs=1e-9)
+
+
+def test_a_field_without_order():
+    one = fields({"noise": lambda z: 5 * torch.randn_like(z)}, data(rows=100), points=400).fields[0]
+    for measures in (one.stream, one.plane):
+        assert abs(measures.coherence) < 0.1
+        assert abs(measures.chance) < 0.05
+        assert measures.contraction > 1.2
+
+
+def test_a_turn_has_no_divergence():
+    turn = torch.zeros(WIDTH, WIDTH).double()
+    turn[0, 1], turn[1, 0] = 0.5, -0.5
+    one = fields({"turn": lambda z: z @ turn}, data(), points=150).fields[0]
+    assert one.stream.divergence == pytest.approx(0, abs=1e-9)
+    assert one.stream.coherence > 0.5
+
+
+def test_divergence_is_that_of_the_least_squares_fit():
+    loader = data()
+    x = states(loader)
+    found = fields({"bent": lambda z: torch.sin(z) * z - 0.2 * z.roll(1, -1)}, loader)
+    shift = torch.sin(x) * x - 0.2 * x.roll(1, -1)
+    one = found.fields[0]
+    jacobian = torch.linalg.lstsq(x - x.mean(0), shift - shift.mean(0)).solution.T
+    assert one.stream.divergence == pytest.approx(float(jacobian.trace()) / WIDTH, rel=1e-8)
+    flat, image = found.plane.project(x), shift @ found.plane.directions.T
+    inside = torch.linalg.lstsq(flat, image - image.mean(0)).solution.T
+    assert one.plane.divergence == pytest.approx(float(inside.trace()) / 2, rel=1e-8)
+    assert one.size == pytest.approx(float((shift.norm(dim=1) / x.norm(dim=1)).mean()))
+    assert one.seen == pytest.approx(float((image**2).sum() / (shift**2).sum()))
+
+
+def nearest_cosines(start, shift):
+    """Coherence and chance, point by point."""
+    unit = [row / row.norm() for row in shift]
+    near, every = [], []
+    for i in range(len(start)):
+        others = sorted((j for j in range(len(start)) if j != i), key=lambda j: float((start[j] - start[i]).norm()))
+        near += [float(unit[i] @ unit[j]) for j in others[:NEIGHBOURS]]
+        every += [float(unit[i] @ unit[j]) for j in others]
+    return sum(near) / len(near), sum(every) / len(every)
+
+
+def test_coherence_and_contraction_by_brute_force():
+    loader = data(rows=10, tokens=4, batch=5)
+    found = fields({"bent": lambda z: torch.sin(z) + 0.3}, loader, points=40)
+    x = states(loader)
+    labels = torch.cat([y for _, y in loader]).repeat_interleave(4)
+    one = found.fields[0]
+    assert (one.stream.coherence, one.stream.chance) == pytest.approx(nearest_cosines(x, torch.sin(x) + 0.3))
+    flat, image = found.plane.project(x), (torch.sin(x) + 0.3) @ found.plane.directions.T
+    assert (one.plane.coherence, one.plane.chance) == pytest.approx(nearest_cosines(flat, image))
+    for measures, before, after in ((one.stream, x, x + torch.sin(x) + 0.3), (one.plane, flat, flat + image)):
+        spread = [
+            sum(float(((z[labels == c] - z[labels == c].mean(0)) ** 2).sum()) for c in range(3))
+            for z in (before, after)
+        ]
+        assert measures.contraction == pytest.approx(math.sqrt(spread[1] / spread[0]))
+    order = [
+        next(i for i in range(40) if flat[i].tolist() == pytest.approx(point))
+        for point in zip(found.x, found.y, strict=True)
+    ]
+    assert sorted(order) == list(range(40))
+    assert found.groups == tuple(str(int(labels[i])) for i in order)
+    assert one.dx == pytest.approx(image[order, 0].tolist())
+    assert one.dy == pytest.approx(image[order, 1].tolist())
+
+
+def test_the_same_points_are_drawn_however_batches_are_cut():
+    x = torch.randn(30, 5, WIDTH).double() * SCALES
+    one, other, seed = (
+        fields({"bent": torch.sin}, iter(x.split(rows)), points=50, seed=seed)
+        for rows, seed in ((30, 0), (7, 0), (30, 1))
+    )
+    assert len(one.x) == 50
+    assert other.x == pytest.approx(one.x, rel=1e-6)
+    assert other.fields[0].stream.coherence == pytest.approx(one.fields[0].stream.coherence, rel=1e-6)
+    assert other.fields[0].stream.divergence == pytest.approx(one.fields[0].stream.divergence, rel=1e-6)
+    assert seed.x != one.x
+
+
+def test_what_cannot_be_said_is_none():
+    one = fields({"still": torch.zeros_like}, data()).fields[0]
+    assert (one.stream.coherence, one.stream.chance, one.seen, one.size) == (None, None, None, 0.0)
+    assert one.stream.contraction == 1.0
+    few = fields({"pull": lambda z: -z}, [torch.randn(5, 1, WIDTH).double()]).fields[0]
+    assert few.stream.divergence is None  # five states: any field on them is linear
+    assert few.stream.coherence is None
+    assert few.plane.divergence == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("token", ["each", "first", "last", "mean"])
+@torch.no_grad()
+def test_which_states_of_a_row_count(token):
+    case = case_of("gpt2")
+    model = randomise(steer(case.build(), rank=2))
+    ids = torch.randint(3, 50, (12, 7))
+    mask = torch.ones_like(ids)
+    mask[4:8, :2] = 0
+    mask[8:, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    found = displacement({"H-Res": model}, [batch], layer=0, token=token, points=100)
+    seen = []
+    for asked in (None, "default"):
+        with use(model, asked):
+            seen.append(model(**batch, output_hidden_states=True).hidden_states[1].double())
+    kept = mask.bool()
+    pick = {
+        "each": lambda z: z[kept],
+        "first": lambda z: torch.stack([row[on][0] for row, on in zip(z, kept, strict=True)]),
+        "last": lambda z: torch.stack([row[on][-1] for row, on in zip(z, kept, strict=True)]),
+        "mean": lambda z: torch.stack([row[on].mean(0) for row, on in zip(z, kept, strict=True)]),
+    }[token]
+    frozen, adapted = map(pick, seen)
+    assert found.states == len(frozen)
+    torch.testing.assert_close(found.plane.mean, frozen.mean(0), rtol=1e-5, atol=1e-6)
+    size = float(((adapted - frozen).norm(dim=1) / frozen.norm(dim=1)).mean())
+    assert found.fields[0].size == pytest.approx(size, rel=1e-4)
+    assert found.groups == ()
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-resnet", "mamba"])
+def test_methods_side_by_side(name):
+    case = case_of(name)
+    one = randomise(steer(case.build(), rank=2))
+    lora = (
+        baselines.apply(case.build(), "lora", rank=2)
+        if name != "timm-resnet"
+        else randomise(steer(case.build(), rank=4), 0.1)
+    )
+    for parameter in lora.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    key, values = next(iter(case.inputs(one).items()))
+    values = torch.cat([values, values.flip(1) if values.dim() == 2 else -values] * 2)
+    batches = [{**case.inputs(one), key: values}]
+    found = displacement({"H-Res": one, "LoRA": lora}, batches, reference=case.build(), points=12)
+    alone = displacement({"H-Res": one}, batches, points=12)
+    assert alone.fields[0].dx == pytest.approx(found.fields[0].dx, rel=1e-3, abs=1e-5)
+    assert found.fields[1].size > 0.001
+    assert found.fields[0].stream.coherence != pytest.approx(found.fields[1].stream.coherence)
+    table = found.table()
+    assert [row["method"] for row in table.rows] == ["H-Res", "LoRA"]
+    assert table.rows[1]["plane_chance"] == found.fields[1].plane.chance
+    plot = found.plot()
+    assert isinstance(plot, Arrows)
+    assert [panel.name for panel in plot.panels] == ["H-Res", "LoRA"]
+    assert found.plot("LoRA").panels[0].dx == found.fields[1].dx
+
+
+def test_a_plot_has_room_for_four():
+    found = fields({str(k): torch.sin for k in range(5)}, data())
+    with pytest.raises(SteerError, match="one to four of 0, 1, 2, 3, 4; received all"):
+        found.plot()
+    with pytest.raises(SteerError, match="received 7"):
+        found.plot("7")
+    assert len(found.plot("0", "4").panels) == 2
+    assert found.plot("1").panels[0].groups == found.groups
+
+
+def squared(model, batch):
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def moved(z, over, point):
+    return z + (torch.tensor(point).double() - over.project(z)) @ over.directions
+
+
+@torch.no_grad()
+def test_the_landscape_of_a_linear_model_is_its_quadratic():
+    adapted = Toy(same, lambda z: 1.2 * z + 0.5, lambda z: z - 1).double()
+    frozen = Toy(same, same, lambda z: z - 1).double()
+    frozen.head.load_state_dict(adapted.head.state_dict())
+    x = torch.cat([x for x, _ in data(rows=12)])
+    y = torch.randn(12, 2).double()
+    loader = [(x[:5], y[:5]), (x[5:], y[5:])]
+    found = landscape(adapted, loader, layer=1, reference=frozen, size=5, span=1.5, loss=squared)
+    over = found.plane
+    for b, row in zip(found.up, found.losses, strict=True):
+        for a, value in zip(found.across, row, strict=True):
+            z = moved(1.2 * x + 0.5, over, (a, b)) - 1
+            assert value == pytest.approx(float((adapted.head(z.mean(1)) - y).square().mean()))
+    grid = torch.tensor(found.losses, dtype=torch.float64)
+    assert grid.diff(n=3, dim=0).abs().max() < 1e-9 * grid.max()
+    assert grid.diff(n=3, dim=1).abs().max() < 1e-9 * grid.max()
+    step = found.across[1] - found.across[0]
+    assert (grid.diff(n=2, dim=1) / step**2)[0, 0] == pytest.approx(
+        float((adapted.head.weight @ over.directions[0]).square().mean() * 2)
+    )
+    flat = x.reshape(-1, WIDTH)
+    for path, after in ((found.frozen, flat), (found.adapted, 1.2 * flat + 0.5)):
+        ends = torch.stack([over.project(flat.mean(0)), over.project(after.mean(0))])
+        assert path.x == pytest.approx(ends[:, 0].tolist(), abs=1e-9)
+        assert path.y == pytest.approx(ends[:, 1].tolist(), abs=1e-9)
+        there = moved(1.2 * x + 0.5, over, (path.x[-1], path.y[-1])) - 1
+        assert path.loss_there == pytest.approx(float((adapted.head(there.mean(1)) - y).square().mean()))
+    assert found.frozen.loss == pytest.approx(float(squared(frozen, (x, y))))
+    assert found.adapted.loss == pytest.approx(float(squared(adapted, (x, y))))
+    assert found.lowest[2] == pytest.approx(float(grid.min()))
+    column, line = found.across.index(found.lowest[0]), found.up.index(found.lowest[1])
+    assert found.losses[line][column] == found.lowest[2]
+    reach = [1.5 * d for d in over.deviations]
+    assert found.across[0] == pytest.approx(min(-reach[0], *found.adapted.x))
+    assert found.up[-1] == pytest.approx(max(reach[1], *found.adapted.y))
+
+
+@torch.no_grad()
+def test_the_blocks_behind_run_as_they_are():
+    model = shake(steer(vit(), rank=4, train="head"))
+    x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 5
+    found = landscape(model, [(x[:4], y[:4]), (x[4:], y[4:])], layer=1, size=3)
+    seen = []
+    handle = model.blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    model.eval()(x)
+    handle.remove()
+    z = moved(seen[0].double(), found.plane, (found.across[2], found.up[0])).float()
+    logits = model.forward_head(model.norm(model.blocks[2](z)))
+    assert found.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
+    assert found.adapted.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    with use(model, None):
+        assert found.frozen.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    surface = found.plot()
+    assert isinstance(surface, Surface)
+    assert surface.values == found.losses
+    assert [path.name for path in surface.paths] == ["frozen", "adapted"]
+    assert surface.paths[1].x == found.adapted.x
+    assert [row["loss"] for row in found.table().rows[:2]] == [found.frozen.loss, found.adapted.loss]
+
+
+@pytest.mark.parametrize("name", ["timm-resnet", "gpt2"])
+def test_a_landscape_of_maps_and_of_tuples(name):
+    case = case_of(name)
+    model = randomise(steer(case.build(), rank=2))
+    inputs = case.inputs(model)
+    if name == "gpt2":
+        loader = [{**inputs, "labels": inputs["input_ids"]}]
+    else:
+        loader = [(next(iter(inputs.values())), torch.tensor([0, 2]))]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    found = landscape(model, loader, size=3, span=1)
+    values = torch.tensor(found.losses)
+    assert values.std() > 0
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
+
+
+@pytest.mark.parametrize(
+    ("run", "match"),
+    [
+        (lambda m: plane(m, []), "no batch"),
+        (lambda m: plane(m, LOADER, layer=3), "-3 to 2; received 3"),
+        (lambda m: plane(m, LOADER, layer=True), "received True"),
+        (lambda m: plane(m, [IMAGES * float("nan")]), "NaN"),
+        (lambda m: plane(vit(), LOADER), "reference"),
+        (lambda m: plane(m, [torch.zeros(1, 1, 8, 8)], layer=0), "vary"),
+        (lambda m: displacement({}, LOADER), "one adapted model or more"),
+        (lambda m: displacement(m, LOADER), "received VisionTransformer"),
+        (lambda m: displacement({"a": m}, LOADER, token="cls"), "each, first, last or mean; received 'cls'"),
+        (lambda m: displacement({"a": m}, LOADER, points=9), "from 10; received 9"),
+        (lambda m: displacement({"a": m}, LOADER, layer=-4), "received -4"),
+        (lambda m: displacement({"a": m, "b": vit(width=16)}, LOADER), "one backbone"),
+        (lambda m: displacement({"a": m}, []), "no batch"),
+        (lambda m: landscape(m, iter(LOADER)), "read twice"),
+        (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
+        (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
+        (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),
+        (lambda m: landscape(m, []), "no batch"),
+        (lambda m: landscape(m, [IMAGES]), "a batch is a dict or a pair"),
+        (
+            lambda m: landscape(m, LOADER, size=2, loss=lambda model, batch: model(batch[0]).sum() / 0),
+            "NaN or infinite",
+        ),
+    ],
+)
+def test_bad_input_is_refused(run, match):
+    model = shake(steer(vit(), rank=4))
+    if match == "vary":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    with pytest.raises(SteerError, match=match):
+        run(model)
