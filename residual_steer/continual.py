@@ -33,8 +33,6 @@ from .subspace import SecondMoment, Subspace
 
 __all__ = ["NullSpace"]
 
-_STRAYED = 1e-4  # relative to [W, b]: far above what storing in fp32 rounds, far below what training does
-
 
 class NullSpace:
     """The directions in which a field can still learn without changing what it does on the tasks seen so far.
@@ -149,8 +147,8 @@ class NullSpace:
                 without its bias, or is protected by this space already.
 
         Warns:
-            UserWarning: a projection has no dimension left; or the field was changed since it was observed, so that
-                what is held is what it does now.
+            UserWarning: a projection has no dimension left; in a step, that the field was changed otherwise since it
+                was observed, so that what is held from then on is what it does now.
         """
         self._steering()
         inner = unwrapped(optimizer)
@@ -158,16 +156,6 @@ class NullSpace:
         if any(protection.covers(inner) for protection in self._protections):
             raise SteerError("this NullSpace protects from this optimizer already. Call `remove()` of that first.")
         linears = self._optimized(inner)
-        strayed = [key for key, linear in linears.items() if self._held[key].strayed(linear) > _STRAYED]
-        for key in strayed:
-            self._held[key] = Held.of(linears[key], self._held[key].space)
-        if strayed:
-            warnings.warn(
-                f"field {self.name!r} was changed in protected directions since it was observed, at "
-                f"{_listed(strayed)}: earlier tasks are changed already, and what it does now is held. Train under "
-                "`protect` after the first task, and load weights before it.",
-                stacklevel=2,
-            )
         self._warn([key for key in linears if not self._held[key].space.left])
         protection = Protection(inner, linears, self._held)
         self._protections.append(protection)

@@ -6,8 +6,9 @@ leave the null space again.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from .errors import SteerError
 from .subspace import Subspace
 
 __all__ = ["Held", "Protection", "inputs_of", "unwrapped"]
+
+_STRAYED = 1e-4  # relative to [W, b]: far above what fp32 rounds, far below what training does
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Protection:
     """Stand behind every step of an optimizer, until `remove` or the end of a `with`.
 
     Projecting every update onto what lies outside U is keeping [W, b]·U where it was; it is done in this form, since
-    then rounding does not add up from step to step.
+    then rounding does not add up from step to step. What others write between two steps, as when weights are loaded, is
+    no update: where it leaves what is held, that is what the map does from then on, and a warning says so.
 
     Args:
         optimizer: whose steps are corrected, after its own scaling and weight decay.
@@ -80,11 +84,15 @@ class Protection:
         held: what is held of each; looked up in every step, so that it may grow.
     """
 
-    def __init__(self, optimizer: Optimizer, linears: Mapping[str, nn.Linear], held: Mapping[str, Held]) -> None:
+    def __init__(self, optimizer: Optimizer, linears: Mapping[str, nn.Linear], held: MutableMapping[str, Held]) -> None:
         self._linears, self._held = linears, held
         self._near: dict[str, tuple[Held, Tensor, Tensor]] = {}
+        self._left: dict[str, list[tuple[int, int]]] = {}  # the marks of a map as the last step left it
         self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
-        self._handle = optimizer.register_step_post_hook(self._correct)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._notice),
+            optimizer.register_step_post_hook(self._correct),
+        ]
 
     @property
     def active(self) -> bool:
@@ -97,7 +105,8 @@ class Protection:
 
     def remove(self) -> None:
         """Let the optimizer go where it likes again."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._optimizer = lambda: None
         self._near.clear()
 
@@ -111,6 +120,20 @@ class Protection:
         """End it."""
         self.remove()
 
+    def _notice(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        written = [name for name, linear in self._linears.items() if self._left.get(name) != _marks(linear)]
+        strayed = [name for name in written if self._held[name].strayed(self._linears[name]) > _STRAYED]
+        for name in strayed:
+            self._held[name] = Held.of(self._linears[name], self._held[name].space)
+        if strayed:
+            told = ", ".join(strayed[:6]) + (", …" if len(strayed) > 6 else "")
+            warnings.warn(
+                f"weights were changed in protected directions by something else than this optimizer, at {told}: "
+                "earlier tasks are changed already, and what these weights do now is held. Train under `protect` from "
+                "the first observed task on, and load the weights that it was observed with.",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def _correct(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, linear in self._linears.items():
@@ -121,6 +144,7 @@ class Protection:
                 linear.weight.copy_(matrix[:, : linear.in_features])
                 if linear.bias is not None:
                     linear.bias.copy_(matrix[:, -1])
+            self._left[name] = _marks(linear)
 
     def _beside(self, name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """Return U and the response on the device of the map, which is moved at most once."""
@@ -130,6 +154,11 @@ class Protection:
             basis, response = held.space.basis.to(matrix), held.response.to(matrix)
             self._near[name] = held, basis, response
         return basis, response
+
+
+def _marks(linear: nn.Linear) -> list[tuple[int, int]]:
+    """Return what changes when somebody writes to a map's parameters, or puts others in their place."""
+    return [(parameter.data_ptr(), parameter._version) for parameter in linear.parameters()]
 
 
 @torch.no_grad()

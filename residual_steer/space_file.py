@@ -48,10 +48,10 @@ def parse_space(
         point = state["points"][key]
         try:
             basis, response, shares[key] = point["basis"], point["response"], [float(s) for s in point["shares"]]
-            sizes = (tuple(basis.shape), tuple(response.shape))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            sizes, dimensions = (tuple(basis.shape), tuple(response.shape)), basis.shape[1]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise SteerError(f"the state of {key} is damaged ({type(error).__name__}: {error}).") from error
-        if sizes != ((inputs, sizes[0][-1]), (outputs, sizes[0][-1])) or sizes[0][-1] > inputs:
+        if sizes != ((inputs, dimensions), (outputs, dimensions)) or dimensions > inputs:
             raise SteerError(
                 f"this state belongs to a model of other sizes: at {key} it has {sizes[0]} and {sizes[1]}, where this "
                 f"model has {inputs} inputs and {outputs} outputs. Steer with the same rank."
