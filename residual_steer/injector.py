@@ -6,7 +6,8 @@ dict stay as they are, and `copy.deepcopy` and pickling carry it along without a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -49,6 +50,7 @@ class Injector(nn.Module):
         self._compute_dtype = bulk_dtype(host)
         self._host = (host,)  # in a tuple, since a module would become a child
         self._entered: Tensor | None = None
+        self._see: Callable[[Tensor, torch.dtype], None] | None = None
         self._versions: list[tuple[Tensor, int]] | None = None
         host.add_module(self.key, self)
         self.train(host.training)
@@ -100,6 +102,19 @@ class Injector(nn.Module):
             self._every = self._some if self._some is not None and acting == fields else Blend.of(mix, fields, tables)
         self._on = bool(acting) or self._every is not None
 
+    @contextlib.contextmanager
+    def shown(self, see: Callable[[Tensor, torch.dtype], None]) -> Iterator[None]:
+        """Show every stream that the fields here are about to read, and the dtype in which they compute.
+
+        Args:
+            see: called with both; what it raises reaches whoever called the model.
+        """
+        before, self._see = self._see, see
+        try:
+            yield
+        finally:
+            self._see = before
+
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """M(z) + λ·H(z): eq. 1 with M the whole block, the mixer or the mlp."""
         if not self._on:
@@ -116,6 +131,8 @@ class Injector(nn.Module):
         Raises:
             SteerError: the batch does not fit the rows of the mix.
         """
+        if self._see is not None:
+            self._see(z, self._compute_dtype)
         if self._every is not None and torch.compiler.is_compiling():
             return self._every.add_to(y, z, self._compute_dtype, self.fields)
         if self._some is not None:
@@ -174,7 +191,7 @@ class Injector(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what belongs to a call, or was left by one that failed."""
-        return {**self.__dict__, "_entered": None, "_versions": None}
+        return {**self.__dict__, "_entered": None, "_see": None, "_versions": None}
 
     def extra_repr(self) -> str:
         """Name the site and what acts."""

@@ -38,6 +38,7 @@ __all__ = ["fit"]
 
 # What a run may be resumed with another value of: it does not change the weights.
 _FREE = {"cache_limit", "cache_prefix", "checkpoint_every", "eval_every", "log_every", "progress", "resume", "trackers"}
+_NO_VALUE = {"protect"}  # its state is in the checkpoint
 
 
 def fit(
@@ -138,6 +139,8 @@ class _Run:
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.sampler = getattr(getattr(train, "batch_sampler", None), "sampler", None)
         self.train = train
+        self.bare = optimizer  # not as accelerate wraps it
+        self.protection: Any = None
         self.wrapped, self.optimizer, loader = self._prepare(model, optimizer, train)
         self.stream = BatchStream(loader)
         self.prefix = self._make_prefix(loss) if options.cache_prefix is not False else None
@@ -158,6 +161,8 @@ class _Run:
 
     def close(self) -> None:
         """Give the optimizer its learning rates back, and the user's loader its sampler, which accelerate replaced."""
+        if self.protection is not None:
+            self.protection.remove()
         self._set_rates(1.0)
         self.stream.close()
         if self.prefix is not None:
@@ -176,6 +181,8 @@ class _Run:
         """Run from the start, or from a checkpoint, to the last step."""
         if resumed is not None:
             self._restore(resumed)
+        if self.options.protect is not None:  # last, with the weights and the device that the steps begin with
+            self.protection = self.options.protect.protect(self.bare)
         if self.folder is not None and self.accelerator.is_main_process:
             make_folder(self.folder)
         self.accelerator.wait_for_everyone()
@@ -322,6 +329,7 @@ class _Run:
             "model": {**self.trained, **self.buffers},  # what trains, and the buffers beside it
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "protect": self.options.protect.state_dict() if self.options.protect is not None else None,
         }
         own = {"random": randomness.get_state(), "stream": self.stream.state()}
         accelerator = self.accelerator
@@ -356,6 +364,8 @@ class _Run:
                 f"the optimizer's state in {path} does not fit this optimizer ({error}). Resume with one made as the "
                 "first was."
             ) from error
+        if self.options.protect is not None:
+            self.options.protect.load_state_dict(shared["protect"])
         with torch.no_grad():
             for key, tensor in here.items():
                 tensor.copy_(there[key])
@@ -380,7 +390,9 @@ def _find_resumable(folder: Path | None, options: FitOptions) -> Path | None:
 
 
 def _identity(options: FitOptions) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(options).items() if key not in _FREE}
+    names = [field.name for field in dataclasses.fields(options) if field.name not in _FREE | _NO_VALUE]
+    protector = None if options.protect is None else type(options.protect).__name__
+    return {**{name: getattr(options, name) for name in names}, "protect": protector}
 
 
 def _check_loader(name: str, loader: Any) -> None:

@@ -7,11 +7,27 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from torch.optim import Optimizer
 
 from residual_steer.errors import SteerError
 
-__all__ = ["FitOptions"]
+__all__ = ["FitOptions", "Protector"]
+
+
+@runtime_checkable
+class Protector(Protocol):
+    """What keeps an optimizer from some directions, such as `residual_steer.continual.NullSpace`."""
+
+    def protect(self, optimizer: Optimizer) -> Any:
+        """Correct every step of an optimizer, until `remove()` of what this returns."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values, for a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,8 @@ class FitOptions:
             them, row by row: in memory if True, or in a folder that later runs with the same frozen weights, data and
             precision read too. The losses stay the same to rounding; what would change them is refused.
         cache_limit: largest size of that, in GiB.
+        protect: a `continual.NullSpace`, or another `Protector`: it corrects the optimizer's steps for as long as the
+            run goes on, is saved with its checkpoints, and comes back from them.
         trackers: accelerate's trackers, such as `("tensorboard",)`.
         progress: show a progress bar.
 
@@ -54,6 +72,7 @@ class FitOptions:
     resume: bool = False
     cache_prefix: bool | str | os.PathLike[str] = False
     cache_limit: float = 4.0
+    protect: Protector | None = None
     trackers: Sequence[str] = ()
     progress: bool = True
 
@@ -80,6 +99,8 @@ class FitOptions:
             raise SteerError("`clip` is the largest norm of the gradient, above 0, or None never to clip; received 0.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
             raise SteerError(f"`seed` is an integer from 0 to 2**32 - 1, or None; received {self.seed!r}.")
+        if self.protect is not None and (isinstance(self.protect, type) or not isinstance(self.protect, Protector)):
+            raise SteerError(f"`protect` is a residual_steer.continual.NullSpace or None; received {self.protect!r}.")
         if isinstance(self.trackers, str) or not all(isinstance(name, str) for name in self.trackers):
             raise SteerError(f"`trackers` is a list of names; received {self.trackers!r}.")
 

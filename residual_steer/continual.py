@@ -1,0 +1,335 @@
+"""Learning task after task without forgetting: a field moves only where the features of earlier tasks are not (eq. 6).
+
+As printed, eq. 6 gives zero for every covariance that can be inverted. So the null space is the eigenspace outside the
+leading directions, as in gradient projection memory (GPM, arXiv 2103.09762) and Adam-NSCL (arXiv 2103.07113), and
+what is projected is the update, after the optimizer's own scaling and weight decay.
+
+Where it is exact, it is so by induction over the blocks: while the stream z of an old task enters a block as it did,
+an update of [W_down, b_down] that is orthogonal to every [z, 1] leaves the hidden units h, one of [W_up, b_up] that is
+orthogonal to every [h, 1] leaves H(z), and so the stream enters the next block as it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import SteerError
+from .field import HRes
+from .passes import Batch, batches, reading, require_finite, tokens_of
+from .protection import Held, Protection, inputs_of, unwrapped
+from .report.table import Cell, Column, Table
+from .space_file import FORMAT, parse_space, read_space, write_space
+from .state import Steering, steering_of
+from .subspace import SecondMoment, Subspace
+
+__all__ = ["NullSpace"]
+
+
+class NullSpace:
+    """The directions in which a field can still learn without changing what it does on the tasks seen so far.
+
+    A field has two projections at every steered block, `blocks.3.down` and `blocks.3.up`. What enters each, [z, 1] and
+    [σ(W_down·z + b_down), 1], spans directions that later updates must leave alone. They are found task by task: those
+    that hold `energy` of that task's energy, what earlier tasks keep counted in (GPM). So a task with many tokens does
+    not swamp one with few, as it would in one covariance of all, and every task keeps its share.
+
+    It speaks of the field alone: what trains along with it (`steer(..., train=...)`), such as a head, is not protected.
+    Give every task a head of its own, or keep the head still.
+
+    Args:
+        model: a steered model.
+        energy: the part of the features' energy to protect, above 0 and up to 1. 1 protects all that the numbers can
+            tell from zero; where that is not everything, what the model computes on the old tasks stays the same.
+        name: which field; None is the one that acts.
+
+    Raises:
+        SteerError: the model is not steered, has no such field, or `energy` is out of range.
+
+    >>> space = NullSpace(model)
+    >>> for task in tasks:
+    ...     rs.fit(model, task, steps=500, protect=space)
+    ...     space.observe(task)
+    """
+
+    def __init__(self, model: nn.Module, energy: float = 0.999, *, name: str | None = None) -> None:
+        _, state = steering_of(model)
+        if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+            raise SteerError(f"`energy` is a number above 0 and up to 1; received {energy!r}.")
+        self.energy, self.name = float(energy), state.name_of(name)
+        self._model = model
+        linears = self._linears()
+        self._held = {key: Held.of(linear, Subspace.nothing(inputs_of(linear))) for key, linear in linears.items()}
+        self._shares: dict[str, list[float]] = {key: [] for key in linears}
+        self._protections: list[Protection] = []
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks were observed."""
+        return len(next(iter(self._shares.values())))
+
+    @property
+    def left(self) -> dict[str, int]:
+        """How many dimensions every projection has left to learn in, by its point: `{"blocks.0.down": 51, …}`."""
+        return {key: held.space.left for key, held in self._held.items()}
+
+    def observe(self, loader: Iterable[Any], *, padding: bool = False) -> None:
+        """Take in a task, in one pass over its data: from now on its features are protected.
+
+        Every projection gets the sums of x·xᵀ over its inputs x, `(inputs, inputs)` in fp64; no features are kept.
+        The pass is in evaluation mode and changes nothing in the model. Call it once for each task, when it has been
+        learned, with the fields selected as the task uses them. Where several processes train, each of them observes
+        all of the data.
+
+        Args:
+            loader: batches as in `fit`: dicts, pairs `(x, y)`, or x alone.
+            padding: whether tokens that a dict's `attention_mask` leaves out count too. They do not need to where the
+                model lets no real token see them, as in attention, or behind the text in a causal model. Say True for
+                a recurrent model that is given padding in front of the text and ignores the mask. In an
+                encoder-decoder every token counts, since the mask is not that of both halves.
+
+        Raises:
+            SteerError: the loader is empty, a feature is NaN or infinite, no token counts, the field does not act, or
+                it acts on some rows only. Nothing was taken in then, as after an error of the loader's or model's own.
+
+        Warns:
+            UserWarning: a projection has no dimension left.
+        """
+        base, state = self._steering()
+        if self.name not in state.mix.names or state.mix.rows is not None:
+            raise SteerError(
+                f"the field {self.name!r} is observed where it acts on every row; now acting: {state.mix}. Select it "
+                f"with residual_steer.use(model, {self.name!r})."
+            )
+        linears = self._linears()
+        moments = {
+            key: SecondMoment(inputs_of(linear), linear.bias is not None, linear.weight.device)
+            for key, linear in linears.items()
+        }
+        self._pass(base, state, moments, loader, padding)
+        unseen = [key for key, moment in moments.items() if not moment.count]
+        if unseen:
+            raise SteerError(
+                f"no token of this task entered {', '.join(unseen)}: all were padding, or the block was not called. "
+                "Give data with tokens that count, or `padding=True`."
+            )
+        spaces = {key: self._held[key].space.extend(moment.sum, self.energy) for key, moment in moments.items()}
+        full = [key for key, space in spaces.items() if not space.left and self._held[key].space.left]
+        for key, space in spaces.items():
+            self._held[key] = self._held[key].extended(linears[key], space)
+            self._shares[key].append(space.share(moments[key].sum))
+        self._warn(full)
+
+    def protect(self, optimizer: Optimizer) -> Protection:
+        """Project every update that an optimizer makes to the field onto the null space of what was observed.
+
+        This is done behind its steps, whatever it does in them: momentum, scaling, weight decay. Costs 4·outputs·
+        inputs·protected operations a projection and step. Before the first task was observed nothing is held. What is
+        observed later is held from then on. `fit(..., protect=space)` calls it.
+
+        Args:
+            optimizer: one of torch, which holds the parameters of the field, of both projections or of one, and both
+                weight and bias of each; or accelerate's around it.
+
+        Returns:
+            A handle: `remove()` it, or use it in a `with`.
+
+        Raises:
+            SteerError: it is no optimizer, holds nothing of the field, holds a bias without its weight or a weight
+                without its bias, or is protected by this space already.
+
+        Warns:
+            UserWarning: a projection has no dimension left; in a step, that the field was changed otherwise since it
+                was observed, so that what is held from then on is what it does now.
+        """
+        self._steering()
+        inner = unwrapped(optimizer)
+        self._protections = [protection for protection in self._protections if protection.active]
+        if any(protection.covers(inner) for protection in self._protections):
+            raise SteerError("this NullSpace protects from this optimizer already. Call `remove()` of that first.")
+        linears = self._optimized(inner)
+        self._warn([key for key in linears if not self._held[key].space.left])
+        protection = Protection(inner, linears, self._held)
+        self._protections.append(protection)
+        return protection
+
+    def report(self) -> Table:
+        """Return what is protected and what is left, projection by projection."""
+        rows: list[dict[str, Cell]] = []
+        for key, held in self._held.items():
+            inputs, protected = held.space.basis.shape
+            share = min(self._shares[key], default=None)
+            rows.append({"point": key, "inputs": inputs, "held": protected, "left": inputs - protected, "share": share})
+        notes = ["The bias is one of the dimensions.", "What trains along with the field, such as a head, is not held."]
+        columns = (
+            Column("point", "projection"),
+            Column("inputs", "dimensions"),
+            Column("held", "protected"),
+            Column("left", "left"),
+            Column("share", "energy protected, least of all tasks", digits=6),
+        )
+        title = f"Null space of field {self.name!r} after {self._counted()}"
+        return Table(f"{title}, energy {self.energy:g}", columns, tuple(rows), tuple(notes))
+
+    def __str__(self) -> str:
+        """Write the report as text."""
+        from .report.markdown import table_markdown
+
+        return "\n\n".join(table_markdown(self.report()))
+
+    def __repr__(self) -> str:
+        left = self.left.values()
+        return f"<NullSpace of {self.name!r}: {self._counted()}, {min(left)} to {max(left)} dimensions left>"
+
+    def _counted(self) -> str:
+        return f"{self.tasks} task{'s' * (self.tasks != 1)}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the directions that are held, and what the field makes of them, as tensors and plain values."""
+        points = {
+            key: {"basis": held.space.basis, "response": held.response, "shares": list(self._shares[key])}
+            for key, held in self._held.items()
+        }
+        return {**self._where(), "points": points}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned, in place of what was observed here.
+
+        Raises:
+            SteerError: it belongs to another backbone, site, rank, width or energy, or is damaged. Nothing has changed.
+        """
+        where = self._where()
+        shapes = {key: (linear.out_features, inputs_of(linear)) for key, linear in self._linears().items()}
+        held, shares = parse_space(state, where, shapes)
+        self._held.update(held)
+        self._shares.update(shares)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as one safetensors file, whole or not at all.
+
+        Raises:
+            SteerError: it cannot be written; what was there before is untouched.
+        """
+        write_space(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what `save` wrote, for a model that has the weights of the field already.
+
+        Raises:
+            SteerError: the file is missing or damaged, or belongs to another model. Nothing has changed.
+        """
+        self.load_state_dict(read_space(path))
+
+    def _where(self) -> dict[str, Any]:
+        """Return what a state has to agree with."""
+        _, state = self._steering()
+        site = state.specs[self.name].site
+        return {"format": FORMAT, "backbone": state.backbone.name, "site": site, "energy": self.energy}
+
+    def _steering(self) -> tuple[nn.Module, Steering]:
+        """Return the steered module and its steering, still with the field that this space was made for.
+
+        Raises:
+            SteerError: the field is gone, or is another one by now.
+        """
+        base, state = steering_of(self._model)
+        name = state.name_of(self.name)
+        found = {key: (linear.out_features, inputs_of(linear)) for key, linear in self._linears().items()}
+        made = {key: (len(held.response), len(held.space.basis)) for key, held in self._held.items()}
+        if found != made:
+            raise SteerError(f"the field {name!r} is not the one that this NullSpace was made for. Make a new one.")
+        return base, state
+
+    def _linears(self) -> dict[str, nn.Linear]:
+        """Return the projections of the field by the names of their points."""
+        _, state = steering_of(self._model)
+        return {
+            f"blocks.{index}.{side}": linear
+            for index, field in state.fields(self.name).items()
+            for side, linear in (("down", field.down), ("up", field.up))
+        }
+
+    def _optimized(self, optimizer: Optimizer) -> dict[str, nn.Linear]:
+        """Return the projections that an optimizer holds.
+
+        Raises:
+            SteerError: it holds none, or half of one.
+        """
+        there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        found = {}
+        for key, linear in self._linears().items():
+            mine = [id(parameter) in there for parameter in linear.parameters()]
+            if any(mine) and not all(mine):
+                raise SteerError(
+                    f"weight and bias of a projection are projected together, and this optimizer holds one of "
+                    f"{key} without the other. Give it residual_steer.parameters(model)."
+                )
+            if all(mine):
+                found[key] = linear
+        if not found:
+            raise SteerError(
+                f"this optimizer holds no parameter of field {self.name!r}. Give it residual_steer.parameters(model)."
+            )
+        return found
+
+    def _pass(
+        self,
+        base: nn.Module,
+        state: Steering,
+        moments: Mapping[str, SecondMoment],
+        loader: Iterable[Any],
+        padding: bool,
+    ) -> None:
+        """Run a loader through the model and add what enters every projection to its moment."""
+        masks: list[Tensor | None] = [None]  # of the batch that is running
+
+        def see(index: int, field: HRes, z: Tensor, dtype: torch.dtype) -> None:
+            x = tokens_of(z, field.channels, masks[0]).to(dtype)
+            for side, features in (("down", x), ("up", field.hidden(x, dtype))):
+                require_finite(f"what enters blocks.{index}.{side}", features)
+                moments[f"blocks.{index}.{side}"].add(features)
+
+        with reading(base), _eagerly(base), contextlib.ExitStack() as stack:
+            site = state.specs[self.name].site
+            for index, field in state.fields(self.name).items():
+                stack.enter_context(state.injectors[site, index].shown(partial(see, index, field)))
+            for batch in batches(base, loader):
+                masks[0] = None if padding else _mask(base, batch)
+                batch.run(base)
+
+    def _warn(self, full: list[str]) -> None:
+        if full:
+            warnings.warn(
+                f"no room is left for another task at {_listed(full)} of field {self.name!r}: all directions are "
+                "protected, and nothing there will learn. Lower `energy`, or steer with a larger rank.",
+                stacklevel=3,
+            )
+
+
+def _mask(model: nn.Module, batch: Batch) -> Tensor | None:
+    # An encoder's mask says nothing of the decoder's tokens, even where they happen to be as many.
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return None if two else batch.mask
+
+
+@contextlib.contextmanager
+def _eagerly(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled as it was written, so that it can be looked into."""
+    compiled = any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")

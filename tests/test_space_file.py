@@ -1,0 +1,132 @@
+"""The state of a null space: it comes back as it was, and what does not belong or is damaged is refused."""
+
+import copy
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import residual_steer as rs
+from fields import IMAGES, shake, vit
+from residual_steer.continual import NullSpace
+from residual_steer.space_file import read_space
+
+
+def observed(energy=1.0, rank=20, tasks=1, **options):
+    model = shake(rs.steer(vit(), rank=rank, layers=[0, 2], **options))
+    space = NullSpace(model, energy)
+    for task in range(tasks):
+        space.observe([IMAGES[:1] + task])
+    return model, space
+
+
+def assert_same(one, other):
+    assert one.tasks == other.tasks
+    assert one.report() == other.report()
+    a, b = one.state_dict()["points"], other.state_dict()["points"]
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key][part], b[key][part]) for key in a for part in ("basis", "response"))
+
+
+def test_it_comes_back_and_goes_on(tmp_path):
+    model, space = observed(tasks=2)
+    space.save(tmp_path / "deep" / "null.safetensors")
+    other = NullSpace(model, 1.0)
+    other.load(str(tmp_path / "deep" / "null.safetensors"))
+    assert_same(space, other)
+    for each in (space, other):
+        each.observe([IMAGES[:1].flip(-1)])
+    assert_same(space, other)
+    assert space.tasks == 3
+    empty = NullSpace(model, 1.0)
+    other.load_state_dict(empty.state_dict())
+    assert_same(empty, other)
+
+
+def test_a_state_is_a_copy():
+    _, space = observed()
+    state = copy.deepcopy(space.state_dict())
+    given = space.state_dict()
+    space.load_state_dict(given)
+    given["points"]["blocks.0.up"]["basis"].zero_()
+    given["points"]["blocks.0.up"]["shares"].append(0.5)
+    assert space.tasks == 1
+    assert torch.equal(space.state_dict()["points"]["blocks.0.up"]["basis"], state["points"]["blocks.0.up"]["basis"])
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (lambda: observed(energy=0.9)[1], r"energy 1\.0, here 0\.9"),
+        (lambda: observed(site="mlp")[1], r"site 'block', here 'mlp'"),
+        (lambda: observed(rank=7, tasks=0)[1], r"other sizes: at blocks\.0\.down .* 7 outputs"),
+        (lambda: observed(bias=False)[1], r"other sizes: at blocks\.0\.down .* 32 inputs"),
+        (lambda: NullSpace(rs.steer(vit(), rank=20), 1.0), r"projections blocks\.0\.down.*, here .* and 2 more"),
+    ],
+)
+def test_it_belongs_to_one_kind_of_field(other, match):
+    _, space = observed()
+    there = other()
+    before = there.report()
+    with pytest.raises(rs.SteerError, match=match):
+        there.load_state_dict(space.state_dict())
+    assert there.report() == before
+
+
+def _set(path, value):
+    def change(state):
+        *way, last = path
+        for key in way:
+            state = state[key]
+        state[last] = value(state[last]) if callable(value) else value
+
+    return change
+
+
+DAMAGE = [
+    (_set(["format"], 2), "another version"),
+    (_set(["points"], []), "another version"),
+    (_set(["points", "blocks.0.up"], {}), r"blocks\.0\.up is damaged \(KeyError"),
+    (_set(["points", "blocks.0.up", "basis"], "text"), r"blocks\.0\.up is damaged"),
+    (_set(["points", "blocks.0.up", "basis"], lambda t: 2 * t), "not orthonormal"),
+    (_set(["points", "blocks.0.up", "basis"], lambda t: t * float("nan")), "not orthonormal"),
+    (_set(["points", "blocks.0.up", "basis"], torch.tensor(1.0)), "damaged|other sizes"),
+    (_set(["points", "blocks.0.up", "response"], lambda t: t * float("inf")), "not finite"),
+    (_set(["points", "blocks.0.up", "response"], lambda t: t[:, :1]), "other sizes"),
+    (_set(["points", "blocks.0.up", "shares"], [0.1, 0.2]), "different numbers of tasks"),
+]
+
+
+@pytest.mark.parametrize(("change", "match"), DAMAGE)
+def test_what_is_damaged_is_refused(change, match):
+    _, space = observed()
+    state = copy.deepcopy(space.state_dict())
+    change(state)
+    with pytest.raises(rs.SteerError, match=match):
+        space.load_state_dict(state)
+    assert space.tasks == 1
+
+
+def test_files_that_are_none(tmp_path):
+    _, space = observed()
+    place = tmp_path / "null.safetensors"
+    with pytest.raises(rs.SteerError, match="could not read"):
+        space.load(place)
+    space.save(place)
+    whole = place.read_bytes()
+    for content in (b"", whole[:100], whole[:-8], b"\xff" * 64):
+        place.write_bytes(content)
+        with pytest.raises(rs.SteerError, match="is damaged or was not written by"):
+            space.load(place)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, place)
+    with pytest.raises(rs.SteerError, match="is damaged or was not written by"):
+        space.load(place)
+    tensors = safetensors.torch.load(whole)
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]
+    tensors.pop("blocks.2.up.basis")
+    place.write_bytes(safetensors.torch.save(tensors, header))
+    with pytest.raises(rs.SteerError, match=r"KeyError: 'blocks\.2\.up\.basis'"):
+        space.load(place)
+    place.write_bytes(whole)
+    assert read_space(place)["energy"] == 1.0
