@@ -49,6 +49,8 @@ class NullSpace:
         model: a steered model.
         energy: the part of the features' energy to protect, above 0 and up to 1. 1 protects all that the numbers can
             tell from zero; where that is not everything, what the model computes on the old tasks stays the same.
+            Energy is not importance: where a few directions of the stream are far larger than all others, as in large
+            language models, even a share close to 1 leaves much of what the field reads to later tasks.
         name: which field; None is the one that acts.
 
     Raises:
@@ -168,7 +170,10 @@ class NullSpace:
             inputs, protected = held.space.basis.shape
             share = min(self._shares[key], default=None)
             rows.append({"point": key, "inputs": inputs, "held": protected, "left": inputs - protected, "share": share})
-        notes = ["The bias is one of the dimensions.", "What trains along with the field, such as a head, is not held."]
+        spec = self._steering()[1].specs[self.name]
+        notes = ["The 1 of a bias is one of the dimensions."] if spec.bias else []
+        if spec.train:
+            notes.append(f"Not protected, since it trains along with the field: {_listed(list(spec.train))}.")
         columns = (
             Column("point", "projection"),
             Column("inputs", "dimensions"),

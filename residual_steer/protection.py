@@ -52,6 +52,10 @@ class Held:
         matrix = _matrix(linear).cpu().double()
         return float((matrix @ self.space.basis - self.response).norm() / matrix.norm().clamp_min(1e-30))
 
+    def lost(self, linear: nn.Linear) -> bool:
+        """Say whether a map is further from what it is held to than its type can round."""
+        return self.strayed(linear) > max(_STRAYED, 4 * torch.finfo(linear.weight.dtype).eps)
+
 
 def inputs_of(linear: nn.Linear) -> int:
     """Return the inputs of a map; a bias is one more, which is always 1."""
@@ -122,7 +126,7 @@ class Protection:
 
     def _notice(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         written = [name for name, linear in self._linears.items() if self._left.get(name) != _marks(linear)]
-        strayed = [name for name in written if self._held[name].strayed(self._linears[name]) > _STRAYED]
+        strayed = [name for name in written if self._held[name].lost(self._linears[name])]
         for name in strayed:
             self._held[name] = Held.of(self._linears[name], self._held[name].space)
         if strayed:

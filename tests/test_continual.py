@@ -390,5 +390,6 @@ def test_the_report():
     text = str(space)
     assert "after 1 task, energy 0.99" in text
     assert "blocks.1.up" in text
-    assert "not held" in text
+    assert "Not protected, since it trains along with the field: head.weight, head.bias" in text
+    assert not NullSpace(steered("timm-vit", bias=False)).report().notes
     assert repr(space).startswith("<NullSpace of 'default': 1 task, ")

@@ -146,6 +146,20 @@ def test_a_step_that_the_scaler_skips_changes_nothing():
     assert np.abs((matrix(linear) - before) @ basis(7, 3).numpy()).max() < 1e-6
 
 
+def test_in_bf16_rounding_is_not_taken_for_a_change():
+    linear = layer().bfloat16()
+    held = {"p": Held.of(linear, Subspace(basis(7, 3)))}
+    first = held["p"]
+    for _ in range(2):  # the second begins with what the first has rounded
+        optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+        with Protection(optimizer, {"p": linear}, held):
+            optimizer.zero_grad()
+            linear(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+    assert 0 < first.strayed(linear) < 0.01
+    assert held["p"] is first
+
+
 def test_a_copied_optimizer_and_one_that_is_gone():
     linear = layer()
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
