@@ -19,9 +19,9 @@ from residual_steer.passes import Batch
 from residual_steer.report import Axis, Column, Measured, Plot, Series, Table
 
 from .attention import counts_of, keys_of, real
+from .looks import Keys
 from .pairs import SIDES, compared
 from .queries import prefix_tokens
-from .watching import Keys
 
 __all__ = ["StreamEnergy", "hopfield_energy", "stream_energy"]
 

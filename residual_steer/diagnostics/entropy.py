@@ -18,9 +18,9 @@ from residual_steer.passes import Batch
 from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .attention import counts_of, maps_of, real
+from .looks import Map
 from .pairs import SIDES, compared
 from .queries import prefix_tokens, query_of
-from .watching import Map
 
 __all__ = ["AttentionEntropy", "attention_entropy"]
 
