@@ -45,17 +45,15 @@ def keys_of(pair: Pair, batch: Batch) -> dict[str, list[Keys]]:
     return _alike({side: [x for x in _look(pair, side, batch, True) if isinstance(x, Keys)] for side in SIDES})
 
 
-def real(x: Tensor, batch: Batch, length: int, prefix: int) -> Tensor:
+def real(x: Tensor, length: int, prefix: int) -> Tensor:
     """Return what is known of the queries that are tokens of the batch, `(rows, heads, length)`, in their order.
 
     Args:
         x: a number for every query, `(rows, heads, queries)`.
-        batch: their batch.
         length: how many queries the reference has.
         prefix: how many tokens stand before those of an image.
     """
-    where = places(batch, length, x.shape[2], prefix, x.device)
-    return x.gather(2, where[:, None].expand(-1, x.shape[1], -1))
+    return x.index_select(2, places(length, x.shape[2], prefix, x.device))
 
 
 def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> Sequence[Map | Keys]:
@@ -95,7 +93,7 @@ def _watching(model: nn.Module, backbone: Backbone, keys: bool) -> Iterator[Look
     for index, block in enumerate(backbone.blocks):
         enter, leave = looks.around(index)
         handles.append(block.register_forward_pre_hook(enter, prepend=True))
-        handles.append(block.register_forward_hook(leave, always_call=True))
+        handles.append(block.register_forward_hook(leave))
     try:
         with watching_transformers(model, backbone, looks), watching_timm(model, looks), watching_torch(model, looks):
             yield looks
