@@ -97,6 +97,17 @@ def test_lemma_2_holds_up_to_the_first_steered_block(name, layers, site, untouch
     assert f"first {untouched} of 2" in measured.table().notes[1]
 
 
+@torch.no_grad()
+def test_maps_are_equal_only_if_they_are_in_every_batch():
+    frozen = sharp(case_of("gpt2"))
+    model = copy.deepcopy(frozen)
+    model.transformer.wte.weight[9] += 1
+    with_it, without = torch.tensor([[9, 4, 5]]), torch.tensor([[4, 5, 6]])
+    assert attention_entropy(model, [without], reference=frozen).untouched == 2
+    for loader in ([with_it, without], [without, with_it]):
+        assert attention_entropy(model, loader, reference=frozen).equal == (False, False)
+
+
 def padded():
     """Return four texts of different lengths, padded on the right, the left and on both sides."""
     torch.manual_seed(5)
@@ -297,10 +308,15 @@ def test_a_class_token_of_another_tower_is_not_asked():
     model = CLIPModel(CLIPConfig(text_config=texts, vision_config=images, projection_dim=4)).eval()
     backbone = rs.find_backbone(model.text_model)
     steered(model, arch=rs.Backbone(blocks=backbone.blocks, width=16, path="text_model"))
+    model.config.text_config._attn_implementation = "eager"
+    model.config.vision_config._attn_implementation = "sdpa"
     batch = {"input_ids": torch.randint(3, 50, (2, 6)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    model(**batch)
+    quiet = traces(model)
     measured = attention_entropy(model, [batch])
     assert measured.query == "all"
     assert measured.queries == 12
+    assert traces(model) == quiet
     assert measured.blocks == (0,)
 
 

@@ -117,6 +117,17 @@ def test_a_field_changes_what_the_next_block_remembers(layers, site, untouched):
     assert f"equal in the first {untouched} of 2" in measured.plot().notes[0]
 
 
+@torch.no_grad()
+def test_steps_are_equal_only_if_they_are_in_every_batch():
+    frozen = sharp(case_of("mamba"))
+    model = copy.deepcopy(frozen)
+    model.get_input_embeddings().weight[9] += 1
+    with_it, without = torch.tensor([[9, 4, 5]]), torch.tensor([[4, 5, 6]])
+    assert memory_length(model, [without], reference=frozen).untouched == 2
+    for loader in ([with_it, without], [without, with_it]):
+        assert memory_length(model, loader, reference=frozen).equal == (False, False)
+
+
 def padded():
     torch.manual_seed(5)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])

@@ -1,8 +1,13 @@
-"""The attention maps of a batch, or its queries and keys, of the frozen and of the adapted model."""
+"""The attention maps of a batch, or its queries and keys, of the frozen and of the adapted model.
+
+Each library is asked in its own way, and everything is put back. What runs meanwhile is the arithmetic of eager
+attention, which agrees with other implementations to rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -11,9 +16,11 @@ from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
 from residual_steer.passes import Batch, require_finite
 
+from .looks import Keys, Looks, Map
 from .pairs import SIDES, Pair
 from .queries import chosen, places
-from .watching import Keys, Map, Watch
+from .watching_torch import watching_timm, watching_torch
+from .watching_transformers import watching_transformers
 
 __all__ = ["counts_of", "keys_of", "maps_of", "real"]
 
@@ -38,17 +45,15 @@ def keys_of(pair: Pair, batch: Batch) -> dict[str, list[Keys]]:
     return _alike({side: [x for x in _look(pair, side, batch, True) if isinstance(x, Keys)] for side in SIDES})
 
 
-def real(x: Tensor, batch: Batch, length: int, prefix: int) -> Tensor:
+def real(x: Tensor, length: int, prefix: int) -> Tensor:
     """Return what is known of the queries that are tokens of the batch, `(rows, heads, length)`, in their order.
 
     Args:
         x: a number for every query, `(rows, heads, queries)`.
-        batch: their batch.
         length: how many queries the reference has.
         prefix: how many tokens stand before those of an image.
     """
-    where = places(batch, length, x.shape[2], prefix, x.device)
-    return x.gather(2, where[:, None].expand(-1, x.shape[1], -1))
+    return x.index_select(2, places(length, x.shape[2], prefix, x.device))
 
 
 def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> Sequence[Map | Keys]:
@@ -64,9 +69,9 @@ def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> Sequence[Map | Key
                 f"attention is measured in one stack of blocks, and this {type(model).__name__} has an encoder and a "
                 "decoder that attends to it. Steer and measure one of them: model.get_encoder()."
             )
-        with Watch(model, backbone, keys=keys) as watch:
+        with _watching(model, backbone, keys) as seen:
             batch.run(model)
-            looks = watch.take()
+    looks = seen.found
     if not looks:
         raise SteerError(_why_nothing(backbone, keys))
     for look in looks:
@@ -81,11 +86,27 @@ def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> Sequence[Map | Key
     return looks
 
 
+@contextlib.contextmanager
+def _watching(model: nn.Module, backbone: Backbone, keys: bool) -> Iterator[Looks]:
+    """Look at every attention that is called inside a block."""
+    looks, handles = Looks(keys), []
+    for index, block in enumerate(backbone.blocks):
+        enter, leave = looks.around(index)
+        handles.append(block.register_forward_pre_hook(enter, prepend=True))
+        handles.append(block.register_forward_hook(leave))
+    try:
+        with watching_transformers(model, backbone, looks), watching_timm(model, looks), watching_torch(model, looks):
+            yield looks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _has_two_stacks(module: nn.Module) -> bool:
-    two = isinstance(getattr(module, "encoder", None), nn.Module) and isinstance(
-        getattr(module, "decoder", None), nn.Module
-    )
-    return two and bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+    """Say whether a module is an encoder-decoder of transformers; a stack of one has its config, and stands alone."""
+    stacks = [getattr(module, name, None) for name in ("encoder", "decoder")]
+    named = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    return bool(named) and all(isinstance(stack, nn.Module) for stack in stacks)
 
 
 def _of_text(tensor: Tensor, batch: Batch) -> Tensor:

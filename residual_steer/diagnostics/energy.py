@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch
 from residual_steer.report import Axis, Column, Measured, Plot, Series, Table
 
 from .attention import counts_of, keys_of, real
+from .looks import Keys
 from .pairs import SIDES, compared
 from .queries import prefix_tokens
-from .watching import Keys
 
 __all__ = ["StreamEnergy", "hopfield_energy", "stream_energy"]
 
@@ -159,7 +158,7 @@ def stream_energy(
             betas = tuple(look.scale if beta is None else float(beta) for look in keys["frozen"])
             for side, looks in keys.items():
                 pairs = zip(looks, betas, strict=True)
-                new = torch.stack([_sums(_energy(look, batch, counts, prefix, b), counts) for look, b in pairs])
+                new = torch.stack([_sums(_energy(look, counts, prefix, b), counts) for look, b in pairs])
                 sums[side] = sums[side] + new if side in sums else new
             tokens += int(counts.sum())
     if not tokens:
@@ -170,9 +169,9 @@ def stream_energy(
     return StreamEnergy(blocks, betas, means["frozen"], means["adapted"], spread["frozen"], spread["adapted"], tokens)
 
 
-def _energy(look: Keys, batch: Batch, counts: Tensor, prefix: int, beta: float) -> Tensor:
+def _energy(look: Keys, counts: Tensor, prefix: int, beta: float) -> Tensor:
     """Return the energy of every token of the batch, `(rows, heads, length)`."""
-    return real(hopfield_energy(look.query, look.key, beta, look.visible), batch, counts.shape[1], prefix)
+    return real(hopfield_energy(look.query, look.key, beta, look.visible), counts.shape[1], prefix)
 
 
 def _sums(energy: Tensor, counts: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch
 from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .attention import counts_of, maps_of, real
+from .looks import Map
 from .pairs import SIDES, compared
 from .queries import prefix_tokens, query_of
-from .watching import Map
 
 __all__ = ["AttentionEntropy", "attention_entropy"]
 
@@ -149,7 +148,7 @@ def attention_entropy(
         for batch in pair.batches(loader):
             maps = maps_of(pair, batch)
             tally = tally or _Tally.of(maps["frozen"])
-            tally.add(batch, maps, counts_of(batch, maps, query), prefix)
+            tally.add(maps, counts_of(batch, maps, query), prefix)
     if tally is None or not tally.queries:
         raise SteerError("no token of the data counts as a query: every one is padding. Look at the attention mask.")
     return tally.result(query)
@@ -169,11 +168,11 @@ class _Side:
         entropy, keys = (torch.zeros(shape, dtype=torch.float64) for shape in ((layers, heads), (layers, 2)))
         return cls(entropy, keys, [torch.zeros(0, dtype=torch.float64)] * layers)
 
-    def add(self, layer: int, look: Map, batch: Batch, counts: Tensor, prefix: int) -> None:
+    def add(self, layer: int, look: Map, counts: Tensor, prefix: int) -> None:
         """Add the map of a layer, for the tokens that count, `(rows, length)`."""
         length, share = counts.shape[1], counts[:, None].double()
-        entropy = real(torch.special.entr(look.weights.double()).sum(-1), batch, length, prefix) * share
-        keys = real(_visible_keys(look), batch, length, prefix)
+        entropy = real(torch.special.entr(look.weights.double()).sum(-1), length, prefix) * share
+        keys = real(_visible_keys(look), length, prefix)
         self.entropy[layer] += entropy.sum((0, 2)).cpu()
         self.keys[layer] += torch.stack([(x.mean(1, keepdim=True) * share).sum() for x in (keys, keys.log())]).cpu()
         self.positions[layer] = _plus(self.positions[layer], entropy.mean(1).sum(0).cpu())
@@ -196,11 +195,11 @@ class _Tally:
         sides = {side: _Side.of(layers, heads) for side in SIDES}
         return cls(tuple(look.block for look in maps), sides, [True] * layers)
 
-    def add(self, batch: Batch, maps: dict[str, list[Map]], counts: Tensor, prefix: int) -> None:
+    def add(self, maps: dict[str, list[Map]], counts: Tensor, prefix: int) -> None:
         """Add a batch."""
         for side, looks in maps.items():
             for layer, look in enumerate(looks):
-                self.sides[side].add(layer, look, batch, counts, prefix)
+                self.sides[side].add(layer, look, counts, prefix)
         for layer, (one, other) in enumerate(zip(maps["frozen"], maps["adapted"], strict=True)):
             self.equal[layer] &= torch.equal(one.weights, other.weights)
         self.queries += int(counts.sum())

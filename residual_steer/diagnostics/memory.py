@@ -179,8 +179,7 @@ class _Tally:
             length, device = one.delta.shape[1], one.delta.device
             counts = chosen(batch, length, "all", device)
             for side, step in zip(SIDES, (one, other), strict=True):
-                where = places(batch, length, step.delta.shape[1], prefix, device)
-                delta = step.delta.double().gather(1, where[..., None].expand(-1, -1, step.delta.shape[2]))
+                delta = step.delta.double().index_select(1, places(length, step.delta.shape[1], prefix, device))
                 self.steps[side][layer] += (delta * counts[..., None]).sum((0, 1)).cpu()
             self.equal[layer] &= torch.equal(one.delta, other.delta)
         self.tokens += int(counts.sum())

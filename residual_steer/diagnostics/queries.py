@@ -58,11 +58,11 @@ def chosen(batch: Batch, length: int, query: str, device: torch.device) -> Tenso
     return real
 
 
-def places(batch: Batch, length: int, longer: int, prefix: int, device: torch.device) -> Tensor:
-    """Return where each token of the batch stands in a sequence that a method has made longer, `(rows, length)`.
+def places(length: int, longer: int, prefix: int, device: torch.device) -> Tensor:
+    """Return where each token stands in a sequence that a method has made longer, `(length,)`.
 
-    Methods put their tokens in one place: in a text before a row's first token, behind its padding on the left; in an
-    image behind the `prefix` tokens, such as CLS.
+    Methods put their tokens in one place: in a text before its first token, in an image behind the `prefix` tokens,
+    such as CLS. Padding on the left stays before them, and is not followed: it never counts.
 
     Raises:
         SteerError: the sequence is shorter.
@@ -72,9 +72,5 @@ def places(batch: Batch, length: int, longer: int, prefix: int, device: torch.de
             f"the adapted model attends from {longer} tokens where the reference attends from {length}. Queries are "
             "compared one by one: give a reference that sees the same tokens."
         )
-    position = torch.arange(length, device=device).expand(batch.rows, length)
-    mask = batch.mask
-    start: Tensor | int = prefix
-    if mask is not None and mask.shape == (batch.rows, length):
-        start = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-    return position + (longer - length) * (position >= start)
+    position = torch.arange(length, device=device)
+    return position + (longer - length) * (position >= prefix)

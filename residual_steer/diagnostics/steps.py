@@ -117,7 +117,7 @@ class _Softplus(TorchFunctionMode):
         switches = [name for name in ("use_fast_path", "use_mem_eff_path") if getattr(mixer, name, False)]
         handles = [
             mixer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-            mixer.register_forward_hook(leave, always_call=True),
+            mixer.register_forward_hook(leave),
         ]
         try:
             for name in switches:
