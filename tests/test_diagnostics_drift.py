@@ -10,7 +10,7 @@ from cases import CASES, randomise
 from fields import IMAGES, shake, vit
 from residual_steer import SteerError, baselines, steer, unsteer, use
 from residual_steer.diagnostics.drift import drift
-from residual_steer.diagnostics.states import States, beside
+from residual_steer.diagnostics.stream import States, beside
 
 
 def case_of(name):

@@ -351,6 +351,15 @@ def test_the_blocks_behind_run_as_they_are():
     assert found.adapted.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
     with use(model, None):
         assert found.frozen.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    together = landscape(model, [(x, y)], layer=1, size=3, together=True)
+    assert together.adapted.loss_there == pytest.approx(found.adapted.loss, rel=1e-5)
+    place = torch.tensor(
+        [together.across[2] - together.adapted.x[-1], together.up[0] - together.adapted.y[-1]]
+    ).double()
+    z = (seen[0].double() + place @ together.plane.directions).float()
+    logits = model.forward_head(model.norm(model.blocks[2](z)))
+    assert together.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
+    assert together.table().notes != found.table().notes
     surface = found.plot()
     assert isinstance(surface, Surface)
     assert surface.values == found.losses
@@ -370,8 +379,8 @@ def test_a_landscape_of_maps_and_of_tuples(name):
         loader = [(next(iter(inputs.values())), torch.tensor([0, 2]))]
     hooks = [len(module._forward_hooks) for module in model.modules()]
     found = landscape(model, loader, size=3, span=1)
-    values = torch.tensor(found.losses)
-    assert values.std() > 0
+    for one in (found, landscape(model, loader, size=3, span=1, together=True)):
+        assert torch.tensor(one.losses).std() > 0
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 

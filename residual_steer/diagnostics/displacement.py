@@ -23,7 +23,7 @@ from .field_measures import NEIGHBOURS, Draw, FieldMeasures, measures_of
 from .moments import Moments
 from .pairs import Pair, compared
 from .plane import Plane, plane_of, spectrum
-from .states import beside, layer_of, real_tokens, states_of
+from .stream import beside, layer_of, real_tokens, states_of
 
 __all__ = ["Displacement", "MethodField", "Token", "displacement"]
 
