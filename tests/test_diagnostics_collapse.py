@@ -247,6 +247,8 @@ def test_tables_and_plots():
     assert plot.series[0].x == (0, 20)
     assert plot.series[0].y[1] == found.nc1
     assert plot.series[1].y[1] == found.nc2_angles
+    assert plot.series[3].y == (0, found.nc4)
+    assert plot.y.log
     with pytest.raises(SteerError, match="at least one"):
         collapse_over_training({})
 

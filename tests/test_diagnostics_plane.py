@@ -193,6 +193,7 @@ def test_coherence_and_contraction_by_brute_force():
     ]
     assert sorted(order) == list(range(40))
     assert found.groups == tuple(str(int(labels[i])) for i in order)
+    assert found.groups == tuple(sorted(found.groups))
     assert one.dx == pytest.approx(image[order, 0].tolist())
     assert one.dy == pytest.approx(image[order, 1].tolist())
 

@@ -172,11 +172,10 @@ def collapse_over_training(found: Mapping[int, NeuralCollapse], *, title: str = 
         raise SteerError("collapse over training is made of at least one measurement; received none.")
     steps = sorted(found)
     names = {"nc1": "NC1", "nc2_angles": "NC2", "nc3": "NC3", "nc4": "NC4"}
-    lines = [
-        Series(label, tuple(steps), tuple(getattr(found[s], name) for s in steps)) for name, label in names.items()
-    ]
+    values = {label: tuple(getattr(found[step], name) for step in steps) for name, label in names.items()}
+    lines = tuple(Series(label, tuple(steps), measured) for label, measured in values.items())
     note = "NC2 is the distance of the class means' cosines from those of a simplex."
-    return Plot(title, "lines", Axis("step"), Axis("distance from collapse"), tuple(lines), (note,))
+    return Plot(title, "lines", Axis("step"), Axis("distance from collapse", log=True), lines, (note,))
 
 
 def _first_pass(model: nn.Module, loader: Iterable[Any], head: str | None) -> tuple[Classifier, ClassMoments]:

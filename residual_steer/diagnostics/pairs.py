@@ -58,6 +58,10 @@ class Pair:
         """Return the model of a side, whichever fields act."""
         return self.model if side == "adapted" or self.reference is None else self.reference
 
+    def inner(self, side: str) -> nn.Module:
+        """Return the module that a side's backbone describes, without heads and other towers."""
+        return self.side(side).get_submodule(self.backbone(side).path)
+
     def backbone(self, side: str) -> Backbone:
         """Return where the stream of a side's model is.
 
@@ -106,8 +110,15 @@ def compared(model: nn.Module, reference: nn.Module | None = None) -> Iterator[P
         _require_acting(model)
     else:
         _require_comparable(model, reference)
+    model, reference = _uncompiled(model), None if reference is None else _uncompiled(reference)
     with reading(model), contextlib.nullcontext() if reference is None else reading(reference):
         yield Pair(model, reference)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`'s, whose graph would not hear of hooks that are added now."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _require_acting(model: nn.Module) -> None:
