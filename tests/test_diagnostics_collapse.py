@@ -237,6 +237,11 @@ def test_the_model_is_left_as_it_was():
     assert not model.classifier._forward_hooks
 
 
+def test_a_compiled_model_is_measured_uncompiled():
+    model, x, y = mixed()
+    assert neural_collapse(torch.compile(model), [(x, y)]) == neural_collapse(model, [(x, y)])
+
+
 def test_tables_and_plots():
     model, x, y = mixed()
     found = neural_collapse(model, [(x, y)])

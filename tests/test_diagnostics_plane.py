@@ -404,7 +404,7 @@ LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
         (lambda m: displacement({"a": m}, LOADER, layer=-4), "received -4"),
         (lambda m: displacement({"a": m, "b": vit(width=16)}, LOADER), "one backbone"),
         (lambda m: displacement({"a": m}, []), "no batch"),
-        (lambda m: landscape(m, iter(LOADER)), "read twice"),
+        (lambda m: landscape(m, iter(LOADER)), "read three times"),
         (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
         (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
         (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),

@@ -137,7 +137,7 @@ def landscape(
 
     Args:
         model: a steered model; with a reference, one that was adapted by any method.
-        loader: batches with what the loss needs, as in `fit`. It is read twice.
+        loader: batches with what the loss needs, as in `fit`. It is read three times.
         layer: the block whose outgoing stream is moved; negative ones count from the end.
         reference: the frozen model; None is the same model with its fields off.
         size: points along each direction.
@@ -151,7 +151,9 @@ def landscape(
             the loader is empty or can be read only once, gives no loss; states or losses are NaN or infinite.
     """
     if isinstance(loader, Iterator):
-        raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
+        raise SteerError(
+            "`loader` is read three times, which an iterator cannot be. Give the list or DataLoader itself."
+        )
     if not isinstance(size, int) or isinstance(size, bool) or size < 2:
         raise SteerError(f"`size` is an integer from 2; received {size!r}.")
     if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < math.inf:

@@ -41,10 +41,13 @@ def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Seque
         indices: of the blocks.
 
     Raises:
-        SteerError: a state is NaN or infinite.
+        SteerError: the model runs without one of the blocks, or a state is NaN or infinite.
     """
     with Streams(backbone, sorted({0, *indices})) as streams:
         batch.run(model)
+    missing = [index for index in (0, *indices) if index not in streams.leaving]
+    if missing:
+        raise SteerError(f"the model ran without calling block {missing[0]}, so that there is no stream to look at.")
 
     def tokens(z: Tensor) -> Tensor:
         z = exact(z.movedim(backbone.channels, -1))
