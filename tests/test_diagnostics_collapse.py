@@ -237,6 +237,11 @@ def test_the_model_is_left_as_it_was():
     assert not model.classifier._forward_hooks
 
 
+def test_a_compiled_model_is_measured_uncompiled():
+    model, x, y = mixed()
+    assert neural_collapse(torch.compile(model), [(x, y)]) == neural_collapse(model, [(x, y)])
+
+
 def test_tables_and_plots():
     model, x, y = mixed()
     found = neural_collapse(model, [(x, y)])
@@ -247,6 +252,8 @@ def test_tables_and_plots():
     assert plot.series[0].x == (0, 20)
     assert plot.series[0].y[1] == found.nc1
     assert plot.series[1].y[1] == found.nc2_angles
+    assert plot.series[3].y == (0, found.nc4)
+    assert plot.y.log
     with pytest.raises(SteerError, match="at least one"):
         collapse_over_training({})
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from cases import CASES, randomise
 from fields import IMAGES, shake, vit
-from residual_steer import SteerError, baselines, steer, unsteer, use
+from residual_steer import Backbone, SteerError, baselines, steer, unsteer, use
 from residual_steer.diagnostics.drift import drift
-from residual_steer.diagnostics.states import States, beside
+from residual_steer.diagnostics.stream import States, beside
 
 
 def case_of(name):
@@ -75,8 +75,6 @@ class Scale(nn.Module):
 
 def scaled():
     """H(z) = z/2·λ beside the first of two blocks: 2z becomes 3z, a drift of a half."""
-    from residual_steer import Backbone
-
     model = Shift()
     steer(
         model, Backbone(blocks=model.blocks, width=3), rank=3, layers=[0], scale=2.0, activation="identity", bias=False
@@ -162,6 +160,18 @@ def test_the_piece_of_new_tokens_is_found_in_every_row():
         beside(States(entering, {0: entering[:, 1:]}), States(frozen, {0: frozen}), 0)
     with pytest.raises(SteerError, match="one backbone"):
         beside(States(frozen, {0: frozen}), States(entering, {0: entering}), 0)
+
+
+class Skipped(Shift):
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+def test_a_block_that_is_not_called_is_named():
+    model = Skipped()
+    steer(model, Backbone(blocks=model.blocks, width=3), rank=1)
+    with pytest.raises(SteerError, match="without calling block 1"):
+        drift(model, [torch.ones(1, 1, 3)])
 
 
 def test_bad_input_is_refused():

@@ -199,6 +199,7 @@ def test_a_field_is_measured_alone_and_the_mix_comes_back():
     assert [one.layer for one in found.layers] == [1]
     assert found.layers[0].share == pytest.approx(1)
     use(model, "two")
+    assert control_effort(torch.compile(model), [IMAGES]) == found
     assert control_effort(model, [IMAGES]) == found
 
 

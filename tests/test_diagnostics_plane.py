@@ -193,6 +193,7 @@ def test_coherence_and_contraction_by_brute_force():
     ]
     assert sorted(order) == list(range(40))
     assert found.groups == tuple(str(int(labels[i])) for i in order)
+    assert found.groups == tuple(sorted(found.groups))
     assert one.dx == pytest.approx(image[order, 0].tolist())
     assert one.dy == pytest.approx(image[order, 1].tolist())
 
@@ -351,6 +352,15 @@ def test_the_blocks_behind_run_as_they_are():
     assert found.adapted.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
     with use(model, None):
         assert found.frozen.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    together = landscape(model, [(x, y)], layer=1, size=3, together=True)
+    assert together.adapted.loss_there == pytest.approx(found.adapted.loss, rel=1e-5)
+    place = torch.tensor(
+        [together.across[2] - together.adapted.x[-1], together.up[0] - together.adapted.y[-1]]
+    ).double()
+    z = (seen[0].double() + place @ together.plane.directions).float()
+    logits = model.forward_head(model.norm(model.blocks[2](z)))
+    assert together.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
+    assert together.table().notes != found.table().notes
     surface = found.plot()
     assert isinstance(surface, Surface)
     assert surface.values == found.losses
@@ -370,8 +380,8 @@ def test_a_landscape_of_maps_and_of_tuples(name):
         loader = [(next(iter(inputs.values())), torch.tensor([0, 2]))]
     hooks = [len(module._forward_hooks) for module in model.modules()]
     found = landscape(model, loader, size=3, span=1)
-    values = torch.tensor(found.losses)
-    assert values.std() > 0
+    for one in (found, landscape(model, loader, size=3, span=1, together=True)):
+        assert torch.tensor(one.losses).std() > 0
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
@@ -394,7 +404,7 @@ LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
         (lambda m: displacement({"a": m}, LOADER, layer=-4), "received -4"),
         (lambda m: displacement({"a": m, "b": vit(width=16)}, LOADER), "one backbone"),
         (lambda m: displacement({"a": m}, []), "no batch"),
-        (lambda m: landscape(m, iter(LOADER)), "read twice"),
+        (lambda m: landscape(m, iter(LOADER)), "read three times"),
         (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
         (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
         (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),

@@ -118,6 +118,7 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
     """
     if isinstance(loader, Iterator):
         raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
+    model = model._modules.get("_orig_mod") or model  # a compiled graph would not hear of new hooks
     with reading(model):
         classifier, moments = _first_pass(model, loader, head)
         present = moments.counts.nonzero().squeeze(1)
@@ -172,11 +173,10 @@ def collapse_over_training(found: Mapping[int, NeuralCollapse], *, title: str = 
         raise SteerError("collapse over training is made of at least one measurement; received none.")
     steps = sorted(found)
     names = {"nc1": "NC1", "nc2_angles": "NC2", "nc3": "NC3", "nc4": "NC4"}
-    lines = [
-        Series(label, tuple(steps), tuple(getattr(found[s], name) for s in steps)) for name, label in names.items()
-    ]
+    values = {label: tuple(getattr(found[step], name) for step in steps) for name, label in names.items()}
+    lines = tuple(Series(label, tuple(steps), measured) for label, measured in values.items())
     note = "NC2 is the distance of the class means' cosines from those of a simplex."
-    return Plot(title, "lines", Axis("step"), Axis("distance from collapse"), tuple(lines), (note,))
+    return Plot(title, "lines", Axis("step"), Axis("distance from collapse", log=True), lines, (note,))
 
 
 def _first_pass(model: nn.Module, loader: Iterable[Any], head: str | None) -> tuple[Classifier, ClassMoments]:
@@ -256,13 +256,12 @@ def _disagreements(
 def _within(within: Tensor, means: Tensor) -> float:
     """Return NC1, with the pseudo-inverse of Σ_B from the singular values of the centred means, `(classes, width)`.
 
-    One of as many as there are classes is 0, and what rounding makes of it, or of means that are the same, is left out.
+    What rounding makes of one that is 0 is left out, as the last is wherever there are no more classes than features.
 
     Raises:
         SteerError: the class means are all the same.
     """
     _, values, directions = torch.linalg.svd(means - means.mean(0), full_matrices=False)
-    values, directions = values[: len(means) - 1], directions[: len(means) - 1]
     kept = values > means.norm() * max(means.shape) * torch.finfo(values.dtype).eps
     if not bool(kept.any()):
         raise SteerError("the class means are all the same, and NC1 divides by their spread. Look at the features.")

@@ -23,7 +23,7 @@ from .field_measures import NEIGHBOURS, Draw, FieldMeasures, measures_of
 from .moments import Moments
 from .pairs import Pair, compared
 from .plane import Plane, plane_of, spectrum
-from .states import beside, layer_of, real_tokens, states_of
+from .stream import beside, layer_of, real_tokens, states_of
 
 __all__ = ["Displacement", "MethodField", "Token", "displacement"]
 
@@ -159,52 +159,66 @@ def displacement(
         raise SteerError(f"`token` is each, first, last or mean; received {token!r}.")
     if not isinstance(points, int) or isinstance(points, bool) or points <= NEIGHBOURS + 1:
         raise SteerError(f"`points` is an integer from {NEIGHBOURS + 2}; received {points!r}.")
-    draw = Draw(points, seed)
-    frozen_moments = Moments()
-    tallies = {name: _Tally() for name in models}
     with contextlib.ExitStack() as stack:
         pairs: dict[str, Pair] = {}
         for name, model in models.items():
             against = next(iter(pairs.values())).side("frozen") if pairs else reference
             pairs[name] = stack.enter_context(compared(model, against))
-        first = next(iter(pairs.values()))
-        index = layer_of(first.backbone("frozen"), layer)
-        for batch in first.batches(loader):
-            with first.on("frozen") as model:
-                frozen = states_of(model, first.backbone("frozen"), batch, [index])
-            z = frozen.leaving[index]
-            real = real_tokens(batch, z)
-            start, rows = _pick(z, real, token)
-            moved = []
-            for name, pair in pairs.items():
-                with pair.on("adapted") as model:
-                    adapted = states_of(model, pair.backbone("adapted"), batch, [index])
-                shift = _pick(beside(adapted, frozen, index), real, token)[0] - start
-                tallies[name].add(start, shift)
-                moved.append(shift)
-            frozen_moments.add(start)
-            draw.add(torch.stack([start, *moved], 1), _labels(batch, rows))
-    plane = plane_of(frozen_moments, index)
-    start, *shifts = draw.states.unbind(1)
-    flat = plane.project(start)
+        seen = _look(pairs, loader, layer, token, Draw(points, seed))
+    start, *shifts = seen.draw.states.unbind(1)
+    flat = seen.plane.project(start)
     fields = []
-    for (name, tally), shift in zip(tallies.items(), shifts, strict=True):
-        image = shift @ plane.directions.T
-        size, seen = tally.sizes(plane)
+    for (name, tally), shift in zip(seen.tallies.items(), shifts, strict=True):
+        image = shift @ seen.plane.directions.T
+        size, inside = tally.sizes(seen.plane)
         fields.append(
             MethodField(
                 name,
                 tuple(image[:, 0].tolist()),
                 tuple(image[:, 1].tolist()),
                 size,
-                seen,
-                stream=measures_of(start, shift, draw.labels, tally.divergence(frozen_moments, None)),
-                plane=measures_of(flat, image, draw.labels, tally.divergence(frozen_moments, 2)),
+                inside,
+                stream=measures_of(start, shift, seen.draw.labels, tally.divergence(seen.moments, None)),
+                plane=measures_of(flat, image, seen.draw.labels, tally.divergence(seen.moments, 2)),
             )
         )
     x, y = (tuple(part) for part in flat.T.tolist())
-    groups = () if draw.labels is None else tuple(str(label) for label in draw.labels.tolist())
-    return Displacement(plane, x, y, groups, tuple(fields), frozen_moments.count)
+    groups = () if seen.draw.labels is None else tuple(str(label) for label in seen.draw.labels.tolist())
+    return Displacement(seen.plane, x, y, groups, tuple(fields), seen.moments.count)
+
+
+@dataclass
+class _Seen:
+    """What one reading of the loader gave."""
+
+    plane: Plane
+    moments: Moments
+    tallies: dict[str, _Tally]
+    draw: Draw
+
+
+def _look(pairs: Mapping[str, Pair], loader: Iterable[Any], layer: int, token: Token, draw: Draw) -> _Seen:
+    """Run every model over the loader, the frozen one once; points that were drawn stand in the order of classes."""
+    moments, tallies = Moments(), {name: _Tally() for name in pairs}
+    first = next(iter(pairs.values()))
+    backbone = first.backbone("frozen")
+    index = layer_of(backbone, layer)
+    for batch in first.batches(loader):
+        with first.on("frozen") as model:
+            frozen = states_of(model, backbone, batch, [index])
+        z = frozen.leaving[index]
+        real = real_tokens(batch, z)
+        start, rows = _pick(z, real, token)
+        shifts = []
+        for name, pair in pairs.items():
+            with pair.on("adapted") as model:
+                adapted = states_of(model, pair.backbone("adapted"), batch, [index])
+            shifts.append(_pick(beside(adapted, frozen, index), real, token)[0] - start)
+            tallies[name].add(start, shifts[-1])
+        moments.add(start)
+        draw.add(torch.stack([start, *shifts], 1), _labels(batch, rows))
+    draw.sort()
+    return _Seen(plane_of(moments, index), moments, tallies, draw)
 
 
 class _Tally:

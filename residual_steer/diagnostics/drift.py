@@ -11,7 +11,7 @@ from torch import nn
 from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .pairs import Pair, compared
-from .states import beside, real_tokens, states_of
+from .stream import beside, real_tokens, states_of
 
 __all__ = ["Drift", "drift"]
 

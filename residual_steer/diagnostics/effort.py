@@ -19,7 +19,7 @@ from residual_steer.state import Steering, steering_of
 from residual_steer.steering import use
 
 from .moments import exact
-from .states import left
+from .stream import left
 
 __all__ = ["ControlEffort", "LayerEffort", "control_effort"]
 

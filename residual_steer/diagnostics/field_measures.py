@@ -55,6 +55,12 @@ class Draw:
         else:
             self.labels = None
 
+    def sort(self) -> None:
+        """Put the states in the order of their labels."""
+        if self.labels is not None:
+            order = self.labels.argsort(stable=True)
+            self.labels, self.states = self.labels[order], self.states[order.to(self.states.device)]
+
 
 def measures_of(start: Tensor, shift: Tensor, labels: Tensor | None, divergence: float | None) -> FieldMeasures:
     """Return what is said of the field that moves `start` by `shift`, `(points, dimensions)` both."""

@@ -14,7 +14,7 @@ from residual_steer.report import Axis, Column, Table
 
 from .moments import Moments
 from .pairs import compared
-from .states import layer_of, real_tokens, states_of
+from .stream import layer_of, real_tokens, states_of
 
 __all__ = ["Plane", "plane", "plane_of", "spectrum"]
 
