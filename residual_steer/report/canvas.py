@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from residual_steer.errors import SteerError
 
 from .axis import Axis
-from .scales import Scale, ticks_of
+from .scales import Scale, power_of, ticks_of
 from .styles import INK, PAPER, QUIET
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "color_bar",
     "headline",
     "legend_below",
+    "number_axis",
     "picture_bytes",
     "settings",
     "settle",
@@ -142,6 +143,23 @@ def shades(name: str, *, count: int = 64, pale: float = 0.0) -> Any:
     colors = matplotlib.colormaps[name].resampled(count)(range(count))
     colors[:, :3] = pale + (1 - pale) * colors[:, :3]
     return ListedColormap(colors, name)
+
+
+def number_axis(drawn: Any, axis: Axis, ends: tuple[float, float], room: int) -> None:
+    """Label an axis of matplotlib, and number it in the power of ten that the label has.
+
+    Args:
+        drawn: the axis of matplotlib.
+        axis: what it shows.
+        ends: of its numbers.
+        room: how many letters of the label fit in a line.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    power = 0 if axis.log else power_of(max(map(abs, ends)))
+    if power:
+        drawn.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick / 10.0**power:g}".replace("-", "−")))
+    drawn.set_label_text("\n".join(textwrap.wrap(Scale(power, 0).label(axis), room)))
 
 
 def color_bar(axes: Axes, drawn: ScalarMappable, z: Axis, numbers: Sequence[float], room: int) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from .canvas import HEIGHT, blank, color_bar, headline, legend_below, shades
+from .canvas import HEIGHT, blank, color_bar, headline, legend_below, number_axis, shades
 from .pictures import Surface, Trajectory
 from .scales import Scale, levels_of
 from .styles import INK, PAPER, Style
@@ -57,8 +56,6 @@ def figure(surface: Surface, styles: Mapping[str, Style]) -> Figure:
     page = blank(HEIGHT + 0.4)
     axes = page.add_subplot()
     headline(page, surface.title)
-    axes.set_xlabel("\n".join(textwrap.wrap(str(surface.x), 60)))
-    axes.set_ylabel("\n".join(textwrap.wrap(str(surface.y), 44)))
     if surface.x.log:
         axes.set_xscale("log")
     if surface.y.log:
@@ -66,7 +63,10 @@ def figure(surface: Surface, styles: Mapping[str, Style]) -> Figure:
     _bands(axes, surface)
     for path in surface.paths:
         _path(axes, surface, path, styles[path.name])
-    _limits(axes, surface)
+    x, y = _limits(surface)
+    axes.set(xlim=x, ylim=y)
+    number_axis(axes.xaxis, surface.x, x, 60)
+    number_axis(axes.yaxis, surface.y, y, 44)
     if surface.paths:
         _legend(page, surface, styles)
     return page
@@ -124,17 +124,17 @@ def _directions(surface: Surface, path: Trajectory) -> list[tuple[tuple[float, f
     return found
 
 
-def _limits(axes: Axes, surface: Surface) -> None:
-    """Show the whole plane and the whole of every path."""
-    x = [*surface.across, *(x for path in surface.paths for x in path.x)]
-    y = [*surface.up, *(y for path in surface.paths for y in path.y)]
-    for values, plane, log, setter in (
-        (x, surface.across, surface.x.log, axes.set_xlim),
-        (y, surface.up, surface.y.log, axes.set_ylim),
-    ):
-        low, high = min(values), max(values)
-        air = 0.0 if log else 0.04 * (high - low)  # for markers beyond the plane
-        setter(low - air * (low < plane[0]), high + air * (high > plane[-1]))
+def _limits(surface: Surface) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return limits that show the whole plane and the whole of every path."""
+    x = [x for path in surface.paths for x in path.x]
+    y = [y for path in surface.paths for y in path.y]
+    return _reach(surface.across, x, surface.x.log), _reach(surface.up, y, surface.y.log)
+
+
+def _reach(plane: Sequence[float], walked: Sequence[float], log: bool) -> tuple[float, float]:
+    low, high = min(plane[0], *walked, math.inf), max(plane[-1], *walked, -math.inf)
+    air = 0.0 if log else 0.04 * (high - low)  # for markers beyond the plane
+    return low - air * (low < plane[0]), high + air * (high > plane[-1])
 
 
 def _legend(page: Figure, surface: Surface, styles: Mapping[str, Style]) -> None:
