@@ -12,12 +12,12 @@ import pytest
 
 import residual_steer as rs
 from picture_samples import arrows, flow, forgetting, matrix, surface
-from report_samples import result, tradeoff
+from report_samples import ranks, result, tradeoff
 from residual_steer.report import Arrows, Axis, Flow, Matrix, Plot, Result, Surface, Table, Trajectory
 from residual_steer.report.__main__ import main
 from residual_steer.report.html import html
 from residual_steer.report.markdown import markdown
-from residual_steer.report.plots import DPI, alt_text, png, remarks, styles_of, svg
+from residual_steer.report.plots import DPI, alt_text, remarks, styles_of
 from residual_steer.report.values import numbers_of
 
 GROUPED = arrows(flow("before", groups=("cat", "dog")), flow("after", seed=1, groups=("cat", "dog")))
@@ -210,17 +210,16 @@ def test_the_pages_have_the_pictures(report):
     assert ElementTree.parse(report / "pictures" / "recall-2.svg").getroot()[0].text == NASTY
 
 
-@pytest.mark.parametrize("picture", [matrix(2, 2), surface(side=3), arrows(), tradeoff()], ids=lambda p: p.title)
+@pytest.mark.parametrize("picture", [matrix(2, 2), surface(side=3), arrows(flow("a")), ranks()], ids=lambda p: p.title)
 def test_a_picture_is_written_by_the_ending_of_its_name(picture, tmp_path):
     pytest.importorskip("matplotlib")
     picture.save(tmp_path / "new" / "a.svg")
     picture.save(tmp_path / "a.PNG")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.svg"]
     written = (tmp_path / "new" / "a.svg").read_text()
-    assert written == svg(picture) == picture._repr_svg_()
+    assert written == picture._repr_svg_()
     assert f"<title>{picture.title}</title>" in written
     content = (tmp_path / "a.PNG").read_bytes()
-    assert content == png(picture)
     assert content[:4] == b"\x89PNG"
     assert struct.unpack(">I", content[16:20]) == (round(7.2 * DPI),)
 

@@ -130,9 +130,8 @@ def legend_below(figure: Figure, names: Sequence[str], handles: Sequence[Any] | 
 
 def settle(figure: Figure, axes: Axes, high: float) -> None:
     """Make the page as tall as it has to be for axes of a height in inches, whatever stands around them."""
-    for _ in range(2):  # the layout moves a little with the height
-        figure.draw_without_rendering()
-        figure.set_figheight(figure.get_figheight() + high - axes.get_window_extent().height / figure.dpi)
+    figure.draw_without_rendering()
+    figure.set_figheight(figure.get_figheight() + high - axes.get_window_extent().height / figure.dpi)
 
 
 def shades(name: str, *, count: int = 64, pale: float = 0.0) -> Any:
