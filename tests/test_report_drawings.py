@@ -313,6 +313,14 @@ def test_arrows_are_to_scale_or_say_by_which_factor(drawn):
     assert draw(grouped).legends[0].get_title().get_text() == remarks(grouped)[0]
 
 
+@pytest.mark.parametrize("values", [[[1e100, -1e100], [0, 1]], [[1e-300, 5e-324], [0, 0]], [[1, 1 + 2e-16], [1, 1]]])
+def test_numbers_of_any_size_can_be_drawn(values):
+    move = Flow("a", (0, 1), (0, 1), *values)
+    path = Trajectory("a", *values)
+    for picture in (matrix(2, 2, values=values), surface(side=2, values=values, paths=(path,)), arrows(move)):
+        draw(picture).draw_without_rendering()
+
+
 @given(st.floats(-6, 6))
 @settings(max_examples=50, deadline=None)
 def test_the_factor_brings_any_length_into_sight(power):

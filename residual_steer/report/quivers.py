@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .canvas import blank, headline, legend_below, number_axis, settle
-from .pictures import Arrows
+from .pictures import LARGEST, Arrows
 from .scales import plain
 from .styles import QUIET, Style, colors_for
 
@@ -52,7 +52,7 @@ def factor_of(arrows: Arrows) -> float:
         for dx, dy in zip(panel.dx, panel.dy, strict=True)
     )
     most = max(lengths[int(0.95 * (len(lengths) - 1))], lengths[-1] / 3)  # an arrow in twenty may be longer
-    if not most or _SHORTEST <= most <= _LONGEST:
+    if most < 1 / LARGEST or _SHORTEST <= most <= _LONGEST:
         return 1.0
     times = _AIM / most if most < _AIM else most / _AIM
     steps = [step * 10.0**power for power in range(-1, math.ceil(math.log10(times)) + 1) for step in (1, 2, 3, 5)]
