@@ -171,7 +171,7 @@ def color_bar(axes: Axes, drawn: ScalarMappable, z: Axis, numbers: Sequence[floa
         numbers: what is coloured.
         room: how many letters of the label fit beside it.
     """
-    page: Any = axes.get_figure(root=True)
+    page: Any = axes.figure
     beside = axes.inset_axes((1, 0, 0.1, 1))
     beside.set_axes_locator(lambda *_: _beside(axes))
     bar = page.colorbar(drawn, cax=beside)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["describe", "figure", "names", "remarks"]
 
 _PALE = 0.35  # of white, so that paths stand out
+_HEAD = 0.01  # of the plane: how long a piece of the path points with the arrowhead
 _HEADS = (0.2, 0.5, 0.8)  # of a path's length: where its direction is shown
 
 
@@ -90,7 +91,7 @@ def _path(axes: Axes, surface: Surface, path: Trajectory, style: Style) -> None:
     axes.plot(path.x, path.y, color=PAPER, linewidth=4, solid_joinstyle="round", zorder=3)
     axes.plot(path.x, path.y, color=style.color, linestyle=style.dashes, linewidth=2, zorder=4, label=path.name)
     for tail, head in _directions(surface, path):
-        arrow: Any = {"arrowstyle": "-|>", "color": style.color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
+        arrow: Any = {"arrowstyle": "-|>", "color": style.color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 17}
         axes.annotate("", head, tail, arrowprops=arrow, zorder=4)
     axes.plot(path.x[:1], path.y[:1], **_start(style.color), clip_on=False, zorder=5)
     axes.plot(path.x[-1:], path.y[-1:], **_end(style), clip_on=False, zorder=6)
@@ -119,9 +120,13 @@ def _directions(surface: Surface, path: Trajectory) -> list[tuple[tuple[float, f
         index = next(i for i, step in enumerate(steps) if step and ends[i + 1] >= goal)
         tail, tip = points[index], points[index + 1]
         share = (goal - ends[index]) / steps[index]
-        middle = (tail[0] + share * (tip[0] - tail[0]), tail[1] + share * (tip[1] - tail[1]))
-        found.append((tail, middle) if share > 0 else (tail, tip))
+        back = max(0.0, share - _HEAD / steps[index])
+        found.append((_between(tail, tip, back), _between(tail, tip, share)))
     return found
+
+
+def _between(start: tuple[float, float], end: tuple[float, float], share: float) -> tuple[float, float]:
+    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
 
 
 def _limits(surface: Surface) -> tuple[tuple[float, float], tuple[float, float]]:
