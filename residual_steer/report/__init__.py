@@ -5,7 +5,7 @@
 
 from .axis import Axis
 from .environment import command_line, machine, portable, versions
-from .pictures import Arrows, Flow, Matrix, Surface, Trajectory
+from .pictures import Arrows, Flow, Matrix, Picture, Surface, Trajectory
 from .result import Result, Verdict
 from .series import Plot, Series
 from .table import Cell, Column, Measured, Table
@@ -18,6 +18,7 @@ __all__ = [
     "Flow",
     "Matrix",
     "Measured",
+    "Picture",
     "Plot",
     "Result",
     "Series",

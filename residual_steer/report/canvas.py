@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from residual_steer.errors import SteerError
 
 from .axis import Axis
-from .scales import Scale, ticks_of
+from .scales import Scale, power_of, ticks_of
 from .styles import INK, PAPER, QUIET
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "color_bar",
     "headline",
     "legend_below",
+    "number_axis",
     "picture_bytes",
     "settings",
     "settle",
@@ -129,9 +130,8 @@ def legend_below(figure: Figure, names: Sequence[str], handles: Sequence[Any] | 
 
 def settle(figure: Figure, axes: Axes, high: float) -> None:
     """Make the page as tall as it has to be for axes of a height in inches, whatever stands around them."""
-    for _ in range(2):  # the layout moves a little with the height
-        figure.draw_without_rendering()
-        figure.set_figheight(figure.get_figheight() + high - axes.get_window_extent().height / figure.dpi)
+    figure.draw_without_rendering()
+    figure.set_figheight(figure.get_figheight() + high - axes.get_window_extent().height / figure.dpi)
 
 
 def shades(name: str, *, count: int = 64, pale: float = 0.0) -> Any:
@@ -144,6 +144,23 @@ def shades(name: str, *, count: int = 64, pale: float = 0.0) -> Any:
     return ListedColormap(colors, name)
 
 
+def number_axis(drawn: Any, axis: Axis, ends: tuple[float, float], room: int) -> None:
+    """Label an axis of matplotlib, and number it in the power of ten that the label has.
+
+    Args:
+        drawn: the axis of matplotlib.
+        axis: what it shows.
+        ends: of its numbers.
+        room: how many letters of the label fit in a line.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    power = 0 if axis.log else power_of(max(map(abs, ends)))
+    if power:
+        drawn.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick / 10.0**power:g}".replace("-", "−")))
+    drawn.set_label_text("\n".join(textwrap.wrap(Scale(power, 0).label(axis), room)))
+
+
 def color_bar(axes: Axes, drawn: ScalarMappable, z: Axis, numbers: Sequence[float], room: int) -> None:
     """Draw the colour bar at the right of axes, as high as they are.
 
@@ -154,7 +171,7 @@ def color_bar(axes: Axes, drawn: ScalarMappable, z: Axis, numbers: Sequence[floa
         numbers: what is coloured.
         room: how many letters of the label fit beside it.
     """
-    page: Any = axes.get_figure(root=True)
+    page: Any = axes.figure
     beside = axes.inset_axes((1, 0, 0.1, 1))
     beside.set_axes_locator(lambda *_: _beside(axes))
     bar = page.colorbar(drawn, cax=beside)

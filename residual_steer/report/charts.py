@@ -137,7 +137,7 @@ def _scatter(axes: Axes, plot: Plot, styles: Mapping[str, Style]) -> None:
 
 
 def _legend(axes: Axes, plot: Plot) -> None:
-    page: Any = axes.get_figure(root=True)
+    page: Any = axes.figure
     if len(plot.series) > 1:
         legend_below(page, names(plot))
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from .canvas import HEIGHT, blank, color_bar, headline, legend_below, shades
+from .canvas import HEIGHT, blank, color_bar, headline, legend_below, number_axis, shades
 from .pictures import Surface, Trajectory
 from .scales import Scale, levels_of
 from .styles import INK, PAPER, Style
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["describe", "figure", "names", "remarks"]
 
 _PALE = 0.35  # of white, so that paths stand out
+_HEAD = 0.01  # of the plane: how long a piece of the path points with the arrowhead
 _HEADS = (0.2, 0.5, 0.8)  # of a path's length: where its direction is shown
 
 
@@ -57,8 +57,6 @@ def figure(surface: Surface, styles: Mapping[str, Style]) -> Figure:
     page = blank(HEIGHT + 0.4)
     axes = page.add_subplot()
     headline(page, surface.title)
-    axes.set_xlabel("\n".join(textwrap.wrap(str(surface.x), 60)))
-    axes.set_ylabel("\n".join(textwrap.wrap(str(surface.y), 44)))
     if surface.x.log:
         axes.set_xscale("log")
     if surface.y.log:
@@ -66,7 +64,10 @@ def figure(surface: Surface, styles: Mapping[str, Style]) -> Figure:
     _bands(axes, surface)
     for path in surface.paths:
         _path(axes, surface, path, styles[path.name])
-    _limits(axes, surface)
+    x, y = _limits(surface)
+    axes.set(xlim=x, ylim=y)
+    number_axis(axes.xaxis, surface.x, x, 60)
+    number_axis(axes.yaxis, surface.y, y, 44)
     if surface.paths:
         _legend(page, surface, styles)
     return page
@@ -90,7 +91,7 @@ def _path(axes: Axes, surface: Surface, path: Trajectory, style: Style) -> None:
     axes.plot(path.x, path.y, color=PAPER, linewidth=4, solid_joinstyle="round", zorder=3)
     axes.plot(path.x, path.y, color=style.color, linestyle=style.dashes, linewidth=2, zorder=4, label=path.name)
     for tail, head in _directions(surface, path):
-        arrow: Any = {"arrowstyle": "-|>", "color": style.color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
+        arrow: Any = {"arrowstyle": "-|>", "color": style.color, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 17}
         axes.annotate("", head, tail, arrowprops=arrow, zorder=4)
     axes.plot(path.x[:1], path.y[:1], **_start(style.color), clip_on=False, zorder=5)
     axes.plot(path.x[-1:], path.y[-1:], **_end(style), clip_on=False, zorder=6)
@@ -119,22 +120,26 @@ def _directions(surface: Surface, path: Trajectory) -> list[tuple[tuple[float, f
         index = next(i for i, step in enumerate(steps) if step and ends[i + 1] >= goal)
         tail, tip = points[index], points[index + 1]
         share = (goal - ends[index]) / steps[index]
-        middle = (tail[0] + share * (tip[0] - tail[0]), tail[1] + share * (tip[1] - tail[1]))
-        found.append((tail, middle) if share > 0 else (tail, tip))
+        back = max(0.0, share - _HEAD / steps[index])
+        found.append((_between(tail, tip, back), _between(tail, tip, share)))
     return found
 
 
-def _limits(axes: Axes, surface: Surface) -> None:
-    """Show the whole plane and the whole of every path."""
-    x = [*surface.across, *(x for path in surface.paths for x in path.x)]
-    y = [*surface.up, *(y for path in surface.paths for y in path.y)]
-    for values, plane, log, setter in (
-        (x, surface.across, surface.x.log, axes.set_xlim),
-        (y, surface.up, surface.y.log, axes.set_ylim),
-    ):
-        low, high = min(values), max(values)
-        air = 0.0 if log else 0.04 * (high - low)  # for markers beyond the plane
-        setter(low - air * (low < plane[0]), high + air * (high > plane[-1]))
+def _between(start: tuple[float, float], end: tuple[float, float], share: float) -> tuple[float, float]:
+    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])
+
+
+def _limits(surface: Surface) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return limits that show the whole plane and the whole of every path."""
+    x = [x for path in surface.paths for x in path.x]
+    y = [y for path in surface.paths for y in path.y]
+    return _reach(surface.across, x, surface.x.log), _reach(surface.up, y, surface.y.log)
+
+
+def _reach(plane: Sequence[float], walked: Sequence[float], log: bool) -> tuple[float, float]:
+    low, high = min(plane[0], *walked, math.inf), max(plane[-1], *walked, -math.inf)
+    air = 0.0 if log else 0.04 * (high - low)  # for markers beyond the plane
+    return low - air * (low < plane[0]), high + air * (high > plane[-1])
 
 
 def _legend(page: Figure, surface: Surface, styles: Mapping[str, Style]) -> None:

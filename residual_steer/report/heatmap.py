@@ -22,7 +22,7 @@ _BLACK, _WHITE = "#000000", "#ffffff"  # on colours that stay what they are on a
 _SIZES = (9.5, 8.5, 7.5, 6.8)  # points of the type in cells
 _HIGH, _WIDE = 0.36, 1.1  # inches: of a cell
 _LEAST, _TALLEST = 1.35, 6.5  # inches: of all cells, beside which a colour bar has room
-_SHAPES = 4096  # cells; more become an image within an SVG
+_SHAPES = 2500  # cells; more become an image within an SVG
 _NAME = 26  # letters of a row's name in a line
 _LETTER = 0.6  # of the type's size: the width of a letter
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .styles import INK, QUIET
 
@@ -49,7 +49,7 @@ def write_labels(axes: Axes, marks: Sequence[Mark]) -> bool:
 
     Bars of error are kept free too, unless there is no other place.
     """
-    figure = axes.get_figure(root=True)
+    figure: Any = axes.figure
     if figure is None:
         return False
     figure.draw_without_rendering()

@@ -19,6 +19,7 @@ from .series import Plot
 __all__ = ["Arrows", "Flow", "Matrix", "Picture", "Surface", "Trajectory"]
 
 PANELS = 4  # of arrows, beside each other on a page
+LARGEST = 1e100  # number; one that is small for a logarithm is 1 / LARGEST
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Matrix(Drawn):
     def __post_init__(self) -> None:
         check_fields(self)
         _shape(f"the matrix {self.title!r}", self.values, len(self.rows), len(self.columns), least=1)
+        for index, row in enumerate(self.values):
+            _finite(f"row {index} of the matrix {self.title!r}", [0.0 if value is None else value for value in row])
         low = min((value for row in self.values for value in row if value is not None), default=1.0)
         _positive(self.z, low, self.title)
 
@@ -206,15 +209,15 @@ def _same(name: str, **coordinates: tuple[float, ...]) -> None:
 
 
 def _finite(name: str, values: Sequence[float]) -> None:
-    """Hold numbers against being finite.
+    """Hold numbers against being finite, and not so large that their differences are not.
 
     Raises:
-        SteerError: one is NaN, as infinity, None and what is too large have become.
+        SteerError: one is NaN, as infinity and None have become, or too large.
     """
-    wrong = [index for index, value in enumerate(values) if not math.isfinite(value)]
+    wrong = [index for index, value in enumerate(values) if not abs(value) <= LARGEST]
     if wrong:
         raise SteerError(
-            f"{name} has finite numbers; number {wrong[0]} is none. Leave it out, or put a bound in its place."
+            f"{name} has finite numbers up to ±{LARGEST:g}; number {wrong[0]} is none. Leave it out, or give a bound."
         )
 
 
@@ -232,7 +235,9 @@ def _positive(axis: Axis, lowest: float, title: str) -> None:
     """Hold the lowest number along an axis against its logarithm.
 
     Raises:
-        SteerError: the axis is logarithmic, and the number is not positive.
+        SteerError: the axis is logarithmic, and the number is not positive, or too small.
     """
-    if axis.log and lowest <= 0:
-        raise SteerError(f"a logarithmic axis has positive numbers; {axis.label!r} of {title!r} has {lowest:g}.")
+    if axis.log and lowest < 1 / LARGEST:
+        raise SteerError(
+            f"a logarithmic axis has positive numbers from {1 / LARGEST:g}; {axis.label!r} of {title!r} has {lowest:g}."
+        )

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .canvas import blank, headline, legend_below, settle
-from .pictures import Arrows
+from .canvas import blank, headline, legend_below, number_axis, settle
+from .pictures import LARGEST, Arrows
 from .scales import plain
 from .styles import QUIET, Style, colors_for
 
@@ -52,7 +52,7 @@ def factor_of(arrows: Arrows) -> float:
         for dx, dy in zip(panel.dx, panel.dy, strict=True)
     )
     most = max(lengths[int(0.95 * (len(lengths) - 1))], lengths[-1] / 3)  # an arrow in twenty may be longer
-    if not most or _SHORTEST <= most <= _LONGEST:
+    if most < 1 / LARGEST or _SHORTEST <= most <= _LONGEST:
         return 1.0
     times = _AIM / most if most < _AIM else most / _AIM
     steps = [step * 10.0**power for power in range(-1, math.ceil(math.log10(times)) + 1) for step in (1, 2, 3, 5)]
@@ -82,11 +82,14 @@ def figure(arrows: Arrows, styles: Mapping[str, Style]) -> Figure:
         axes.quiver(*where, color=shades, **scale, **shaft, zorder=3)
         title = textwrap.wrap(panel.name, round(72 / count))
         axes.set_title("\n".join(title), fontsize=10, fontweight="normal")
-        axes.set_xlabel("\n".join(textwrap.wrap(str(arrows.x), round(76 / count) - 1)), fontsize=10 if count < 3 else 9)
         axes.grid(visible=True)
         axes.locator_params(nbins=8 - count)
-    _limits(every[0][0], arrows, factor)
-    every[0][0].set_ylabel("\n".join(textwrap.wrap(str(arrows.y), round(12 * _HEIGHTS[count]))))
+    x, y = _ends(arrows, factor)
+    for axes in every[0]:
+        number_axis(axes.xaxis, arrows.x, x, round(76 / count) - 1)
+        axes.xaxis.label.set_fontsize(10 if count < 3 else 9)
+    number_axis(every[0][0].yaxis, arrows.y, y, round(12 * _HEIGHTS[count]))
+    every[0][0].set(xlim=x, ylim=y)  # which the panels share
     note = " ".join(remarks(arrows))
     if colors:
         _legend(page, arrows, colors, note)
@@ -100,15 +103,18 @@ def _starts(arrows: Arrows) -> tuple[list[float], list[float]]:
     return [x for panel in arrows.panels for x in panel.x], [y for panel in arrows.panels for y in panel.y]
 
 
-def _limits(axes: Any, arrows: Arrows, factor: float) -> None:
-    """Show every arrow from its start to its tip, with some air; the panels share their limits."""
+def _ends(arrows: Arrows, factor: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the limits within which every arrow is from its start to its tip, with some air."""
     xs, ys = _starts(arrows)
-    xs = xs + [x + factor * dx for panel in arrows.panels for x, dx in zip(panel.x, panel.dx, strict=True)]
-    ys = ys + [y + factor * dy for panel in arrows.panels for y, dy in zip(panel.y, panel.dy, strict=True)]
-    for values, setter in ((xs, axes.set_xlim), (ys, axes.set_ylim)):
-        low, high = min(values), max(values)
-        air = 0.06 * (high - low) or abs(low) / 20 or 1.0
-        setter(low - air, high + air)
+    xs += [x + factor * dx for panel in arrows.panels for x, dx in zip(panel.x, panel.dx, strict=True)]
+    ys += [y + factor * dy for panel in arrows.panels for y, dy in zip(panel.y, panel.dy, strict=True)]
+    return _aired(xs), _aired(ys)
+
+
+def _aired(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    air = 0.06 * (high - low) or abs(low) / 20 or 1.0
+    return low - air, high + air
 
 
 def _legend(page: Figure, arrows: Arrows, colors: Mapping[str, str], note: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .axis import Axis
 
-__all__ = ["Scale", "levels_of", "plain", "ticks_of"]
+__all__ = ["Scale", "levels_of", "plain", "power_of", "ticks_of"]
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MOST = 6  # digits behind the point
@@ -36,7 +36,7 @@ class Scale:
         largest = max(map(abs, numbers), default=0.0)
         if log or not largest:
             return cls(0, None if largest else 0)
-        exponent = 0 if 1e-3 <= largest < 1e6 else max(-300, 3 * math.floor(math.log10(largest) / 3))
+        exponent = power_of(largest)
         scaled = [number / 10.0**exponent for number in numbers]
         if all(number == round(number) for number in scaled):
             return cls(exponent, 0)
@@ -63,6 +63,11 @@ class Scale:
             return str(axis)
         power = f"10{str(self.exponent).translate(_RAISED)}"
         return f"{axis.label} (in {power}{' ' if axis.unit else ''}{axis.unit})"
+
+
+def power_of(largest: float) -> int:
+    """Return the power of ten that numbers up to `largest` are written in units of: a multiple of three, mostly 0."""
+    return 0 if not largest or 1e-3 <= largest < 1e6 else max(-300, 3 * math.floor(math.log10(largest) / 3))
 
 
 def plain(number: float) -> str:
@@ -100,8 +105,8 @@ def levels_of(low: float, high: float, log: bool) -> list[float]:
     levels = _steps(low, high, 14) if log else []
     if len(levels) > 4:
         return levels
-    levels = _even(low, high, 16)
-    return [low, *(level for level in levels if level > low)] if log and levels[0] <= 0 else levels
+    levels = [level for level in _even(low, high, 16) if level > 0 or not log]
+    return [min(low, levels[0]), *levels[1:-1], max(high, levels[-1])]  # which rounding may have moved
 
 
 def _even(low: float, high: float, most: int) -> list[float]:
