@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= runs/claims
 
-.PHONY: demo serve bench claims claims-recall claims-tasks test check format clean
+.PHONY: demo serve bench bench-loreft claims claims-recall claims-tasks test check format clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
 	$(BIN)/python examples/compare_transformer_mamba.py
@@ -13,10 +13,23 @@ demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here
 serve: $(VENV)/installed  ## Serve many tasks in one batch from one frozen backbone, each row by its own field
 	$(BIN)/python examples/serve_many_tasks.py
 
-bench: $(VENV)/installed  ## What steering costs, and many fields in one batch; quarter of an hour and more
-	$(BIN)/python benchmarks/many_fields.py
-	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python benchmarks/prefix.py
+bench: $(VENV)/installed  ## What steering costs, on a quiet machine; half an hour. RESUME=1 goes on; writes BENCHMARKS.md
+	$(BIN)/python benchmarks/bench.py $(if $(RESUME),--resume)
+
+# pyreft pins an old transformers: an environment of its own, which shares torch and the rest with the other one.
+REFT ?= .venv-reft
+bench-loreft: $(REFT)/installed  ## LoReFT beside the frozen model, in an environment of its own; two minutes
+	$(REFT)/bin/python benchmarks/loreft.py
+	$(BIN)/python benchmarks/page.py
+WHERE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+OLD := transformers==4.45.1 tokenizers==0.20.3 huggingface-hub==0.36.2 datasets==2.21.0 fsspec==2024.6.1 dill==0.3.8 \
+	multiprocess==0.70.16
+$(REFT)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(REFT)
+	$(BIN)/python $(WHERE) > "$$($(REFT)/bin/python $(WHERE))/shared.pth"
+	$(REFT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pyreft==0.1.0 pyvene==0.1.8 $(OLD) -e .
+	$(REFT)/bin/python -m pip install --quiet --disable-pip-version-check requests aiohttp
+	@touch $@
 
 claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is needed; goes on where it was interrupted
 	$(MAKE) --no-print-directory -j 2 claims-recall claims-tasks

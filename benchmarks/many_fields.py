@@ -99,7 +99,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="as PyTorch names it")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: time of this process on all its threads")
     parser.add_argument("--compile", action="store_true", help="time compiled models, without PEFT and decoding")
-    parser.add_argument("--tiny", action="store_true", help="a tiny backbone: a test, no result")
+    parser.add_argument(
+        "--quick", "--tiny", dest="tiny", action="store_true", help="a tiny backbone: a test, no result"
+    )
     parser.add_argument("--output", type=Path, default=results, help="folder for the JSON file and the table")
     return parser.parse_args(arguments)
 

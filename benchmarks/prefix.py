@@ -62,7 +62,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="of a batch")
     parser.add_argument("--length", type=int, help="tokens of a row; 64 for GPT-2, 16 for Mamba")
     parser.add_argument("--rounds", type=int, default=3, help="runs with the cache, and as many without")
-    parser.add_argument("--tiny", action="store_true", help="a tiny backbone: a test, no result")
+    parser.add_argument(
+        "--quick", "--tiny", dest="tiny", action="store_true", help="a tiny backbone: a test, no result"
+    )
     parser.add_argument("--output", type=Path, default=results, help="folder for the JSON file and the table")
     return parser.parse_args(arguments)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SHAPES", "Shape"]
+__all__ = ["SHAPES", "Shape", "scan_linearly", "twin"]
 
 Call = Callable[..., Any]
 
@@ -21,30 +22,50 @@ class Shape:
 
     Attributes:
         about: what it is.
-        make: builds it, tiny if asked to.
+        make: builds it, tiny if asked to, with changes to its configuration.
         length: default number of tokens of a row; None for a model of images, whose size is fixed.
         cache: the keyword under which the model takes and returns its cache; None if it has none.
     """
 
     about: str
-    make: Callable[[bool], nn.Module]
+    make: Callable[[bool, Mapping[str, Any]], nn.Module]
     length: int | None
     cache: str | None
 
-    def build(self, *, tiny: bool = False, device: torch.device | str = "cpu") -> nn.Module:
-        """Return the model, frozen, in evaluation mode; the same weights each time."""
+    def build(
+        self,
+        *,
+        tiny: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
+    ) -> nn.Module:
+        """Return the model, frozen, in evaluation mode; the same weights each time.
+
+        Args:
+            tiny: whether to build a tiny one.
+            device: where.
+            dtype: of the weights.
+            **changes: to the configuration.
+        """
         torch.manual_seed(0)
-        return self.make(tiny).to(device).eval().requires_grad_(False)
+        return self.make(tiny, changes).to(device, dtype).eval().requires_grad_(False)
 
     def batch(self, model: nn.Module, rows: int, length: int | None) -> Tensor:
         """Return random input: token ids `(rows, length)`, or images `(rows, channels, height, width)`."""
         generator = torch.Generator().manual_seed(1)
-        device = next(model.parameters()).device
+        like = next(model.parameters())
         if self.length is None:
             size = (rows, 3, *model.patch_embed.img_size)
-            return torch.randn(size, generator=generator).to(device)
+            return torch.randn(size, generator=generator).to(like)
         size = (rows, length or self.length)
-        return torch.randint(model.config.vocab_size, size, generator=generator).to(device)
+        return torch.randint(model.config.vocab_size, size, generator=generator).to(like.device)
+
+    def loss(self, call: Call, inputs: Tensor) -> Tensor:
+        """Return the loss of a batch: of the next token, or of a class."""
+        if self.length is None:
+            return F.cross_entropy(call(inputs), torch.arange(len(inputs), device=inputs.device))
+        return call(input_ids=inputs, labels=inputs).loss
 
     def prefill(self, call: Call, inputs: Tensor, **more: Any) -> Tensor:
         """Return the logits of the whole batch: of a language model for the next token only, as `generate` asks."""
@@ -52,13 +73,26 @@ class Shape:
             return call(inputs)
         return call(input_ids=inputs, use_cache=True, logits_to_keep=1, **more).logits
 
-    def cached(self, call: Call, inputs: Tensor) -> Any:
+    def cached(self, call: Call, inputs: Tensor, **more: Any) -> Any:
         """Return the cache that reading `inputs` leaves."""
-        return call(input_ids=inputs, use_cache=True, logits_to_keep=1)[self.cache]
+        return call(input_ids=inputs, use_cache=True, logits_to_keep=1, **more)[self.cache]
 
     def decode(self, call: Call, token: Tensor, cache: Any, **more: Any) -> Tensor:
         """Return the logits after one more token, `(rows, 1)`, which is written into `cache`."""
         return call(input_ids=token, use_cache=True, **{self.cache: cache}, **more).logits
+
+    def static(self, model: nn.Module, room: int) -> dict[str, Any]:
+        """Return the keyword of a cache of a fixed size, for `cached`; an SSM's has one anyway.
+
+        Args:
+            model: whose cache.
+            room: tokens that it holds.
+        """
+        if self.cache != "past_key_values":
+            return {}
+        from transformers import StaticCache
+
+        return {self.cache: StaticCache(config=model.config, max_cache_len=room)}
 
     @staticmethod
     def fresh(cache: Any) -> Any:
@@ -66,26 +100,40 @@ class Shape:
         return copy.deepcopy(cache)
 
 
-def _gpt2(tiny: bool) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy that has modules and parameters of its own, frozen, over the same memory."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
+def scan_linearly(model: nn.Module) -> nn.Module:
+    """Let transformers' Mamba scan through mambapy, in evaluation mode too; other models stay as they are."""
+    for module in model.modules():
+        if hasattr(module, "use_mambapy"):
+            module.use_mambapy = True
+    return model
+
+
+def _gpt2(tiny: bool, changes: Mapping[str, Any]) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     small = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**(small if tiny else {})))
+    return GPT2LMHeadModel(GPT2Config(**{**(small if tiny else {}), **changes}))
 
 
-def _mamba(tiny: bool) -> nn.Module:
+def _mamba(tiny: bool, changes: Mapping[str, Any]) -> nn.Module:
     from transformers import MambaConfig, MambaForCausalLM
 
     shape = {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24}
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-    return MambaForCausalLM(MambaConfig(**(small if tiny else shape)))
+    return MambaForCausalLM(MambaConfig(**{**(small if tiny else shape), **changes}))
 
 
-def _vit(tiny: bool) -> nn.Module:
+def _vit(tiny: bool, changes: Mapping[str, Any]) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return VisionTransformer(**(small if tiny else {}))
+    return VisionTransformer(**{**(small if tiny else {}), **changes})
 
 
 SHAPES = {

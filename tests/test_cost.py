@@ -1,5 +1,6 @@
 """What steering costs by count, which no clock disturbs: held against closed forms, on every backbone alike."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -29,14 +30,68 @@ def cost():
 
 
 @pytest.fixture(scope="module", params=["gpt2", "vit", "mamba"])
-def counted(cost, request):
-    """The counts of every method on a tiny backbone, and the tokens of its batch."""
-    options = cost.parse(["--tiny", "--rank", str(RANK)])
+def built(cost, request):
+    """Every method on a tiny backbone, its batch, and its tokens."""
     shape = cost.SHAPES[request.param]
-    methods = cost.build(request.param, shape, options)
-    inputs = shape.batch(methods[0].model, 2, None)
-    tokens = inputs.numel() if shape.length else 2 * 5
-    return {name: row.counts for name, row in cost.counted(shape, methods, inputs).items()}, tokens
+    base = shape.build(tiny=True)
+    methods, refused = cost.build(request.param, shape, base, RANK)
+    inputs = shape.batch(base, 2, None)
+    return shape, methods, refused, inputs, inputs.numel() if shape.length else 2 * 5
+
+
+@pytest.fixture(scope="module")
+def counted(cost, built):
+    """The counts of every method, and the tokens of the batch."""
+    shape, methods, refused, inputs, tokens = built
+    return cost.counted(shape, methods, inputs, refused), tokens
+
+
+def test_every_row_of_the_table_is_there_or_says_why_not(built):
+    shape, methods, refused, _, _ = built
+    names = [method.name for method in methods]
+    wanted = ["frozen", "floor", "H-Res, block", "H-Res, mixer", "H-Res, input", "H-Res, 2 fields", "H-Res, 8 fields"]
+    assert set(wanted) <= set(names)
+    if importlib.util.find_spec("peft") is None:
+        pytest.skip("the others are PEFT's")
+    assert {"LoRA, usual targets", "full fine-tuning"} <= set(names)
+    others = {"LoRA, all linear layers", "prompt tuning", "ShadowPEFT"}
+    assert others <= {*names, *refused}
+    expected = {"past_key_values": set(), "cache_params": others, None: others - {"LoRA, all linear layers"}}
+    assert set(refused) == expected[shape.cache]
+    assert all(len(reason) > 20 for reason in refused.values())
+
+
+def test_all_methods_stand_on_the_same_memory(built):
+    _, methods, _, _, _ = built
+    places = [{p.data_ptr() for p in method.model.parameters()} for method in methods]
+    assert all(places[0] <= other for other in places)
+    assert [p.requires_grad for p in methods[0].model.parameters()].count(True) == 0
+
+
+def test_what_is_stored_is_what_trains(built, counted):
+    counts, _ = counted
+    for method in built[1]:
+        if method.stored is not None:
+            bytes_ = 4 * counts[method.name].trainable
+            assert bytes_ <= method.stored <= bytes_ + 60_000  # names and descriptions
+
+
+def test_a_method_that_fails_is_a_row_with_its_reason(cost, built):
+    shape, methods, _, inputs, _ = built
+
+    class Broken(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError("no memory\nleft")
+
+    refused = {}
+    broken = [*methods[:2], cost.Method("broken", Broken(), Broken())]
+    assert set(cost.counted(shape, broken, inputs, refused)) == {"floor"}
+    assert refused == {"broken": "RuntimeError: no memory left"}
+    options = cost.parse(["--quick"])
+    times = cost.timed(shape, broken, inputs, options, refused)
+    assert set(times["step"].seconds) == {"floor"}
+    assert set(times["prefill"].seconds) == {"frozen"}
+    assert set(refused) >= {"broken, step", "broken, prefill"}
 
 
 def test_a_step_keeps_the_hidden_units_and_one_stream_beyond_the_floor(counted):
@@ -58,8 +113,28 @@ def test_steering_beside_the_block_keeps_and_computes_least(counted):
     others = [name for name in counts if name.startswith("LoRA")]
     assert others
     for name in others:
-        assert counts["H-Res, block"].saved < counts[name].saved
-        assert counts["H-Res, block"].flops < counts[name].flops
+        for key in ("saved", "peak", "flops", "trainable"):
+            assert getattr(counts["H-Res, block"], key) < getattr(counts[name], key)
+
+
+def test_of_gpt2_small_a_step_keeps_two_per_cent_more_than_the_floor_at_most(cost):
+    """Every block adds as much as the one before: two blocks and three tell of twelve."""
+    from methods import floor, steered
+    from shapes import twin
+
+    shape = cost.SHAPES["gpt2"]
+    small = {"vocab_size": 64, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+    saved = {}
+    for blocks in (2, 3):
+        base = shape.build(n_layer=blocks, **small)
+        lowest = floor(twin(base))
+        methods = [cost.Method("floor", lowest, lowest), steered(twin(base), 32)]
+        saved[blocks] = cost.counted(shape, methods, shape.batch(base, 1, 128), {})
+    least, own = (
+        saved[3][name].saved + 9 * (saved[3][name].saved - saved[2][name].saved) for name in ("floor", "H-Res, block")
+    )
+    assert own - least == 4 * 128 * (12 * 2 * 32 + 768)
+    assert 1 < own / least <= 1.02
 
 
 @pytest.mark.parametrize(("bias", "expected"), [(True, 4), (False, 3)])
@@ -108,12 +183,18 @@ def test_the_cache_of_the_prefix_is_timed_on_the_same_training(cost, name, tmp_p
 
 
 def test_the_benchmark_runs_from_end_to_end(cost, tmp_path, capsys):
-    arguments = ["--tiny", "--rank", "4", "--rounds", "1", "--backbone", "gpt2", "--output", str(tmp_path)]
-    assert cost.main(arguments) == 0
+    assert cost.main(["--quick", "--rank", "4", "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "cost-gpt2-cpu.json").read_text())
+    assert set(record["times"]) == {"step", "prefill", "decode, 1 row", "decode, 16 rows"}
+    assert set(json.loads((tmp_path / "cost-vit-cpu.json").read_text())["times"]) == {"step", "prefill"}
     assert record["times"]["step"]["floor"]["ratio"]["median"] == 1
-    assert record["times"]["prefill"]["frozen"]["ratio"]["median"] == 1
+    for column in ("prefill", "decode, 1 row", "decode, 16 rows"):
+        assert record["times"][column]["frozen"]["ratio"]["median"] == 1
+        assert {"H-Res, block", "H-Res, 8 fields"} <= set(record["times"][column])
     assert record["counts"]["H-Res, block"]["trainable"] == BLOCKS * (2 * 4 * WIDTH + 4 + WIDTH)
-    assert "| H-Res, block" in capsys.readouterr().out
+    assert record["launched"]["H-Res, block"] - record["launched"]["frozen"] == 4 * BLOCKS
+    printed = capsys.readouterr().out
+    assert "| H-Res, block" in printed
+    assert "- prompt tuning: " in printed
     assert cost.main(["--rank", "0"]) == 1
     assert "1 or more" in capsys.readouterr().err

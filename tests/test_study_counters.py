@@ -81,3 +81,23 @@ def test_counts_are_the_same_every_time():
     found = {count(model, lambda: model(x).sum(), x) for _ in range(3)}
     assert len(found) == 1
     assert isinstance(found.pop(), Counts)
+
+
+def test_the_peak_of_what_is_alive_at_one_time():
+    def chain(x):
+        first = x + 1  # 48 bytes
+        second = first * 2  # and as many
+        del first
+        return (second - 1).sum()  # again; `second` dies before the 4 bytes of the sum are there
+
+    x = torch.randn(3, 4, requires_grad=True)
+    counts = count(nn.Identity(), lambda: chain(x), x)
+    assert counts.peak == 2 * 48 + 4  # the gradient is expanded from the value's, and doubled
+    assert counts.saved == 0
+
+
+def test_the_peak_holds_what_is_saved_and_the_gradients():
+    model, x = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False)), torch.randn(3, 4)
+    counts = count(model, lambda: model(x).sum(), x)
+    assert counts.saved == 3 * 4 * 4  # what relu returns
+    assert counts.peak >= counts.saved + 2 * 4 * 4 * 4  # and both weights' gradients stay until the end

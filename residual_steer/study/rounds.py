@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from residual_steer.errors import SteerError
 
@@ -108,6 +109,7 @@ def play(
     repeats: int = 1,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    progress: str = "",
 ) -> Rounds:
     """Time variants in interleaved rounds.
 
@@ -118,6 +120,7 @@ def play(
         repeats: how often `run` is called in one measurement, whose time is divided by it; for what takes microseconds.
         device: where the work is done; a CUDA device is synchronised before each reading of the clock.
         clock: gives seconds.
+        progress: the name of a bar that counts measurements and shows the time left; "" for none.
 
     Raises:
         SteerError: no variant, two of the same name, or no round.
@@ -131,19 +134,22 @@ def play(
         )
     cuda = torch.device(device).type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-warmup, rounds):
-        first = turn % len(variants)
-        for variant in (*variants[first:], *variants[:first]):
-            given = variant.before()
-            if cuda:
-                torch.cuda.synchronize(device)
-            started = clock()
-            for _ in range(repeats):
-                variant.run(given)
-            if cuda:
-                torch.cuda.synchronize(device)
-            if turn >= 0:
-                seconds[variant.name].append((clock() - started) / repeats)
+    total = (warmup + rounds) * len(variants)
+    with tqdm(total=total, desc=progress, disable=not progress, leave=False) as bar:
+        for turn in range(-warmup, rounds):
+            first = turn % len(variants)
+            for variant in (*variants[first:], *variants[:first]):
+                given = variant.before()
+                if cuda:
+                    torch.cuda.synchronize(device)
+                started = clock()
+                for _ in range(repeats):
+                    variant.run(given)
+                if cuda:
+                    torch.cuda.synchronize(device)
+                if turn >= 0:
+                    seconds[variant.name].append((clock() - started) / repeats)
+                bar.update()
     return Rounds(seconds)
 
 
