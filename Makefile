@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 RESULTS ?= runs/claims
 
-.PHONY: demo serve bench claims claims-recall claims-tasks test check format clean
+.PHONY: demo serve bench coverage claims claims-recall claims-tasks test test-oldest check format clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
 	$(BIN)/python examples/compare_transformer_mamba.py
@@ -17,6 +18,9 @@ bench: $(VENV)/installed  ## What steering costs, and many fields in one batch; 
 	$(BIN)/python benchmarks/many_fields.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/prefix.py
+
+coverage: $(VENV)/installed  ## Which architectures steer(model) reaches: COVERAGE.md; twenty minutes; tries what failed or is new (FRESH=1: all)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py $(if $(FRESH),--fresh,--retry)
 
 claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is needed; goes on where it was interrupted
 	$(MAKE) --no-print-directory -j 2 claims-recall claims-tasks
@@ -33,6 +37,10 @@ claims-tasks: $(VENV)/installed
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 	$(BIN)/python -m pytest -n 2
 
+# torch 2.6 cannot trace a model of transformers.
+test-oldest: $(OLDEST)/installed  ## Run the contract with the oldest releases that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_auto*.py
+
 check: $(VENV)/installed  ## Lint, format and types, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,12 +51,20 @@ format: $(VENV)/installed  ## Put imports and layout in order
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/installed: pyproject.toml
 	@echo "Making $(VENV) and installing torch, transformers, timm and the rest: several GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+$(OLDEST)/installed: pyproject.toml .ci/oldest.py
+	@echo "Making $(OLDEST) with the lower bounds of pyproject.toml: several GB, a few minutes."
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 # The real mamba_ssm blocks, for the tests. On a machine without CUDA its Python code is installed without kernels.
