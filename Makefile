@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 RESULTS ?= runs/claims
 
-.PHONY: demo serve bench bench-loreft claims claims-recall claims-tasks test check format clean
+.PHONY: demo serve bench bench-loreft coverage claims claims-recall claims-tasks test test-oldest check format clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
 	$(BIN)/python examples/compare_transformer_mamba.py
@@ -31,6 +32,9 @@ $(REFT)/installed: $(VENV)/installed
 	$(REFT)/bin/python -m pip install --quiet --disable-pip-version-check requests aiohttp
 	@touch $@
 
+coverage: $(VENV)/installed  ## Which architectures steer(model) reaches: COVERAGE.md; twenty minutes; tries what failed or is new (FRESH=1: all)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py $(if $(FRESH),--fresh,--retry)
+
 claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is needed; goes on where it was interrupted
 	$(MAKE) --no-print-directory -j 2 claims-recall claims-tasks
 	$(BIN)/python examples/wikitext_speed.py --random-weights --out $(RESULTS)
@@ -39,12 +43,18 @@ claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is 
 # Small models gain nothing from a second thread, so two experiments share the machine; their bars stand on two lines.
 claims-recall: $(VENV)/installed
 	OMP_NUM_THREADS=1 TQDM_POSITION=0 $(BIN)/python examples/retrieval.py --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=0 $(BIN)/python examples/continual.py --out $(RESULTS)
 claims-tasks: $(VENV)/installed
-	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/latent_ablation.py --out $(RESULTS)
 	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/compare_transformer_mamba.py --baselines --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/inspect_steering.py --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/latent_ablation.py --out $(RESULTS)
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 	$(BIN)/python -m pytest -n 2
+
+# torch 2.6 cannot trace a model of transformers.
+test-oldest: $(OLDEST)/installed  ## Run the contract with the oldest releases that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_auto*.py
 
 check: $(VENV)/installed  ## Lint, format and types, without changing anything
 	$(BIN)/ruff check .
@@ -56,12 +66,20 @@ format: $(VENV)/installed  ## Put imports and layout in order
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/installed: pyproject.toml
 	@echo "Making $(VENV) and installing torch, transformers, timm and the rest: several GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+$(OLDEST)/installed: pyproject.toml .ci/oldest.py
+	@echo "Making $(OLDEST) with the lower bounds of pyproject.toml: several GB, a few minutes."
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 # The real mamba_ssm blocks, for the tests. On a machine without CUDA its Python code is installed without kernels.

@@ -1,7 +1,8 @@
 """The built-in families, one file each; a family is a layout of blocks, not a model name.
 
 Installed as `residual_steer.backbones`. Every family registers itself with the call that anybody uses. The package can
-be called: `residual_steer.backbones()` lists every registered backbone, those of installed packages included.
+be called: `residual_steer.backbones()` lists every registered backbone, those of installed packages included, and
+`residual_steer.backbones("llama")` the classes of one.
 """
 
 import sys
@@ -40,8 +41,8 @@ __all__ = [
 class _Families(types.ModuleType):
     """A module that is also the public function `residual_steer.backbones()`."""
 
-    def __call__(self) -> tuple[str, ...]:
-        return registry.backbones()
+    def __call__(self, name: str | None = None) -> tuple[str, ...]:
+        return registry.backbones(name)
 
 
 sys.modules[__name__].__class__ = _Families

@@ -17,10 +17,11 @@ TRANSFORMERS = (
 )
 
 BLOCKS = (
-    "BasicBlock Bottleneck PreActBasic PreActBottleneck ResNetBasicLayer ResNetBottleNeckLayer RegNetXLayer "
-    "RegNetYLayer BitBottleneckLayer BitPreActivationBottleneckLayer ConvNeXtBlock ConvNextLayer ConvNextV2Layer "
-    "ConvBnAct DepthwiseSeparableConv InvertedResidual UniversalInvertedResidual CondConvResidual EdgeResidual "
-    "MobileAttention EfficientNetBlock MobileNetV2InvertedResidual"
+    "BasicBlock Bottleneck Bottle2neck ResNestBottleneck SelectiveKernelBasic SelectiveKernelBottleneck PreActBasic "
+    "PreActBottleneck ResNetBasicLayer ResNetBottleNeckLayer RegNetXLayer RegNetYLayer BitBottleneckLayer "
+    "BitPreActivationBottleneckLayer ConvNeXtBlock ConvNextLayer ConvNextV2Layer ConvBnAct DepthwiseSeparableConv "
+    "InvertedResidual UniversalInvertedResidual CondConvResidual EdgeResidual MobileAttention EfficientNetBlock "
+    "MobileNetV2InvertedResidual"
 )
 SKIPS = ("has_skip", "use_residual", "projection.apply_dropout")  # timm's MobileNets; MobileNetV2's; EfficientNet's
 
@@ -56,4 +57,7 @@ def _passes_on(block: nn.Module) -> bool:
 
 def _width(block: nn.Module) -> int:
     """Return the width of the stream: what the first convolution of a block reads."""
+    last = first_of(block, "conv3.bn", "conv2.bn")
+    if last is not None:  # convolutions with selective kernels read half of the stream each
+        return int(last.num_features)
     return next(module.in_channels for module in block.modules() if isinstance(module, nn.Conv2d))

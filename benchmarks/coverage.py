@@ -30,11 +30,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from coverage_models import KINDS, NO_STREAM, Entry, UnbuiltError, entries
-from coverage_report import write
+from coverage_report import versions, write
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = ROOT / "runs" / "coverage.jsonl"
-SECONDS, GIB = 30.0, 6.0
+SECONDS, GIB = 60.0, 6.0
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--kind", nargs="*", default=[*KINDS, "timm"], choices=[*KINDS, "timm"])
     parser.add_argument("--only", nargs="*", help="model types of transformers or modules of timm; writes no tables")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run found")
-    parser.add_argument("--retry", action="store_true", help="try again what did not work in an earlier run")
+    parser.add_argument("--retry", action="store_true", help="try again what neither works nor is refused")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each model")
     parser.add_argument("--lines", type=Path, default=LINES, help="where results are kept line by line")
@@ -70,8 +70,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 
 def _read(lines: Path) -> dict[str, dict[str, Any]]:
+    """Return what is known of every model with the installed releases; the last line about it counts."""
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    return {f"{row['kind']} {row['name']} {row['key']}": row for row in rows}
+    return {f"{row['kind']} {row['name']} {row['key']}": row for row in rows if row["versions"] == versions()}
 
 
 def _key(entry: Entry) -> str:
@@ -107,7 +108,13 @@ def _all(pending: list[Entry], jobs: int, seconds: float) -> Iterable[dict[str, 
                 continue
             process.join(5)
             running.remove(item)
-            told = {"kind": entry.kind, "name": entry.name, "key": entry.model, "model": entry.model}
+            told = {
+                "versions": versions(),
+                "kind": entry.kind,
+                "name": entry.name,
+                "key": entry.model,
+                "model": entry.model,
+            }
             yield {**told, **row, "seconds": round(time.time() - begun, 1)}
 
 

@@ -10,7 +10,10 @@ from typing import Any
 from torch import nn
 
 # No module of these returns what entered it plus something: chains, concatenations, and streams that grow.
-NO_STREAM = {"densenet", "dpn", "inception_v3", "inception_v4", "mobilenet_v1", "pp_lcnet", "rdnet", "rexnet", "vgg"}
+NO_STREAM = {
+    *("densenet", "dpn", "inception_v3", "inception_v4", "mobilenet_v1", "nasnet", "pnasnet", "pp_lcnet", "rdnet"),
+    *("rexnet", "selecsls", "vgg", "vovnet"),
+}
 LIMIT = 30_000_000  # parameters
 KINDS = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
@@ -86,10 +89,10 @@ def _of_timm() -> Iterator[Entry]:
         ]
         names = names or timm.list_models(module=module)
         if names:
-            yield Entry("timm", module, "", lambda names=tuple(names): _smallest(names))
+            yield Entry("timm", module, "", lambda m=module, n=tuple(names): _smallest(m, n))
 
 
-def _smallest(names: tuple[str, ...]) -> nn.Module:
+def _smallest(module: str, names: tuple[str, ...]) -> nn.Module:
     """Build the smallest member of a module, its input and depth as small as it takes.
 
     Raises:
@@ -99,6 +102,7 @@ def _smallest(names: tuple[str, ...]) -> nn.Module:
     import torch
 
     names = tuple(sorted(names, key=lambda name: not any(hint in name for hint in _HINTS)))
+    limit = 5 * LIMIT if module in NO_STREAM else LIMIT  # what is only refused costs little
     errors = ""
     sizes: dict[str, int] = {}
     for name in names:
@@ -110,13 +114,13 @@ def _smallest(names: tuple[str, ...]) -> nn.Module:
         if len(sizes) == 5:
             break
     for name in sorted(sizes, key=lambda name: sizes[name]) or names[:1]:
-        for settings in _OWN.get(name.partition("_")[0], _SETTINGS):
+        for settings in _OWN.get(module, _SETTINGS):
             try:
                 with torch.device("meta"):
                     size = sum(p.numel() for p in timm.create_model(name, **settings).parameters())
             except Exception:
                 continue
-            if size <= LIMIT:
+            if size <= limit:
                 torch.manual_seed(0)
                 return timm.create_model(name, **settings)
         try:
@@ -125,7 +129,7 @@ def _smallest(names: tuple[str, ...]) -> nn.Module:
         except Exception as error:
             errors = errors or f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue
-        if sum(parameter.numel() for parameter in model.parameters()) <= LIMIT:
+        if sum(parameter.numel() for parameter in model.parameters()) <= limit:
             return model
     raise UnbuiltError(errors or f"its smallest member has {min(sizes.values()) / 1e6:.0f}M parameters")
 
@@ -135,6 +139,7 @@ _WITHOUT = {"resnest14d"}  # has one block a stage, and each changes the width
 _HINTS = ("atto", "femto", "pico", "nano", "xxs", "_xxt", "tiny", "_s12", "18", "_xs", "mini", "_t0", "_b0", "small")
 _SETTINGS: tuple[dict[str, Any], ...] = (
     {"img_size": 64, "depth": 4, **_INPUT},
+    {"img_size": 64, "depth": 4, "embed_dim": 64, "num_heads": 4, **_INPUT},
     {"depth": 4, **_INPUT},
     {"img_size": 64, **_INPUT},
     _INPUT,
@@ -142,4 +147,7 @@ _SETTINGS: tuple[dict[str, Any], ...] = (
 _OWN: dict[str, tuple[dict[str, Any], ...]] = {
     "cait": ({"img_size": 64, "depth": 8},),  # beside two blocks of class attention
     "crossvit": ({},),
+    "nextvit": ({"depths": (1, 2, 5, 2), **_INPUT},),
+    "selecsls": ({"num_classes": 10, **_INPUT},),
+    "tresnet": ({"num_classes": 10, **_INPUT},),
 }

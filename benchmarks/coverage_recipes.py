@@ -8,6 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 _FOUR_OF_SIXTEEN = {"head_dim": 16, "num_key_value_heads": 2}
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 2,
+    "ngram_vocab_size_base": 200,
+    "linear_num_key_heads": 2,
+}
+_TOKENIZER = {"num_filters": 4, "depths": [1] * 7}
 
 RECIPES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1]},
@@ -20,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
         },
     },
+    "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "donut-swin": {"embed_dim": 16, "image_size": 128, "patch_size": 4, "window_size": 4},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
@@ -32,6 +43,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.5, "hidden_dim": 1280, "image_size": 64},
     "encoder-decoder": {"decoder.is_decoder": True, "decoder.add_cross_attention": True},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "gemma3n": {"vision_config.architecture": "mobilenetv3_small_050"},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "intermediate_size": [96] * 4,
@@ -51,6 +64,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1},
     "luke": {"entity_vocab_size": 200},
+    "mimi": {"upsample_groups": 64, "num_filters": 8},
+    "moonshine_streaming": {"num_key_value_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": _FOUR_OF_SIXTEEN,
     "nemotron": {"num_key_value_heads": 2},
@@ -67,15 +82,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "num_blocks": 2,
     },
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 16,
-        "indexer_compress_ratio": 2,
-        "ngram_vocab_size_base": 200,
-        "linear_num_key_heads": 2,
-    },
+    "qwen4_exp": _QWEN4,
+    "qwen4_exp_text": _QWEN4,
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"],
@@ -95,6 +103,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "swinv2": {"embed_dim": 16, "image_size": 128, "patch_size": 4, "window_size": 4},
     "textnet": {"hidden_sizes": ..., "depths": ..., "image_size": 64},
     "parakeet_encoder": {"num_mel_bins": ...},
+    "vibevoice_acoustic_tokenizer": _TOKENIZER,
+    "vibevoice_acoustic_tokenizer_decoder": _TOKENIZER,
+    "vibevoice_acoustic_tokenizer_encoder": _TOKENIZER,
     "vision-encoder-decoder": {"decoder.is_decoder": True, "decoder.add_cross_attention": True},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},

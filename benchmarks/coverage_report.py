@@ -18,18 +18,22 @@ TITLES = {
 PACKAGES = ("torch", "transformers", "timm")
 
 
+def versions() -> dict[str, str]:
+    """Return the releases that the table is about."""
+    return {package: version(package) for package in PACKAGES}
+
+
 def write(root: Path, rows: list[dict[str, Any]]) -> None:
     """Write both tables; nothing of the machine is in them."""
-    versions = {package: version(package) for package in PACKAGES}
-    kept = [{key: value for key, value in row.items() if key not in ("seconds", "key")} for row in rows]
+    kept = [{k: value for k, value in row.items() if k not in ("seconds", "key", "versions")} for row in rows]
     results = root / "benchmarks" / "results" / "coverage.json"
-    results.write_text(json.dumps({"versions": versions, "models": kept}, indent=1, ensure_ascii=False) + "\n")
-    (root / "COVERAGE.md").write_text(markdown(rows, versions))
+    results.write_text(json.dumps({"versions": versions(), "models": kept}, indent=1, ensure_ascii=False) + "\n")
+    (root / "COVERAGE.md").write_text(markdown(rows))
 
 
-def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table for people."""
-    told = ", ".join(f"{package} {number}" for package, number in versions.items())
+    told = ", ".join(f"{package} {number}" for package, number in versions().items())
     lines = [
         "# Coverage",
         "",
@@ -40,7 +44,7 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "all fields get a gradient, `use(model, None)` gives the frozen output back to the last bit, and where the",
         "frozen model generates with its cache what it generates without, so does the steered one. *Refused*: there is",
         "no residual stream to steer, and `steer` says so. *Untested*: the model could not be built below 30M",
-        "parameters or run in half a minute; nothing is claimed of it.",
+        "parameters or run in a minute; nothing is claimed of it.",
         "",
         "| | works | refused | fails | untested | works, of those that were built and have a stream |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -95,9 +95,9 @@ def shrunk(config_class: Any, names: Sequence[str]) -> Any:
     return config_class(**_keywords(config_class(), name))
 
 
-def _keywords(config: Any, model_type: str) -> dict[str, Any]:
-    """Return the keywords that make a config small."""
-    recipe = RECIPES.get(model_type, {})
+def _keywords(config: Any, model_type: str, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the keywords that make a config small; `own` is what it needs where it stands, beside its recipe."""
+    recipe = {**RECIPES.get(model_type, {}), **(own or {})}
     found: dict[str, Any] = {}
     values = {key: value for key, value in vars(config).items() if not key.startswith("_")}
     for key, value in values.items():
@@ -112,15 +112,10 @@ def _keywords(config: Any, model_type: str) -> dict[str, Any]:
         if isinstance(layers, int) and key not in recipe and key not in found and _is_per_layer(key, value, values):
             found[key] = kinds(value, layers)
     nested = {key: value for key, value in values.items() if hasattr(value, "to_dict") and key not in recipe}
-    for key, value in nested.items():
-        found[key] = {"model_type": value.model_type, **_keywords(value, value.model_type)}
-        found[key] = type(value)(**{k: v for k, v in found[key].items() if k != "model_type"})
-    found |= {key: value for key, value in recipe.items() if value is not ... and "." not in key}
-    for key, value in recipe.items():  # "decoder.is_decoder" is set on the config inside
-        part, _, name = key.partition(".")
-        if name:
-            setattr(found[part], name, value)
-    return found
+    for key, value in nested.items():  # "decoder.is_decoder" is for the config inside
+        own = {name.partition(".")[2]: given for name, given in recipe.items() if name.startswith(f"{key}.")}
+        found[key] = type(value)(**_keywords(value, value.model_type, own))
+    return found | {key: value for key, value in recipe.items() if value is not ... and "." not in key}
 
 
 def _small(key: str, value: Any, values: Mapping[str, Any]) -> Any:

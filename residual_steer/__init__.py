@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from . import baselines, data
+from . import baselines, continual, data, diagnostics
 from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
@@ -23,7 +23,9 @@ __all__ = [
     "SteerError",
     "backbones",
     "baselines",
+    "continual",
     "data",
+    "diagnostics",
     "fields",
     "find_backbone",
     "fit",

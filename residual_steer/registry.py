@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from .auto import discover
+from .auto import discover, is_marked
 from .backbone import ATTRIBUTE, Backbone
 from .errors import SteerError
 
@@ -82,10 +82,17 @@ def register_backbone(name: str, *, matches: Iterable[str]) -> Callable[[Describ
     return register
 
 
-def backbones() -> tuple[str, ...]:
-    """Return the names of all registered backbones, built-in ones and those of installed packages."""
+def backbones(name: str | None = None) -> tuple[str, ...]:
+    """Return the names of all registered backbones, built-in ones and those of installed packages.
+
+    Args:
+        name: one of them; then the classes are returned that it describes, as `"package.Class"`.
+
+    Raises:
+        SteerError: `name` is unknown.
+    """
     _load_plugins()
-    return tuple(sorted(_families))
+    return tuple(sorted(_families)) if name is None else _family(name).matches
 
 
 def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = None) -> Backbone:
@@ -104,25 +111,24 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
         Its description, with `name` and `path` filled in. A model that is steered already has the one it is steered by.
 
     Raises:
-        SteerError: `model` is no module, `arch` is unknown, no backbone is found or proved, or several are.
+        SteerError: `model` is no module, `arch` is unknown, no backbone is found or proved, or several are and its
+            output depends on more than one stream.
     """
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     steered = _steered(model)
     if steered is not None and arch in (None, steered.name) and arch != AUTO:
         return steered
-    known = backbones()
-    if arch not in (None, AUTO) and (not isinstance(arch, str) or arch not in _families):
-        raise SteerError(f"unknown backbone {arch!r}; registered are: {', '.join(known)}; 'auto' looks for itself.")
+    _load_plugins()
     if arch == AUTO:
         return discover(model, example)
-    families = [_families[arch]] if arch is not None else list(_families.values())
+    families = [_family(arch)] if arch is not None else list(_families.values())
     found = _search(model, {match: family for family in families for match in family.matches})
     if not found:
-        looked_for = ", ".join(match for family in families for match in family.matches)
         told = (
             f"no known backbone in {type(model).__module__}.{type(model).__qualname__}: looked along the classes of "
-            f"the model and its submodules for {looked_for}."
+            f"the model and its submodules for those of {', '.join(sorted(family.name for family in families))} "
+            f"(residual_steer.backbones({families[0].name!r}) lists a family's classes)."
         )
         if arch is not None:
             raise SteerError(f"{told} {_BY_HAND}")
@@ -131,12 +137,67 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
         except SteerError as refused:
             raise SteerError(f"{refused} Before that, {told} {_BY_HAND}") from refused
     if len(found) > 1:
-        listed = ", ".join(f"model.{path} ({family.name})" for path, _, family in found)
-        raise SteerError(
-            f"several backbones in one model: {listed}. Steer one of them, for example steer(model.{found[0][0]}, ...)."
-        )
+        return _of_several(model, found, arch, example)
     path, module, family = found[0]
-    return replace(family.describe(module), name=family.name, path=path)
+    described = replace(family.describe(module), name=family.name, path=path)
+    return described if arch is not None else _of_whole(model, module, described, example)
+
+
+def _of_whole(model: nn.Module, module: nn.Module, described: Backbone, example: Any) -> Backbone:
+    """Return the backbone of a module inside a model, unless a run shows that the model's stream is another one.
+
+    A registered tower that reads images may stand in a language model that no family describes, and its layers, marked
+    as such by transformers, beside it.
+    """
+    inside = {id(part) for part in module.modules()}
+    if not any(is_marked(part) and id(part) not in inside for part in model.modules()):
+        return described
+    try:
+        proved = discover(model, example, dominant=False)
+    except SteerError:
+        return described
+    blocks = {id(block) for block in described.blocks}
+    return described if any(id(block) in blocks for block in proved.blocks) else proved
+
+
+def _of_several(
+    model: nn.Module, found: list[tuple[str, nn.Module, _Family]], arch: str | None, example: Any
+) -> Backbone:
+    """Return the stream on which the output of a model with several backbones depends, where a run shows only one.
+
+    So a language model is found beside the tower that reads its images, and an encoder with the decoder behind it.
+
+    Raises:
+        SteerError: there are several, or `arch` asked for more than one of them.
+    """
+    listed = [f"model.{path} ({family.name})" for path, _, family in found]
+    refusal = (
+        f"several backbones in one model: {', '.join(listed)}. Steer one of them, for example "
+        f"steer(model.{found[0][0]}, ...)."
+    )
+    if arch is not None:
+        raise SteerError(refusal)
+    try:
+        backbone = discover(model, example, dominant=False)
+    except SteerError as refused:
+        raise SteerError(refusal) from refused
+    blocks = {id(block) for block in backbone.blocks}
+    beside = [
+        told for told, (_, module, _) in zip(listed, found, strict=True) if blocks.isdisjoint(map(id, module.modules()))
+    ]
+    return replace(backbone, origin=f"{backbone.origin}; not part of it: {', '.join(beside)}") if beside else backbone
+
+
+def _family(name: str) -> _Family:
+    """Return a registered family.
+
+    Raises:
+        SteerError: there is none of this name.
+    """
+    if not isinstance(name, str) or name not in _families:
+        known = ", ".join(sorted(_families))
+        raise SteerError(f"unknown backbone {name!r}; registered are: {known}; 'auto' looks for itself.")
+    return _families[name]
 
 
 def own_backbone(model: nn.Module, backbone: Backbone) -> Backbone:

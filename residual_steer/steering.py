@@ -127,9 +127,10 @@ def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
     for index in spec.ranks:
         spec.build(index, state.backbone, device="meta")  # refuses what HRes refuses, before anything is changed
         if state.backbone.point(index, spec.site) is None:
+            there = [i for i in range(len(state.backbone.blocks)) if state.backbone.point(i, spec.site) is not None]
             raise SteerError(
-                f"site {spec.site!r} is not there in block {index} ({type(state.backbone.blocks[index]).__name__}); "
-                f"choose another site or leave the block out with `layers`."
+                f"site {spec.site!r} is not there in block {index} ({type(state.backbone.blocks[index]).__name__}), "
+                f"only in layers={there}: name these or some of them, or choose another site."
             )
     points = [state.backbone.point(index, spec.site) for index in spec.ranks]
     if len({id(point) for point in points}) < len(points):

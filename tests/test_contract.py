@@ -195,6 +195,7 @@ def test_a_deep_copy_and_a_pickle_stand_on_their_own(case, site, device):
 
 @pytest.mark.parametrize(("case", "site"), [point for point in POINTS if point.values[0].generates])
 def test_generation_with_and_without_the_cache_agree(case, site, device):
+    case.needs("generate")
     model = steered(case, site, device)
     prompt = case.inputs(model)["input_ids"][:, :4]
     settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -227,6 +228,7 @@ def test_prefill_and_steps_agree_with_the_whole_sequence(case, site, device):
 
 @every_point
 def test_gradient_checkpointing_gives_the_same_gradients(case, site, device):
+    case.needs("checkpoint")
     plain, saving = (steered(case, site, device, training=True) for _ in range(2))
     if hasattr(saving, "set_grad_checkpointing"):
         saving.set_grad_checkpointing(True)
@@ -280,6 +282,7 @@ def test_compiled_training_gives_the_same_gradients(case, device):
 @outer_points
 @torch.no_grad()
 def test_exports(case, site, device):
+    case.needs("export")
     model = steered(case, site, device)
     program = torch.export.export(model, (), case.inputs(model), strict=False)
     close(case.run(program.module()), case.run(model))

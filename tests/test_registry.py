@@ -110,12 +110,24 @@ def test_nothing_found_says_what_was_looked_for_and_how_to_register():
     with pytest.raises(rs.SteerError) as caught:
         rs.find_backbone(Stack())
     message = str(caught.value)
-    for part in ("test_registry.Stack", "transformers.GPT2Model", "timm.VisionTransformer", "register_backbone('mine'"):
+    for part in ("test_registry.Stack", "those of bert, ", "hybrid, llama, ", "vit, ", "register_backbone('mine'"):
         assert part in message
+    assert "transformers.GPT2Model" not in message, "hundreds of classes are no help"
+    assert "residual_steer.backbones('" in message
+    assert len(message) < 1500
+
+
+def test_the_classes_of_a_family_are_listed():
+    register()
+    assert rs.backbones("stack") == ("test_registry.Stack",)
+    assert {"transformers.LlamaModel", "transformers.OPTModel"} <= set(rs.backbones("llama"))
+    for name in ("nobody", 3):
+        with pytest.raises(rs.SteerError, match=rf"unknown backbone {name!r}; registered are: bert, "):
+            rs.backbones(name)
 
 
 def test_another_family_than_the_one_asked_for_is_not_taken():
-    with pytest.raises(rs.SteerError, match=r"looked along .* for transformers.GPT2Model, (?!.*timm).*\. Describe"):
+    with pytest.raises(rs.SteerError, match=r"looked along .* for those of gpt2 \(residual.*\('gpt2'\) .*\. Describe"):
         rs.find_backbone(TABLE["timm-vit"].build(), "gpt2")
 
 

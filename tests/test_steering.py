@@ -85,7 +85,11 @@ class TwoBlocks(nn.Module):
     [
         (MAMBA.build, {"site": "mlp"}, r"backbone 'mamba' has the sites block, mixer, input; received 'mlp'"),
         (GPT2.build, {"arch": "rwkv"}, r"unknown backbone 'rwkv'; registered are: "),
-        (GPT2.build, {"arch": "vit"}, r"no known backbone in transformers.*GPT2LMHeadModel: looked along .* for timm"),
+        (
+            GPT2.build,
+            {"arch": "vit"},
+            r"no known backbone in transformers.*GPT2LMHeadModel: looked along .* for those of vit ",
+        ),
         (lambda: nn.Linear(4, 4), {}, r"no known backbone in torch.*Linear.*register_backbone\('mine'"),
         (
             lambda: nn.ModuleDict({"a": VIT.build(), "b": GPT2.build()}),

@@ -14,5 +14,6 @@ hand their input on as `z + g(z)`, in which order, and what stands between them.
 """
 
 from .discover import discover
+from .trace import is_marked
 
-__all__ = ["discover"]
+__all__ = ["discover", "is_marked"]

@@ -136,13 +136,18 @@ def blocks_of(found: Mapping[str, list[Step]], refused: Iterable[str], model: nn
 
     def pick(names: list[str]) -> None:
         for name in names:
-            if any(name.startswith(f"{other}.") for other in names if other != name):
+            if any(name.startswith(f"{other}.") for other in names if other != name) or _is_lent(name, names):
                 continue
             inner = [other for other in found if other.startswith(f"{name}.")]
             if inner and _is_stage(found[name][0], [found[other] for other in inner]) and not _is_layer(name):
                 pick(inner)
             else:
                 chosen[name] = found[name]
+
+    def _is_lent(name: str, names: list[str]) -> bool:
+        """Say whether a module stands outside of the others, and is called by them alone, as a part that they share."""
+        others = [step.call for other in names if other != name for step in found[other]]
+        return all(any(call.holds(step.call) for call in others) for step in found[name])
 
     def _is_layer(name: str) -> bool:
         if type(model.get_submodule(name)) is nn.Sequential:

@@ -29,12 +29,14 @@ class _NotProvedError(SteerError):
     """A probe ran, and what it showed is no residual stream."""
 
 
-def discover(model: nn.Module, example: Any = None) -> Backbone:
+def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) -> Backbone:
     """Find the residual blocks of a model by running it, and prove them.
 
     Args:
         model: any module on a real device; afterwards it is as it was.
         example: a batch for it: a tensor, a tuple of arguments or a dict of keywords. None makes a tiny one.
+        dominant: whether a stream with many times the blocks of every other one is the one, and the others are left
+            out; otherwise several are refused whatever their sizes.
 
     Returns:
         The description, named "auto".
@@ -44,10 +46,10 @@ def discover(model: nn.Module, example: Any = None) -> Backbone:
     """
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(0)
-        return _discover(model, example)
+        return _discover(model, example, dominant)
 
 
-def _discover(model: nn.Module, example: Any) -> Backbone:
+def _discover(model: nn.Module, example: Any, dominant: bool) -> Backbone:
     """Try one input after the other.
 
     Raises:
@@ -62,7 +64,7 @@ def _discover(model: nn.Module, example: Any) -> Backbone:
             continue
         probe = made.on(like, dtype)
         try:
-            return _Probe(model, probe).describe()
+            return _Probe(model, probe, dominant).describe()
         except _NotProvedError as error:
             refused = refused or error
             ran.add(made.kind)  # another size would show the same
@@ -83,8 +85,8 @@ def _discover(model: nn.Module, example: Any) -> Backbone:
 class _Probe:
     """One model and one input."""
 
-    def __init__(self, model: nn.Module, example: Example) -> None:
-        self._model, self._example = model, example
+    def __init__(self, model: nn.Module, example: Example, dominant: bool) -> None:
+        self._model, self._example, self._dominant = model, example, dominant
 
     def describe(self) -> Backbone:
         """Return the description that this input proves.
@@ -136,7 +138,7 @@ class _Probe:
             if path.rpartition(".")[0] in lists and is_marked(self._model.get_submodule(path)):
                 raise _NotProvedError(f"{path} stands in a list of residual blocks and is none: {reason}.")
         stacks.sort(key=lambda stack: len(stack.blocks), reverse=True)
-        if len(stacks) > 1 and len(stacks[0].blocks) < DOMINANT * len(stacks[1].blocks):
+        if len(stacks) > 1 and not (self._dominant and len(stacks[0].blocks) >= DOMINANT * len(stacks[1].blocks)):
             joined = self._encoder_decoder(stacks)
             if joined is None:
                 listed = ", ".join(map(str, stacks))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from mamba_ssm_on_cpu import compiled
@@ -57,6 +60,8 @@ class Case:
         pickle_fails: how the library's own model, unsteered, fails to be pickled.
         compiled_backward_fails: how the library's own model, unsteered, fails in a compiled backward pass on a CPU.
         untraced: why `torch.compile` and `torch.export` are left out; another case of its layout goes through both.
+        broken: what the installed release of a library cannot do with the model unsteered (`generate`, `checkpoint` or
+            `export`), and why; see `before`.
     """
 
     name: str
@@ -74,6 +79,12 @@ class Case:
     pickle_fails: str = ""
     compiled_backward_fails: str = ""
     untraced: str = ""
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def needs(self, what: str) -> None:
+        """Skip the test if the installed release cannot do what it needs, whoever steers the model."""
+        if what in self.broken:
+            pytest.skip(self.broken[what])
 
     def build(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a frozen model in evaluation mode; the same weights each time."""
@@ -139,13 +150,21 @@ def _built(make: Callable[[], nn.Module]) -> nn.Module:
     return make()
 
 
-def timm(module: str, name: str, *args: Any, **settings: Any) -> nn.Module:
+def before(package: str, release: str, **broken: str) -> dict[str, str]:
+    """Return what a package could not do before a release, by keyword; nothing where a newer one is installed."""
+    installed = importlib.metadata.version(package) if importlib.util.find_spec(package) else release
+    if Version(installed) >= Version(release):
+        return {}
+    return {what: f"{package} {installed}, unsteered: {why}" for what, why in broken.items()}
+
+
+def of_timm(module: str, name: str, *args: Any, **settings: Any) -> nn.Module:
     """Build a model of timm from its class."""
     package = pytest.importorskip("timm", reason="timm is not installed")
     return getattr(importlib.import_module(f"{package.__name__}.models.{module}"), name)(*args, **settings)
 
 
-def transformers(model: str, config: str, **settings: Any) -> nn.Module:
+def of_transformers(model: str, config: str, **settings: Any) -> nn.Module:
     """Build a model of transformers from its config."""
     package = pytest.importorskip("transformers", reason="transformers is not installed")
     return getattr(package, model)(getattr(package, config)(**settings))
@@ -154,7 +173,7 @@ def transformers(model: str, config: str, **settings: Any) -> nn.Module:
 def text(model: str, config: str, **more: Any) -> nn.Module:
     """Build a small model over tokens, whose config calls things as most do."""
     shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers(model, config, **{**shape, "intermediate_size": 32, "num_labels": 3, **SPECIAL, **more})
+    return of_transformers(model, config, **{**shape, "intermediate_size": 32, "num_labels": 3, **SPECIAL, **more})
 
 
 def tokens(**more: Any) -> dict[str, Any]:

@@ -6,25 +6,27 @@ from typing import Any
 
 from torch import nn
 
-from .case import Case, floats, points, timm, transformers
+from .case import Case, floats, of_timm, of_transformers, points
 
 
 def _resnet() -> nn.Module:
     from timm.models.resnet import Bottleneck
 
-    return timm("resnet", "ResNet", Bottleneck, (2, 2, 1, 1), channels=(4, 6, 6, 6), num_classes=3, stem_width=8)
+    return of_timm("resnet", "ResNet", Bottleneck, (2, 2, 1, 1), channels=(4, 6, 6, 6), num_classes=3, stem_width=8)
 
 
 def _mobilenet() -> nn.Module:
     from timm.models._efficientnet_builder import decode_arch_def
 
     stages = decode_arch_def([["ds_r2_k3_s1_e1_c8"], ["ir_r2_k3_s2_e2_c12_se0.25"]])
-    return timm("mobilenetv3", "MobileNetV3", stages, num_classes=3, stem_size=8, num_features=16)
+    return of_timm("mobilenetv3", "MobileNetV3", stages, num_classes=3, stem_size=8, num_features=16)
 
 
 def _convnext(**more: Any) -> nn.Module:
     shape = {"hidden_sizes": [8, 12], "depths": [1, 2], "num_stages": 2, "patch_size": 2, "num_labels": 3}
-    return transformers("ConvNextForImageClassification", "ConvNextConfig", **shape, layer_scale_init_value=0.1, **more)
+    return of_transformers(
+        "ConvNextForImageClassification", "ConvNextConfig", **shape, layer_scale_init_value=0.1, **more
+    )
 
 
 CONVNEXT = [f"convnext.encoder.stages.{path}" for path in ("0.layers.0", "1.layers.0", "1.layers.1")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from .case import WIDTH, Case, floats, pair, points, text, tokens, transformers
+from .case import WIDTH, Case, floats, of_transformers, pair, points, text, tokens
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SPEECH = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0}
@@ -88,7 +88,7 @@ ENCODERS = [
     Case(
         "wav2vec2",
         functools.partial(
-            transformers,
+            of_transformers,
             "Wav2Vec2ForSequenceClassification",
             "Wav2Vec2Config",
             hidden_size=WIDTH,

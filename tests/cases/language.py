@@ -6,13 +6,13 @@ import functools
 
 from torch import nn
 
-from .case import SPECIAL, VOCABULARY, WIDTH, WITHOUT_CACHE, Case, pair, text, transformers
+from .case import SPECIAL, VOCABULARY, WIDTH, WITHOUT_CACHE, Case, of_transformers, pair, text
 
 
 def _gpt2(model: str) -> nn.Module:
     shape = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "num_labels": 3}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return transformers(model, "GPT2Config", **shape, **dropout, **SPECIAL)
+    return of_transformers(model, "GPT2Config", **shape, **dropout, **SPECIAL)
 
 
 GPT2_POINTS = pair("transformer.h.{}", "attn")

@@ -9,12 +9,12 @@ from torch import nn
 
 from mamba_ssm_on_cpu import compiled, import_mamba_ssm
 
-from .case import SPECIAL, VOCABULARY, WIDTH, WITHOUT_CACHE, Case, entering_pair, pair, text, tokens, transformers
+from .case import SPECIAL, VOCABULARY, WIDTH, WITHOUT_CACHE, Case, entering_pair, of_transformers, pair, text, tokens
 
 
 def _mamba(family: str, **more: Any) -> nn.Module:
     shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4}
-    return transformers(f"{family}ForCausalLM", f"{family}Config", **shape, **more, **SPECIAL)
+    return of_transformers(f"{family}ForCausalLM", f"{family}Config", **shape, **more, **SPECIAL)
 
 
 def _mamba_ssm(layer: str, **more: Any) -> nn.Module:

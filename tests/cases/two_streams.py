@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .case import LENGTH, VOCABULARY, WIDTH, Case, Points, points, text, transformers
+from .case import LENGTH, VOCABULARY, WIDTH, Case, Points, before, of_transformers, points, text
 
 BART = {
     "d_model": WIDTH,
@@ -56,6 +56,9 @@ TWO_STREAMS = [
         _both("", "block", "layer.0.SelfAttention", ["layer.1.DenseReluDense", "layer.2.DenseReluDense"]),
         "decoder.final_layer_norm",
         generates=True,
+        broken=before(
+            "torch", "2.7", export="'Attempted to insert a get_attr Node' is warned of where buffers are read"
+        ),
     ),
     Case(
         "bart",
@@ -69,7 +72,7 @@ TWO_STREAMS = [
     Case(
         "whisper",
         functools.partial(
-            transformers,
+            of_transformers,
             "WhisperForConditionalGeneration",
             "WhisperConfig",
             vocab_size=VOCABULARY,

@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .case import WIDTH, Case, floats, pair, points, text, timm, tokens, transformers
+from .case import WIDTH, Case, before, floats, of_timm, of_transformers, pair, points, text, tokens
 
 
 def _timm_vit(module: str, name: str, **more: Any) -> nn.Module:
     shape = {"img_size": 16, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 3}
-    return timm(module, name, **shape, **more)
+    return of_timm(module, name, **shape, **more)
 
 
 def _vision(model: str, config: str, **more: Any) -> nn.Module:
     shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     ratio = {"mlp_ratio": 2} if "Dinov2" in config else {"intermediate_size": 32}
-    return transformers(model, config, **shape, **ratio, num_labels=3, **more)
+    return of_transformers(model, config, **shape, **ratio, num_labels=3, **more)
 
 
 def _swin(module: str, name: str) -> nn.Module:
     shape = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (1, 2), "num_heads": (2, 4), "window_size": 2}
-    model = timm(module, name, **shape, num_classes=3, drop_path_rate=0.0)
+    model = of_timm(module, name, **shape, num_classes=3, drop_path_rate=0.0)
     for part in model.modules():
         if isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)  # v2 begins with zeros behind every part, and so without parts
@@ -126,11 +126,12 @@ VISION = [
         points(SWIN, "attn", "mlp"),
         "head",
         untraced="its stages are those of timm-swin",
+        broken=before("timm", "1.0.16", checkpoint="'function' object has no attribute 'checkpoint'"),
     ),
     Case(
         "hf-swin",
         functools.partial(
-            transformers,
+            of_transformers,
             "SwinForImageClassification",
             "SwinConfig",
             image_size=16,

@@ -1,0 +1,58 @@
+"""Print requirements that pin what the library runs on to the lower bounds of pyproject.toml.
+
+`torch>=2.6` becomes `torch==2.6.*`: the newest bug fix of the oldest release that is claimed. What stands in `dev` for
+development alone is left to the resolver, and so is every package in FREE.
+
+    python .ci/oldest.py > oldest.txt
+"""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10; the pins are needed before anything is installed
+    from pip._vendor import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+BOUND = re.compile(r"^([A-Za-z0-9_.-]+)>=([0-9.]+)$")
+# Our bounds on these hold where no extra is installed; the oldest transformers and datasets need newer ones.
+FREE = ("huggingface_hub", "tqdm")
+
+
+def pins(project: dict, free: Collection[str] = FREE) -> list[str]:
+    """Return the requirements of the library and of its extra `all`, pinned, and those of `dev` as they are.
+
+    Args:
+        project: the table `project` of pyproject.toml.
+        free: names of packages that are not pinned.
+    """
+    extras = project["optional-dependencies"]
+    pinned = [_pin(text, free) for text in (*project["dependencies"], *_flat(extras, "all", project["name"]))]
+    return pinned + [text for text in extras["dev"] if not text.startswith(f"{project['name']}[")]
+
+
+def _flat(extras: dict, name: str, own: str) -> list[str]:
+    """Return the requirements of an extra, with those of the extras that it names."""
+    found = []
+    for text in extras[name]:
+        named = re.fullmatch(rf"{re.escape(own)}\[(.+)\]", text)
+        found += [x for part in named[1].split(",") for x in _flat(extras, part.strip(), own)] if named else [text]
+    return found
+
+
+def _pin(text: str, free: Collection[str]) -> str:
+    """Return a requirement pinned to its lower bound.
+
+    Raises:
+        SystemExit: it is not written `name>=version`.
+    """
+    bound = BOUND.match(text)
+    if bound is None:
+        raise SystemExit(f"a lower bound is written name>=version; pyproject.toml has {text!r}.")
+    return text if bound[1] in free else f"{bound[1]}=={bound[2]}.*"
+
+
+if __name__ == "__main__":
+    print("\n".join(pins(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])))
