@@ -51,7 +51,7 @@ def parse_space(
             sizes, dimensions = (tuple(basis.shape), tuple(response.shape)), basis.shape[1]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise SteerError(f"the state of {key} is damaged ({type(error).__name__}: {error}).") from error
-        if sizes != ((inputs, dimensions), (outputs, dimensions)) or dimensions > inputs:
+        if sizes != ((inputs, dimensions), (outputs, dimensions)):
             raise SteerError(
                 f"this state belongs to a model of other sizes: at {key} it has {sizes[0]} and {sizes[1]}, where this "
                 f"model has {inputs} inputs and {outputs} outputs. Steer with the same rank."

@@ -170,6 +170,19 @@ def test_tasks_accumulate_and_each_is_kept():
         assert (outputs(model, task) - before).abs().max() < 1e-5
 
 
+def test_it_sees_what_evaluation_sees():
+    model = steered("timm-vit", dropout=0.5)
+    spaces = [NullSpace(model, 1.0) for _ in range(2)]
+    state = torch.get_rng_state()
+    for space, mode in zip(spaces, (True, False), strict=True):
+        model.train(mode)
+        space.observe([IMAGES])
+        assert model.training == mode
+    assert torch.equal(torch.get_rng_state(), state)
+    points, others = (space.state_dict()["points"] for space in spaces)
+    assert all(torch.equal(points[key]["basis"], others[key]["basis"]) for key in points)
+
+
 class Live(TorchDispatchMode):
     """Bytes of the storages that operators have made and that are still there."""
 
@@ -244,7 +257,7 @@ def test_a_compiled_model_is_looked_into():
     batch = batch_of("timm-vit", 1)["x"]
     plain = NullSpace(model, 1.0)
     plain.observe([batch])
-    model.compile(backend="eager")
+    model.compile(backend="eager", fullgraph=True)
     model(batch)
     compiled = NullSpace(model, 1.0)
     compiled.observe([batch])
@@ -264,6 +277,7 @@ class Broken:
         yield self.then
 
 
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 NAN = {"x": torch.full((2, 3, 16, 16), float("nan"))}
 
 
