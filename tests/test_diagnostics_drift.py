@@ -10,7 +10,7 @@ from cases import CASES, randomise
 from fields import IMAGES, shake, vit
 from residual_steer import Backbone, SteerError, baselines, steer, unsteer, use
 from residual_steer.diagnostics.drift import drift
-from residual_steer.diagnostics.stream import States, beside
+from residual_steer.diagnostics.stream import beside
 
 
 def case_of(name):
@@ -149,17 +149,35 @@ def test_tokens_of_a_method_are_left_out(name, method):
     assert min(found.task) > 1e-3
 
 
-def test_the_piece_of_new_tokens_is_found_in_every_row():
-    frozen = torch.randn(5, 6, 4, dtype=torch.float64)
-    places = [0, 2, 6, 1, 5]
-    new = torch.randn(3, 4, dtype=torch.float64)
-    entering = torch.stack([torch.cat([row[:at], new, row[at:]]) for row, at in zip(frozen, places, strict=True)])
-    adapted = States(entering, {0: 2 * entering})
-    assert torch.equal(beside(adapted, States(frozen, {0: frozen}), 0), 2 * frozen)
-    with pytest.raises(SteerError, match="one backbone"):
-        beside(States(entering, {0: entering[:, 1:]}), States(frozen, {0: frozen}), 0)
-    with pytest.raises(SteerError, match="one backbone"):
-        beside(States(frozen, {0: frozen}), States(entering, {0: entering}), 0)
+def test_new_tokens_stand_behind_the_prefix():
+    z = torch.randn(5, 6, 4)
+    for prefix in (0, 1, 3):
+        longer = torch.cat([z[:, :prefix], torch.randn(5, 2, 4), z[:, prefix:]], 1)
+        assert torch.equal(beside(longer, z, prefix), z)
+    assert torch.equal(beside(z, z, 1), z)
+    for other in (z[:, 1:], z[1:], z[..., 1:]):
+        with pytest.raises(SteerError, match="one backbone"):
+            beside(other, z, 1)
+
+
+@torch.no_grad()
+def test_a_prompt_behind_padding_on_the_left():
+    case = case_of("gpt2")
+    model = baselines.apply(case.build(), "prompt", length=3)
+    ids = torch.randint(3, 50, (2, 7))
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    padded = drift(
+        model,
+        [{"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}],
+        reference=case.build(),
+    )
+    rows = [
+        {"input_ids": ids[:1], "attention_mask": mask[:1]},
+        {"input_ids": ids[1:, 3:], "attention_mask": mask[1:, 3:]},
+    ]
+    alone = drift(model, rows, reference=case.build())
+    assert padded.task == pytest.approx(alone.task, rel=1e-4)
+    assert padded.tokens == (11,)
 
 
 class Skipped(Shift):

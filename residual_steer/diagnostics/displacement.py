@@ -23,6 +23,7 @@ from .field_measures import NEIGHBOURS, Draw, FieldMeasures, measures_of
 from .moments import Moments
 from .pairs import Pair, compared
 from .plane import Plane, plane_of, spectrum
+from .queries import prefix_tokens
 from .stream import beside, layer_of, real_tokens, states_of
 
 __all__ = ["Displacement", "MethodField", "Token", "displacement"]
@@ -202,18 +203,18 @@ def _look(pairs: Mapping[str, Pair], loader: Iterable[Any], layer: int, token: T
     moments, tallies = Moments(), {name: _Tally() for name in pairs}
     first = next(iter(pairs.values()))
     backbone = first.backbone("frozen")
-    index = layer_of(backbone, layer)
+    index, prefix = layer_of(backbone, layer), prefix_tokens(first.inner("frozen"))
     for batch in first.batches(loader):
         with first.on("frozen") as model:
             frozen = states_of(model, backbone, batch, [index])
-        z = frozen.leaving[index]
+        z = frozen[index]
         real = real_tokens(batch, z)
         start, rows = _pick(z, real, token)
         shifts = []
         for name, pair in pairs.items():
             with pair.on("adapted") as model:
                 adapted = states_of(model, pair.backbone("adapted"), batch, [index])
-            shifts.append(_pick(beside(adapted, frozen, index), real, token)[0] - start)
+            shifts.append(_pick(beside(adapted[index], z, prefix), real, token)[0] - start)
             tallies[name].add(start, shifts[-1])
         moments.add(start)
         draw.add(torch.stack([start, *shifts], 1), _labels(batch, rows))

@@ -11,6 +11,7 @@ from torch import nn
 from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .pairs import Pair, compared
+from .queries import prefix_tokens
 from .stream import beside, real_tokens, states_of
 
 __all__ = ["Drift", "drift"]
@@ -70,8 +71,8 @@ def drift(
     """Measure how far the stream of an adapted model is from the frozen one's, token by token, at every block.
 
     On other data than the task's, it is interference with what the backbone knew. Tokens that a method puts into the
-    stream are left out: in one piece of every row, where taking them out of what enters the first block leaves what is
-    closest to the frozen model's. Padding and tokens whose frozen state is 0 are left out too.
+    stream are left out: they are known by their place, before a text and behind the first tokens of an image, such as
+    CLS. Padding and tokens whose frozen state is 0 are left out too.
 
     Args:
         model: a steered model; with a reference, one that was adapted by any method.
@@ -94,6 +95,7 @@ def drift(
 def _measure(pair: Pair, loader: Iterable[Any]) -> tuple[tuple[float, ...], int]:
     """Return the mean drift at every block, and how many tokens there were."""
     blocks = range(len(pair.backbone("adapted").blocks))
+    prefix = prefix_tokens(pair.inner("frozen"))
     sums, counts = [0.0 for _ in blocks], [0 for _ in blocks]
     for batch in pair.batches(loader):
         seen = []
@@ -102,9 +104,9 @@ def _measure(pair: Pair, loader: Iterable[Any]) -> tuple[tuple[float, ...], int]
                 seen.append(states_of(model, pair.backbone(side), batch, blocks))
         frozen, adapted = seen
         for index in blocks:
-            z = frozen.leaving[index]
+            z = frozen[index]
             real = real_tokens(batch, z)
-            moved, length = (beside(adapted, frozen, index) - z)[real].norm(dim=-1), z[real].norm(dim=-1)
+            moved, length = (beside(adapted[index], z, prefix) - z)[real].norm(dim=-1), z[real].norm(dim=-1)
             there = length > 0
             sums[index] += float((moved[there] / length[there]).sum())
             counts[index] += int(there.sum())

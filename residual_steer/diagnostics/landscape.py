@@ -19,6 +19,7 @@ from residual_steer.training.losses import Loss, measure
 from .moments import exact
 from .pairs import SIDES, Pair, compared
 from .plane import Plane, plane
+from .queries import prefix_tokens
 from .stream import beside, layer_of, left, real_tokens, states_of
 
 __all__ = ["Landscape", "Path", "landscape"]
@@ -185,6 +186,7 @@ def _ways(pair: Pair, loader: Iterable[Any], over: Plane, last: int) -> Tensor:
     """
     widths = pair.backbone("frozen").widths
     blocks = [index for index in range(last + 1) if widths[index] == widths[last]]
+    prefix = prefix_tokens(pair.inner("frozen"))
     sums = torch.zeros(0)
     counts = torch.zeros(0)
     for batch in pair.batches(loader):
@@ -195,9 +197,9 @@ def _ways(pair: Pair, loader: Iterable[Any], over: Plane, last: int) -> Tensor:
         frozen, adapted = seen
         parts, numbers = [], []
         for index in blocks:
-            z = frozen.leaving[index]
+            z = frozen[index]
             real = real_tokens(batch, z)
-            parts.append(torch.stack([z[real].sum(0), beside(adapted, frozen, index)[real].sum(0)]))
+            parts.append(torch.stack([z[real].sum(0), beside(adapted[index], z, prefix)[real].sum(0)]))
             numbers.append(real.sum())
         added, number = torch.stack(parts, 1), torch.stack(numbers)
         sums, counts = (added, number) if not len(sums) else (sums + added, counts + number)

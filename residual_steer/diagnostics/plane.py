@@ -86,7 +86,7 @@ def plane(model: nn.Module, loader: Iterable[Any], *, layer: int = -1, reference
         index = layer_of(backbone, layer)
         for batch in pair.batches(loader):
             with pair.on("frozen") as frozen:
-                z = states_of(frozen, backbone, batch, [index]).leaving[index]
+                z = states_of(frozen, backbone, batch, [index])[index]
             moments.add(z[real_tokens(batch, z)])
     return plane_of(moments, index)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +13,15 @@ from residual_steer.errors import SteerError
 from residual_steer.passes import Batch, Streams, require_finite
 
 from .moments import exact
+from .queries import places
 
-__all__ = ["States", "beside", "layer_of", "left", "real_tokens", "states_of"]
-
-
-@dataclass(frozen=True)
-class States:
-    """The states of a batch in one model, in fp64; pixels of a ConvNet are tokens.
-
-    Attributes:
-        entering: what enters the first block, `(rows, tokens, width)`.
-        leaving: what leaves each block that was asked for, of the same form.
-    """
-
-    entering: Tensor
-    leaving: dict[int, Tensor]
+__all__ = ["beside", "layer_of", "left", "real_tokens", "states_of"]
 
 
-def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Sequence[int]) -> States:
-    """Run a model and return its states.
+def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Sequence[int]) -> dict[int, Tensor]:
+    """Run a model and return what leaves its blocks, by index: `(rows, tokens, width)` in fp64.
+
+    Pixels of a ConvNet are tokens.
 
     Args:
         model: in the mode and with the fields that are wanted.
@@ -43,20 +32,16 @@ def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Seque
     Raises:
         SteerError: the model runs without one of the blocks, or a state is NaN or infinite.
     """
-    with Streams(backbone, sorted({0, *indices})) as streams:
+    with Streams(backbone, indices) as streams:
         batch.run(model)
-    missing = [index for index in (0, *indices) if index not in streams.leaving]
-    if missing:
-        raise SteerError(f"the model ran without calling block {missing[0]}, so that there is no stream to look at.")
-
-    def tokens(z: Tensor) -> Tensor:
-        z = exact(z.movedim(backbone.channels, -1))
-        return z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
-
-    leaving = {index: tokens(streams.leaving[index]) for index in indices}
-    for index, z in leaving.items():
+    states = {}
+    for index in indices:
+        if index not in streams.leaving:
+            raise SteerError(f"the model ran without calling block {index}, so that there is no stream to look at.")
+        z = exact(streams.leaving[index].movedim(backbone.channels, -1))
         require_finite(f"the stream that leaves block {index}", z)
-    return States(tokens(streams.entering[0]), leaving)
+        states[index] = z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
+    return states
 
 
 def left(backbone: Backbone, output: Any) -> Tensor:
@@ -71,36 +56,27 @@ def left(backbone: Backbone, output: Any) -> Tensor:
     return found[0]
 
 
-def beside(adapted: States, frozen: States, index: int) -> Tensor:
-    """Return the adapted states at a block of those tokens that the frozen model has, `(rows, tokens, width)`.
+def beside(adapted: Tensor, frozen: Tensor, prefix: int) -> Tensor:
+    """Return the adapted states of those tokens that the frozen model has, `(rows, tokens, width)`.
 
-    A method that puts tokens of its own into the stream (prompts, VPT-shallow) puts them there in one piece per row. It
-    is found at the entrance of the first block: where taking as many tokens out leaves the least squared distance from
-    what enters there in the frozen model.
+    A method that puts tokens of its own into the stream (prompts, VPT-shallow) puts them before a text and behind the
+    first tokens of an image: see `places`.
 
     Args:
-        adapted: of the adapted model.
+        adapted: `(rows, tokens or more, width)`.
         frozen: of the frozen model, on the same batch.
-        index: of the block.
+        prefix: how many tokens stand before an image (`prefix_tokens`).
 
     Raises:
-        SteerError: the two streams have other rows, another width, or fewer tokens than the frozen one.
+        SteerError: the two have other rows, another width, or the adapted model has fewer tokens.
     """
-    z, reference = adapted.leaving[index], frozen.leaving[index]
-    if z.shape == reference.shape:
-        return z
-    more = z.shape[1] - reference.shape[1]
-    entered = adapted.entering.shape[1] - frozen.entering.shape[1]
-    if z.shape[::2] != reference.shape[::2] or more < 0 or more != entered:
+    length, longer = frozen.shape[1], adapted.shape[1]
+    if adapted.shape[::2] != frozen.shape[::2] or longer < length:
         raise SteerError(
-            f"both models have the same tokens, or the adapted one more that enter at its first block; behind block "
-            f"{index} the frozen states are {tuple(reference.shape)} and the adapted ones {tuple(z.shape)}. Compare "
-            "models of one backbone."
+            f"both models have the same tokens, or the adapted one some more; the frozen states are "
+            f"{tuple(frozen.shape)} and the adapted ones {tuple(adapted.shape)}. Compare models of one backbone."
         )
-    at = _place(adapted.entering, frozen.entering)
-    position = torch.arange(reference.shape[1], device=z.device)
-    kept = position + more * (position >= at[:, None])
-    return z.gather(1, kept[..., None].expand_as(reference))
+    return adapted[:, places(length, longer, prefix, adapted.device)]
 
 
 def real_tokens(batch: Batch, z: Tensor) -> Tensor:
@@ -121,13 +97,3 @@ def layer_of(backbone: Backbone, layer: object) -> int:
     if not isinstance(layer, int) or isinstance(layer, bool) or not -count <= layer < count:
         raise SteerError(f"`layer` is the index of a block, {-count} to {count - 1}; received {layer!r}.")
     return layer % count
-
-
-def _place(adapted: Tensor, frozen: Tensor) -> Tensor:
-    """Return before which token of each row the piece stands that only `adapted` has, `(rows,)`."""
-    length, more = frozen.shape[1], adapted.shape[1] - frozen.shape[1]
-    before = (adapted[:, :length] - frozen).square().sum(-1).cumsum(1)
-    after = (adapted[:, more:] - frozen).square().sum(-1)
-    behind = after.flip(1).cumsum(1).flip(1)
-    none = before.new_zeros(len(before), 1)
-    return (torch.cat([none, before], 1) + torch.cat([behind, none], 1)).argmin(1)
