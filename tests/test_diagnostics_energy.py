@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
 
 import residual_steer as rs
 from residual_steer.diagnostics.attention import keys_of, maps_of
@@ -115,6 +117,53 @@ def test_it_is_of_the_queries_and_keys_that_make_the_maps(name):
     assert measured.tokens == rows * length
     assert measured.blocks == ((1,) if name == "jamba" else (0, 1))
     assert measured.beta[0] == pytest.approx({"opt": 1.0, "gemma3": 1 / 16, "deepseek-v3": 8**-0.5}.get(name, 8**-0.5))
+
+
+@torch.no_grad()
+def test_heads_that_share_keys_are_given_their_own():
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 50}
+    model = LlamaModel(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, **shape))
+    steered(model.eval())
+    with compared(model) as pair:
+        batch = Batch(torch.randint(3, 50, (2, 5)), 2)
+        look, told = keys_of(pair, batch)["frozen"][0], maps_of(pair, batch)["frozen"][0]
+    scores = (look.scale * look.query @ look.key.mT).masked_fill(~look.visible, -torch.inf)
+    torch.testing.assert_close(scores.softmax(-1), told.weights, atol=1e-5, rtol=0)
+    assert torch.equal(look.key[:, 0], look.key[:, 1])
+    assert not torch.equal(look.key[:, 1], look.key[:, 2])
+
+
+class Causal(nn.Module):
+    """A user's own block on torch's function, whose queries look back with four heads at keys of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8 + 2 * 4)
+
+    def forward(self, z):
+        q, k, v = self.project(z).split([8, 4, 4], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, 2)).transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        return z + y.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_torchs_own_function_is_listened_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(Causal())
+    steered(model, arch=rs.Backbone(blocks=list(model), width=8))
+    z = torch.randn(2, 5, 8) * 3
+    measured = stream_energy(model, [z])
+    q, k, _ = model[0].project(z).split([8, 4, 4], dim=-1)
+    q, k = (x.unflatten(-1, (-1, 2)).transpose(1, 2) for x in (q, k))
+    expected = [
+        [[written_out(q[r, h, t], k[r, h // 2, : t + 1], 0.3) for t in range(5)] for r in range(2)] for h in range(4)
+    ]
+    torch.testing.assert_close(measured.frozen[0], torch.tensor(expected).double().mean((1, 2)), rtol=1e-5, atol=1e-6)
+    assert measured.beta == (0.3,)
 
 
 @torch.no_grad()

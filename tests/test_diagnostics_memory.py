@@ -196,13 +196,31 @@ class Hidden(nn.Module):
         return z * 0.5
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mixer = Hidden()
+class Own(Hidden):
+    """A user's own mixer, whose Δ at a token is softplus of the token, one for each head."""
 
     def forward(self, z):
-        return z + self.mixer(z)
+        return z * F.softplus(z)
+
+
+class Block(nn.Module):
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, z):
+        z = z + self.mixer(z)
+        return z + F.softplus(z)  # which is no Δ
+
+
+@torch.no_grad()
+def test_a_mixer_of_ones_own_is_measured_and_nothing_beside_it():
+    model, z = nn.Sequential(Block(Own()), Block(Own())), torch.randn(2, 3, 4)
+    rs.steer(model, rs.Backbone(blocks=list(model), width=4), rank=2)
+    measured = memory_length(model, [z])
+    step = torch.stack([F.softplus(x).double().mean((0, 1)) for x in (z, model[0](z))])
+    torch.testing.assert_close(measured.frozen_step, step)
+    torch.testing.assert_close(measured.frozen, 1 / step)
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -221,7 +239,7 @@ def test_what_cannot_be_measured_is_refused():
     assert traces(model) == quiet
     other = case_of("gpt2")
     fails("blocks of GPT2Block have none.*attention_entropy", steered(other.build()), [batch])
-    hidden = nn.Sequential(Block(), Block())
+    hidden = nn.Sequential(Block(Hidden()), Block(Hidden()))
     rs.steer(hidden, rs.Backbone(blocks=list(hidden), width=4), rank=2)
     fails("Δ of this Hidden was not seen: compiled kernels", hidden, [torch.randn(2, 3, 4)])
     with torch.no_grad():
