@@ -23,7 +23,7 @@ import torch
 
 from options import DTYPES, RESULTS, SCRATCH
 from output import exit_status
-from page import PAGE
+from page import PAGE, write
 from residual_steer import SteerError
 from residual_steer.report import versions
 from residual_steer.report.result import read_json
@@ -59,11 +59,17 @@ def _prefix(name: str, minutes: float) -> Part:
 
 
 PARTS = (
-    Part("startup", ("startup.py",), ("startup-cpu",), 1.5),
-    _cost("gpt2", 4.5),
+    Part("startup", ("startup.py",), ("startup-cpu",), 1),
+    _cost("gpt2", 4),
     _cost("vit", 2.5),
     _cost("mamba", 3.5),
-    Part("growth", ("growth.py",), tuple(f"growth-{x}-cpu" for x in ("length", "rank", "blocks", "fields")), 4.5),
+    Part("growth-length", ("growth.py", "--curve", "length"), ("growth-length-cpu",), 3),
+    Part(
+        "growth-others",
+        ("growth.py", "--curve", "rank", "blocks", "fields", "--rounds", "10"),
+        ("growth-rank-cpu", "growth-blocks-cpu", "growth-fields-cpu"),
+        2.5,
+    ),
     Part("ssm", ("ssm.py",), ("ssm-cpu",), 3.5),
     Part(
         "last_blocks",
@@ -74,12 +80,7 @@ PARTS = (
     _prefix("gpt2", 1),
     _prefix("vit", 1.5),
     _prefix("mamba", 1),
-    Part(
-        "many_fields",
-        ("many_fields.py", "--counts", "1", "8", "16", "--rounds", "3"),
-        ("many_fields-gpt2-cpu",),
-        2.5,
-    ),
+    Part("many_fields", ("many_fields.py", "--rounds", "3"), ("many_fields-gpt2-cpu",), 4),
 )
 
 
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the parts, then write the page.
 
     Raises:
-        SteerError: some part failed; the others have left their results.
+        SteerError: some part failed, and the others have left their results; or the page cannot be written.
     """
     folder = options.output or (SCRATCH if options.quick else RESULTS)
     cpu = torch.device(options.device).type == "cpu" and options.dtype == "fp32" and not options.compile
@@ -125,12 +126,9 @@ def run(options: argparse.Namespace) -> None:
         if subprocess.run(command, check=False).returncode:
             failed.append(part.name)
         pace = (time.perf_counter() - started) / 60 / sum(one.minutes for one in parts[: index + 1])
-    page = folder / PAGE.name if folder != RESULTS else PAGE
-    written = subprocess.run(
-        [sys.executable, str(HERE / "page.py"), "--results", str(folder), "--page", str(page)], check=False
-    )
-    if failed or written.returncode:
-        raise SteerError(f"failed: {', '.join([*failed, *(['page'] if written.returncode else [])])}; see above.")
+    write(folder, folder / PAGE.name if folder != RESULTS else PAGE)
+    if failed:
+        raise SteerError(f"failed: {', '.join(failed)}; see above. The page was made of the others.")
 
 
 def command_of(part: Part, options: argparse.Namespace, folder: Path, cpu: bool) -> list[str]:

@@ -57,6 +57,8 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         SteerError: an option that cannot be used, or a folder that cannot be written.
     """
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # all methods run through the code of one class
     for name in options.backbone:
         shape = SHAPES[name]
         base = shape.build(tiny=options.quick, device=options.device, dtype=DTYPES[options.dtype])

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def digits(cache: Path, quick: bool) -> tuple[Problem, dict[str, float]]:
     """Return the ViT's problem, and where its learning rates are looked for."""
     compare = importlib.import_module("compare_methods")
     (task,) = importlib.import_module("tasks").small_tasks(cache, quick, ["ViT"])
-    return compare.problem_of(task), {method: compare.RATES[method] for method in NAMES}
+    problem = compare.problem_of(task)
+    return replace(problem, steps=4) if quick else problem, {method: compare.RATES[method] for method in NAMES}
 
 
 def retrieval(cache: Path, quick: bool) -> tuple[Problem, dict[str, float]]:

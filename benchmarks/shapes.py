@@ -107,9 +107,13 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def scan_linearly(model: nn.Module) -> nn.Module:
-    """Let transformers' Mamba scan through mambapy, in evaluation mode too; other models stay as they are."""
+    """Let transformers' Mamba scan through mambapy, in evaluation mode too; other models stay as they are.
+
+    So do those in half precision, on which transformers' call of mambapy fails.
+    """
+    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     for module in model.modules():
-        if hasattr(module, "use_mambapy"):
+        if hasattr(module, "use_mambapy") and not half:
             module.use_mambapy = True
     return model
 

@@ -183,7 +183,7 @@ def test_the_cache_of_the_prefix_is_timed_on_the_same_training(cost, name, tmp_p
 
 
 def test_the_benchmark_runs_from_end_to_end(cost, tmp_path, capsys):
-    assert cost.main(["--quick", "--rank", "4", "--output", str(tmp_path)]) == 0
+    assert cost.main(["--quick", "--rank", "4", "--backbone", "gpt2", "vit", "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "cost-gpt2-cpu.json").read_text())
     assert set(record["times"]) == {"step", "prefill", "decode, 1 row", "decode, 16 rows"}
     assert set(json.loads((tmp_path / "cost-vit-cpu.json").read_text())["times"]) == {"step", "prefill"}
