@@ -19,6 +19,7 @@ from residual_steer.backbones import (
     recurrent,
     resnet,
     swin,
+    tnt,
     vit,
     wav2vec2,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "recurrent",
     "resnet",
     "swin",
+    "tnt",
     "vit",
     "wav2vec2",
 ]

@@ -1,4 +1,4 @@
-"""Swin Transformers, v1 and v2, of timm and transformers: stages of blocks, between which the width doubles.
+"""Swin Transformers, v1 and v2, of timm and transformers, and GC ViT: stages, between which the width doubles.
 
 The stream is `(batch, height, width, channels)` in timm and `(batch, length, channels)` in transformers; either way the
 channels come last. The mixer sees windows, those of one image next to one another.
@@ -15,6 +15,7 @@ from residual_steer.registry import register_backbone
     matches=[
         "timm.SwinTransformer",
         "timm.SwinTransformerV2",
+        "timm.GlobalContextVit",
         "transformers.SwinModel",
         "transformers.Swinv2Model",
         "transformers.DonutSwinModel",
@@ -22,7 +23,7 @@ from residual_steer.registry import register_backbone
 )
 def swin(model: nn.Module) -> Backbone:
     """Describe the blocks of all stages; the merging of patches between stages changes the width and is no block."""
-    blocks = [block for stage in blocks_at(model, "layers", "encoder.layers") for block in stage.blocks]
+    blocks = [block for stage in blocks_at(model, "layers", "encoder.layers", "stages") for block in stage.blocks]
     norms = [first_of(block, "norm1", "layernorm_before") for block in blocks]
     return Backbone(
         blocks=blocks,

@@ -17,6 +17,15 @@ _QWEN4 = {
     "ngram_vocab_size_base": 200,
     "linear_num_key_heads": 2,
 }
+_DOTS3 = {
+    "num_key_value_heads": 4,
+    "index_n_heads": 2,
+    "index_topk": 16,  # ties among keys of score zero are broken otherwise with a cache
+    "head_dim": 24,
+    "shared_experts_intermediate_size": 96,
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16},
+    **{"swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+}
 _TOKENIZER = {"num_filters": 4, "depths": [1] * 7}
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -30,16 +39,13 @@ RECIPES: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
         },
     },
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "donut-swin": {"embed_dim": 16, "image_size": 128, "patch_size": 4, "window_size": 4},
+    "dia_decoder": {"cross_hidden_size": 64, "cross_num_attention_heads": 4, "cross_num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    "dots3_note": {
-        "num_key_value_heads": 4,
-        "index_n_heads": 2,
-        "head_dim": 24,
-        "shared_experts_intermediate_size": 96,
-    },
+    "dots3_note": _DOTS3,
+    "dots3_note_text": _DOTS3,
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.5, "hidden_dim": 1280, "image_size": 64},
     "encoder-decoder": {"decoder.is_decoder": True, "decoder.add_cross_attention": True},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
@@ -98,6 +104,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,
         "num_buckets": 2,
     },
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "speech-encoder-decoder": {"decoder.is_decoder": True, "decoder.add_cross_attention": True},
     "swin": {"embed_dim": 16, "image_size": 128, "patch_size": 4, "window_size": 4},
     "swinv2": {"embed_dim": 16, "image_size": 128, "patch_size": 4, "window_size": 4},

@@ -26,9 +26,10 @@ SIZES: tuple[tuple[int, str], ...] = (
     (
         HEADS,
         """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
-        num_encoder_attention_heads num_decoder_attention_heads encoder_num_attention_heads num_cross_attention_heads
-        swa_num_attention_heads linear_num_key_heads linear_num_value_heads num_qk_heads mamba_num_heads
-        num_self_attention_heads num_codebooks num_linear_heads linear_num_attention_heads n_attn_heads""",
+        num_encoder_attention_heads num_decoder_attention_heads encoder_num_attention_heads
+        num_cross_attention_heads speech_encoder_attention_heads swa_num_attention_heads linear_num_key_heads
+        linear_num_value_heads num_qk_heads mamba_num_heads num_self_attention_heads num_codebooks num_linear_heads
+        linear_num_attention_heads n_attn_heads""",
     ),
     (
         HEAD,
@@ -42,7 +43,8 @@ SIZES: tuple[tuple[int, str], ...] = (
         shared_expert_intermediate_size ffn_hidden_size shared_intermediate_size intermediate_size_mlp
         moe_shared_expert_intermediate_size expert_ffn_hidden_size expert_intermediate_size dim_inner
         encoder_intermediate_size dense_intermediate_size mlp_dim ffn_intermediate_size
-        moe_shared_intermediate_size encoder_intermediate_dim decoder_intermediate_size feed_forward_size""",
+        moe_shared_intermediate_size encoder_intermediate_dim decoder_intermediate_size feed_forward_size
+        speech_encoder_intermediate_size""",
     ),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers num_blocks"),
     (
@@ -50,7 +52,7 @@ SIZES: tuple[tuple[int, str], ...] = (
         """encoder_layers decoder_layers num_encoder_layers num_decoder_layers num_experts_per_tok moe_topk moe_top_k
         num_experts_per_token top_k_experts moe_k num_hidden_groups_ encoder_num_hidden_layers depth
         decoder_num_hidden_layers mamba_expand topk_experts experts_per_token n_activated_experts vision_layers
-        num_local_blocks""",
+        num_local_blocks speech_encoder_layers""",
     ),
     (VOCABULARY, "vocab_size vocab_size_per_layer_input text_vocab_size"),
     (

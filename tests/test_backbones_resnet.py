@@ -125,6 +125,17 @@ def test_torchvisions_resnet_overwrites_its_own_tensors_and_not_its_input():
     torch.testing.assert_close(left.double(), frozen.layer1[1](z).double() + move, rtol=0, atol=1e-4)
 
 
+def test_the_width_of_blocks_whose_convolutions_read_half_of_the_stream():
+    from timm.models.resnet import ResNet
+    from timm.models.sknet import SelectiveKernelBasic
+
+    shape = {"channels": (8, 8, 12, 12), "num_classes": 3, "block_args": {"sk_kwargs": {"rd_ratio": 1}}}
+    model = ResNet(SelectiveKernelBasic, (2, 1, 1, 1), **shape)
+    assert rs.find_backbone(model).widths == (8,)
+    rs.steer(model.eval(), rank=2)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
 def test_a_convnet_without_skips_has_nothing_to_steer():
     from timm.models.resnet import BasicBlock, ResNet
 

@@ -44,10 +44,14 @@ def table():
         ("causal", "qwen3", 4),
         ("causal", "jamba", 4),
         ("masked", "bert", 4),
+        ("causal", "mllama", 4),  # with states of images
         ("seq2seq", "t5", 6),
+        ("seq2seq", "dia", 8),  # with columns of ids
+        ("image", "siglip2", 4),  # with patches in a row
         ("image", "convnext", 8),
         ("audio", "audio-spectrogram-transformer", 4),
         ("timm", "fasternet", None),
+        ("timm", "sknet", 5),
     ],
 )
 def test_rows(table, kind, name, blocks):
@@ -156,9 +160,12 @@ def test_a_model_that_hangs_or_dies_is_told(table, monkeypatch):
     import os
     import time
 
+    monkeypatch.setattr(table, "PATIENCE", 8)
     hangs = table.Entry("masked", "hangs", "", lambda: time.sleep(60))
+    turns = table.Entry("masked", "turns", "", lambda: [0 for _ in iter(int, 1)])
     dies = table.Entry("masked", "dies", "", lambda: os._exit(3))
-    rows = list(table._all([hangs, dies], jobs=2, seconds=3.0))
+    rows = list(table._all([hangs, turns, dies], jobs=3, seconds=1.0))
     told = {row["name"]: (row["status"], row["why"]) for row in rows}
-    assert told["hangs"] == ("untested", "took more than 3 s")
-    assert told["dies"] == ("failed", "its process died, out of memory perhaps")
+    assert told["hangs"] == ("untested", "took more than 1 s")
+    assert told["turns"] == ("untested", "took more than 1 s")
+    assert told["dies"] == ("failed", "its process died, of memory perhaps")

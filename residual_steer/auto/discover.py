@@ -138,17 +138,17 @@ class _Probe:
             if path.rpartition(".")[0] in lists and is_marked(self._model.get_submodule(path)):
                 raise _NotProvedError(f"{path} stands in a list of residual blocks and is none: {reason}.")
         stacks.sort(key=lambda stack: len(stack.blocks), reverse=True)
-        if len(stacks) > 1 and not (self._dominant and len(stacks[0].blocks) >= DOMINANT * len(stacks[1].blocks)):
-            joined = self._encoder_decoder(stacks)
-            if joined is None:
-                listed = ", ".join(map(str, stacks))
-                place = folder(list(stacks[0].blocks))
-                part = place.rpartition(".")[0] or place
-                how = f"Steer one of them, for example steer(model.{part}, ...)." if part else "Describe one by hand."
-                raise _NotProvedError(
-                    f"{name} has several residual streams, none of which goes on where another ends: {listed}. {how}"
-                )
+        joined = self._encoder_decoder(stacks)
+        if joined is not None:
             return joined, ""
+        if len(stacks) > 1 and not (self._dominant and len(stacks[0].blocks) >= DOMINANT * len(stacks[1].blocks)):
+            listed = ", ".join(map(str, stacks))
+            place = folder(list(stacks[0].blocks))
+            part = place.rpartition(".")[0] or place
+            how = f"Steer one of them, for example steer(model.{part}, ...)." if part else "Describe one by hand."
+            raise _NotProvedError(
+                f"{name} has several residual streams, none of which goes on where another ends: {listed}. {how}"
+            )
         return stacks[0], ", ".join(map(str, stacks[1:]))
 
     def _encoder_decoder(self, stacks: list[Stack]) -> Stack | None:
@@ -268,20 +268,27 @@ class _Probe:
     def _prove(self, backbone: Backbone, expected: Any) -> None:
         """Run the model through the description: writing the same stream changes nothing, writing another does.
 
+        It does so behind the last block too. Blocks may carry something beside the stream, as TNT's pixels beside
+        patches, which nobody reads in the end.
+
         Raises:
             _NotProvedError: it does not.
         """
         with torch.no_grad():
             same = self._written(backbone, lambda y, z: y.clone())
-            moved = self._written(backbone, lambda y, z: y + z.abs().amax().nan_to_num().clamp(min=1) * _noise(y))
+            moved = self._written(
+                backbone, lambda y, z: y + z.abs().amax().nan_to_num().clamp(min=1) * _noise(y), last=True
+            )
         if not _equal(same, expected):
             raise _NotProvedError("the model computes something else when its own stream is put in its place.")
         if _equal(moved, expected) and any(bool(t.any()) for _, t in tensors(expected, depth=4)):  # no head of zeros
-            raise _NotProvedError("the model computes the same when its stream is moved.")
+            raise _NotProvedError(
+                "the model computes the same when what leaves its last block is moved, so that this is not its stream."
+            )
 
-    def _written(self, backbone: Backbone, f: Any) -> Any:
+    def _written(self, backbone: Backbone, f: Any, last: bool = False) -> Any:
         handles = []
-        for block, width in zip(backbone.blocks, backbone.widths, strict=True):
+        for block, width in [*zip(backbone.blocks, backbone.widths, strict=True)][-1 if last else 0 :]:
 
             def after(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any, width: int = width) -> Any:
                 z = backbone.read(args, kwargs)

@@ -121,6 +121,14 @@ def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Examp
         more["decoder_input_ids"] = _ids(getattr(text, "vocab_size", vocabulary), LENGTHS[0], config)
     accepted = inspect.signature(model.forward).parameters
     more = {key: value for key, value in more.items() if key in accepted}
+    decoder = getattr(config, "decoder_config", None)
+    if "decoder_input_ids" in more and isinstance(channels := getattr(decoder, "num_channels", None), int):
+        more["decoder_input_ids"] = more["decoder_input_ids"][:, :, None].repeat(1, 1, channels)  # as in Dia
+    if "cross_attention_states" in accepted and getattr(text, "cross_attention_layers", None):
+        # of images, as in Mllama, which leaves out the layers that read them where there are none
+        more["cross_attention_states"] = torch.randn(ROWS, LENGTHS[0], text.hidden_size)
+    if "spatial_shapes" in accepted and name == "pixel_values":
+        yield _patches(model)
     for main in dict.fromkeys((name, *(other for other in _NAMES if other in accepted))):
         if main == "input_ids" and vocabulary:
             yield from _texts(vocabulary, config, more)
@@ -142,6 +150,8 @@ def _texts(vocabulary: int, config: Any, more: Mapping[str, Tensor]) -> Iterator
     books = getattr(config, "num_codebooks", None)
     if isinstance(books, int):  # as in MusicGen, whose rows are split over codebooks
         yield Example((), {"input_ids": _ids(vocabulary, LENGTHS[0], config).repeat(books, 1), **more}, ROWS)
+        columns = _ids(vocabulary, LENGTHS[0], config)[:, :, None].repeat(1, 1, books + 1)  # as in Kyutai's, with text
+        yield _named(input_ids=columns, **more)
 
 
 def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
@@ -191,6 +201,18 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
     if frames is not None:
         for size in dict.fromkeys((*sizes, (32, 32))):
             yield torch.randn(ROWS, frames, channels, *size)
+
+
+def _patches(model: nn.Module) -> Example:
+    """Return pictures as SigLIP 2 takes them: patches in a row, which of them are there, and how many each way."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
+    width = first.in_features if first is not None else 0
+    shapes = torch.full((ROWS, 2), 4)
+    return _named(
+        pixel_values=torch.randn(ROWS, 16, width),
+        pixel_attention_mask=torch.ones(ROWS, 16, dtype=torch.long),
+        spatial_shapes=shapes,
+    )
 
 
 def _sounds(config: Any) -> Iterator[Tensor]:

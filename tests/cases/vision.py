@@ -36,6 +36,16 @@ def _masked() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 4)}
 
 
+def _gcvit() -> nn.Module:
+    shape = {"img_size": 32, "window_size": (4, 2), "embed_dim": 8, "depths": (2, 2)}
+    return of_timm("gcvit", "GlobalContextVit", **shape, num_heads=(2, 2), num_classes=3, drop_path_rate=0.0)
+
+
+def _tnt() -> nn.Module:
+    shape = {"img_size": 16, "patch_size": 8, "first_stride": 4, "embed_dim": WIDTH, "inner_dim": 8, "depth": 2}
+    return of_timm("tnt", "TNT", **shape, num_heads_inner=2, num_heads_outer=2, num_classes=3)
+
+
 SWIN = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1"]
 
 VISION = [
@@ -127,6 +137,24 @@ VISION = [
         "head",
         untraced="its stages are those of timm-swin",
         broken=before("timm", "1.0.16", checkpoint="'function' object has no attribute 'checkpoint'"),
+    ),
+    Case(
+        "timm-gcvit",
+        _gcvit,
+        floats("x", 3, 32, 32),
+        points([f"stages.{stage}.blocks.{index}" for stage in range(2) for index in range(2)], "attn", "mlp"),
+        "head",
+        untraced="its stages are those of timm-swin, beside convolutions for what all windows ask",
+    ),
+    Case(
+        "timm-tnt",
+        _tnt,
+        floats("x", 3, 16, 16),
+        pair("blocks.{}", "attn_out"),
+        "head",
+        enter=lambda args, kwargs: args[1],
+        leave=lambda output: output[1],
+        untraced="its patches go through the blocks of timm-vit",
     ),
     Case(
         "hf-swin",
