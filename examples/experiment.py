@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from residual_steer import SteerError
-from residual_steer.report import Plot, Result, Table, Verdict, command_line, machine, versions
+from residual_steer.report import Picture, Result, Table, Verdict, command_line, machine, versions
 from residual_steer.report.markdown import table_markdown
 from residual_steer.study import Ledger
 
@@ -51,7 +51,7 @@ class Found:
     """
 
     tables: Sequence[Table]
-    plots: Sequence[Plot] = ()
+    plots: Sequence[Picture] = ()
     verdicts: Sequence[Verdict] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     records: Any = None

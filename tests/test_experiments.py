@@ -119,6 +119,62 @@ def test_every_method_on_a_transformer_a_mamba_and_a_vit(examples, out, tmp_path
     assert rerun(script, arguments, monkeypatch) == 0
 
 
+@pytest.mark.filterwarnings("ignore:no room is left")
+def test_one_task_after_another_is_forgotten_unless_it_is_protected(examples, out, tmp_path, monkeypatch):
+    script = examples("continual")
+    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    assert script.main(arguments) == 0
+    result = Result.load(out / "continual.json")
+    assert [table.title.split(",")[0] for table in result.tables] == ["ViT", "GPT-2", "Mamba"]
+    for table, tasks in zip(result.tables, (5, 2, 2), strict=True):
+        rows = {row["way"]: row for row in table.rows}
+        assert list(rows) == [way.name for way in script.WAYS]
+        assert rows["a field per task"]["stored"] == tasks * rows["no protection"]["stored"]
+        room = [rows[f"null space, energy {energy:g}"]["room"].mean for energy in script.ENERGIES]
+        assert 100 > room[0] > room[1] > room[2] >= 0
+    for name in ("ViT", "GPT-2", "Mamba"):
+        (walked,) = result.records[name]["a field per task"]
+        assert all(row[: len(before)] == before for before, row in zip(walked["matrix"], walked["matrix"][1:]))  # noqa: B905
+    assert rerun(script, arguments, monkeypatch) == 0
+
+
+def test_forgetting_is_what_was_lost_since_it_was_learned(examples):
+    script = examples("continual")
+    up, down = (script.Course("", None, (), (), "", better, 0.0, 1) for better in ("up", "down"))
+    matrix = [[90.0], [80.0, 70.0], [60.0, 75.0, 99.0]]
+    assert script.forgotten(up, matrix) == pytest.approx((30 - 5) / 2)
+    assert script.forgotten(down, matrix) == pytest.approx(-(30 - 5) / 2)
+    assert script.learned(matrix) == pytest.approx((70 + 99) / 2)
+
+
+def test_the_verdict_on_null_spaces_wants_a_tenth(examples):
+    script = examples("continual")
+    course = script.Course("ViT", None, (), (), "", "up", 0.0, 1)
+
+    def runs(kept):
+        lost = {"no protection": [20.0, 22.0, 21.0], "null space, energy 0.999": kept}
+        return {name: [{"matrix": [[90.0], [90.0 - x, 90.0]]} for x in values] for name, values in lost.items()}
+
+    forgotten = ([1.0, 1.5, 1.0], [9.0, 9.0, 9.0], [30.0, 30.0, 31.0])
+    words = [script.verdict([(course, runs(kept))]).verdict for kept in forgotten]
+    assert words == ["holds", "partly holds", "does not hold"]
+
+
+def test_what_is_inside_adapted_models(examples, out, tmp_path, monkeypatch):
+    script = examples("inspect_steering")
+    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    assert script.main(arguments) == 0
+    result = Result.load(out / "inspect-steering.json")
+    entropy = rows_of(result, "ViT: change of attention entropy")
+    assert entropy["H-Res"]["entropy 0"].mean == 0  # lemma 2, up to the first steered layer
+    assert entropy["H-Res"]["untouched"].mean == 1
+    assert entropy["VPT-shallow"]["bound"].mean > 0
+    still = rows_of(result, "ViT: movement of the stream")["head alone"]
+    assert still["drift"].mean == still["drift elsewhere"].mean == 0
+    assert {type(plot).__name__ for plot in result.plots} >= {"Surface", "Arrows", "Plot"}
+    assert rerun(script, arguments, monkeypatch) == 0
+
+
 def test_speed_and_counts(examples, out):
     script = examples("wikitext_speed")
     arguments = ["--random-weights", *QUICK, "--rounds", "1", "--rows", "2", "--length", "8", "--out", str(out)]

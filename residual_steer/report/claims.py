@@ -23,8 +23,8 @@ class Claim:
         text: what the paper says.
         paper: its numbers.
         test: what a fair test of it is.
-        command: that runs a test in this repository; "" where there is none yet.
-        missing: what that command leaves out, or what is needed where there is none.
+        command: that runs a test in this repository.
+        missing: what it takes to run it here.
     """
 
     number: int
@@ -77,16 +77,16 @@ CLAIMS = (
         "no numbers",
         "the entropy of the class token's attention, layer by layer. H-Res at layer l changes what enters layer l + 1, "
         "so lemma 2 can be exact for the first steered layer only",
-        "",
-        "a measure of the entropy of attention",
+        "python examples/inspect_steering.py",
+        "a run of it",
     ),
     Claim(
         6,
         "H-Res brings neural collapse",
         "no numbers",
         "NC1 to NC4 (Papyan et al. 2020) before and after training, for every method",
-        "",
-        "a measure of neural collapse",
+        "python examples/inspect_steering.py",
+        "a run of it",
     ),
     Claim(
         7,
@@ -101,8 +101,8 @@ CLAIMS = (
         "Projection onto the null space keeps task A intact (eq. 6)",
         "no numbers",
         "accuracy on A after training on B, with the projection and without",
-        "",
-        "training on one task after another, with the projection",
+        "python examples/continual.py",
+        "a run of it",
     ),
     Claim(
         9,
@@ -117,8 +117,8 @@ CLAIMS = (
         "LoRA's field is “chaotic”, that of H-Res “convergent”",
         "a picture (figure 1)",
         "the displacements of the stream under both, in its first two principal directions, on the same data",
-        "",
-        "LoRA in the same loop, and a measure of the two fields",
+        "python examples/inspect_steering.py",
+        "a run of it",
     ),
 )
 
@@ -159,8 +159,7 @@ def _section(claim: Claim, found: Sequence[tuple[Verdict, Result]]) -> list[str]
         f"- The paper: {escaped(claim.paper)}.\n- A fair test: {escaped(claim.test)}.",
     ]
     if not found:
-        command = code(claim.command) if claim.command else "none in this repository yet"
-        return [*parts, f"**{NOT_RUN}**\n\n- Command: {command}\n- Missing: {escaped(claim.missing)}."]
+        return [*parts, f"**{NOT_RUN}**\n\n- Command: {code(claim.command)}\n- Missing: {escaped(claim.missing)}."]
     return parts + [_verdict(verdict, result) for verdict, result in found]
 
 

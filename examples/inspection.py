@@ -1,0 +1,219 @@
+"""What `inspect_steering.py` measures of an adapted model, as numbers by name, and the pictures of one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import residual_steer as rs
+from compare_methods import PROMPT, RATES, Shorter, half, problem_of
+from residual_steer.baselines import apply
+from residual_steer.data import ByteBlocks, digits, python_source
+from residual_steer.diagnostics import (
+    attention_entropy,
+    collapse_over_training,
+    control_effort,
+    displacement,
+    drift,
+    landscape,
+    memory_length,
+    neural_collapse,
+    stream_energy,
+)
+from residual_steer.report import Arrows, Matrix, Picture, Plot, Surface
+from residual_steer.report.schema import decode, encode
+from residual_steer.study import Arm, Ledger, Problem, rates_around
+from small_backbones import LENGTH, SOURCE
+from tasks import Task, some
+
+VERSION = 1  # raise it when the code below changes what is measured
+KINDS = {kind.__name__: kind for kind in (Arrows, Matrix, Plot, Surface)}
+Numbers = dict[str, float]
+Measure = Callable[[nn.Module, nn.Module], Numbers]  # of a model and its frozen reference
+
+
+def arms_of(task: Task, rank: int, rates: int) -> list[Arm]:
+    """Return the methods whose models are looked at."""
+    methods: list[tuple[str, str, dict[str, Any]]] = [
+        ("H-Res", "hres", {"rank": rank}),
+        ("LoRA", "lora", {"rank": rank}),
+    ]
+    if task.kind == "images":
+        methods += [
+            ("VPT-shallow", "vpt-shallow", {"length": PROMPT}),
+            ("VPT-deep", "vpt-deep", {"length": PROMPT}),
+            ("head alone", "linear", {}),
+        ]
+    elif task.backbone == "GPT-2":
+        methods.append(("prompt", "prompt", {"length": PROMPT}))
+    methods.append(("full fine-tuning", "full", {}))
+    known = RATES | {"vpt-shallow": RATES["vpt-deep"]}
+    return [Arm(name, method, rates_around(known[method], rates), options) for name, method, options in methods]
+
+
+def watched(task: Task) -> Problem:
+    """Return a task as a problem whose test scores hold what the diagnostics measure."""
+    plain = problem_of(task)
+    measure = {"ViT": of_images, "GPT-2": of_attention, "Mamba": of_memory}[task.backbone](task)
+
+    def score(model: nn.Module, split: str, seed: int) -> Numbers:
+        found = plain.score(model, split, seed)
+        return found if split == "valid" else {**found, **measure(model, frozen(plain, seed))}
+
+    return dataclasses.replace(
+        plain, score=score, name=f"{plain.name}, looked at", identity={**plain.identity, "inspected": VERSION}
+    )
+
+
+def frozen(problem: Problem, seed: int) -> nn.Module:
+    """Return the model that a run began with."""
+    return problem.fresh(seed).requires_grad_(False).eval()
+
+
+def held_out(task: Task) -> Dataset[Any]:
+    """Return the data that results are measured on, windows of text as short as in training."""
+    return half(task.valid if task.kind == "images" else Shorter(task.valid), 1)
+
+
+def loader_of(data: Dataset[Any]) -> DataLoader[Any]:
+    """Return batches in the order of the data."""
+    return DataLoader(data, batch_size=64)
+
+
+def unrelated(task: Task) -> Dataset[Any]:
+    """Return data that the backbone was pre-trained on."""
+    if task.kind == "images":
+        return digits(range(5), "valid")
+    return Shorter(some(ByteBlocks(python_source(SOURCE), LENGTH, "valid"), 64))
+
+
+def moved(task: Task) -> Measure:
+    """Measure how far the stream moves."""
+    loaders = loader_of(held_out(task)), loader_of(unrelated(task))
+
+    def measure(model: nn.Module, reference: nn.Module) -> Numbers:
+        found = drift(model, *loaders, reference=reference)
+        last = {"drift": found.task[-1], "drift elsewhere": found.other[-1] if found.other else math.nan}
+        return {**last, "interference": math.nan if found.final_interference is None else found.final_interference}
+
+    return measure
+
+
+def by_layer(name: str, values: Iterable[float]) -> Numbers:
+    """Name the values of layers."""
+    return {f"{name} {layer}": float(value) for layer, value in enumerate(values)}
+
+
+def of_attention(task: Task) -> Measure:
+    """Measure what happens to the attention of a Transformer."""
+    loader, movement = loader_of(held_out(task)), moved(task)
+
+    def measure(model: nn.Module, reference: nn.Module) -> Numbers:
+        found = attention_entropy(model, loader, reference=reference)
+        energy = stream_energy(model, loader, reference=reference)
+        return {
+            **by_layer("entropy", found.change),
+            "entropy": float(found.change.mean()),
+            "untouched": float(found.untouched),
+            "bound": float((found.adapted_bound - found.frozen_bound).mean()),
+            "energy": float(energy.change.mean()),
+            **movement(model, reference),
+        }
+
+    return measure
+
+
+def of_images(task: Task) -> Measure:
+    """Measure attention, collapse on the training data, and the field of displacements."""
+    attention = of_attention(task)
+    train, test = loader_of(task.train), loader_of(held_out(task))
+
+    def measure(model: nn.Module, reference: nn.Module) -> Numbers:
+        found = neural_collapse(model, train)
+        field = displacement({"": model}, test, reference=reference, token="first").fields[0].stream
+        names = ("coherence", "chance", "contraction", "divergence")
+        return {
+            **attention(model, reference),
+            "nc1": found.nc1,
+            "nc2 norms": found.nc2_norms,
+            "nc2 angles": found.nc2_angles,
+            "nc3": math.nan if found.nc3 is None else found.nc3,
+            "nc4": 100 * found.nc4,
+            **{name: math.nan if (value := getattr(field, name)) is None else value for name in names},
+        }
+
+    return measure
+
+
+def of_memory(task: Task) -> Measure:
+    """Measure how far back an SSM remembers."""
+    loader, movement = loader_of(held_out(task)), moved(task)
+
+    def measure(model: nn.Module, reference: nn.Module) -> Numbers:
+        found = memory_length(model, loader, reference=reference)
+        return {
+            **by_layer("memory", found.change),
+            "untouched": float(found.untouched),
+            **movement(model, reference),
+        }
+
+    return measure
+
+
+Pictures = list[Picture]
+
+
+def pictures_of(task: Task, problem: Problem, rank: int, ledger: Ledger) -> Pictures:
+    """Return the pictures of H-Res, on the ViT beside LoRA, with the first seed; from the ledger if they are there."""
+    key = {**problem.identity, "pictures": VERSION, "steps": problem.steps, "rank": rank, "torch": torch.__version__}
+
+    def make() -> dict[str, Any]:
+        steered = trained(problem, "hres", rank)
+        drawn = drawn_of_images(task, problem, steered, rank) if task.kind == "images" else []
+        if task.backbone != "Mamba":
+            drawn.append(attention_entropy(steered, loader_of(held_out(task))).plot())
+        drawn.append(control_effort(steered, loader_of(held_out(task))).plot())
+        named = [dataclasses.replace(one, title=f"{task.backbone}: {one.title}") for one in drawn]
+        return {"drawn": [[type(one).__name__, encode(one)] for one in named]}
+
+    kept = ledger.get_or(key, make)["drawn"]
+    return [decode(KINDS[kind], content, "the ledger") for kind, content in kept]
+
+
+def drawn_of_images(task: Task, problem: Problem, steered: nn.Module, rank: int) -> Pictures:
+    """Draw figure 1 from real states, and collapse over training."""
+    reference, test = frozen(problem, 0), loader_of(held_out(task))
+    rivals = {"LoRA": trained(problem, "lora", rank), "H-Res": steered}
+    batches = list(test)
+    return [
+        landscape(steered, batches, layer=-2, reference=reference).plot(),
+        displacement(rivals, test, reference=reference, token="first").plot(),
+        collapsing(task, problem, rank),
+    ]
+
+
+def trained(problem: Problem, method: str, rank: int) -> nn.Module:
+    """Return a model that a method has adapted."""
+    model = apply(problem.fresh(0), method, rank=rank, train=problem.train_also)
+    rs.fit(model, problem.train(0), steps=problem.steps, lr=RATES[method], seed=0, progress=False)
+    return model.eval()
+
+
+def collapsing(task: Task, problem: Problem, rank: int) -> Plot:
+    """Follow neural collapse on the training data while H-Res trains, at one learning rate throughout."""
+    model = apply(problem.fresh(0), "hres", rank=rank, train=problem.train_also)
+    data, pieces = loader_of(task.train), 5
+    found = {0: neural_collapse(copy.deepcopy(model), data)}
+    steps = max(1, problem.steps // pieces)
+    for piece in range(1, pieces + 1):
+        options: dict[str, Any] = {"seed": piece, "schedule": "constant", "progress": False}
+        rs.fit(model, problem.train(0), steps=steps, lr=RATES["hres"] / 2, **options)
+        found[piece * steps] = neural_collapse(model, data)
+    return collapse_over_training(found)
