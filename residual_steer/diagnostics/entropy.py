@@ -69,7 +69,7 @@ class AttentionEntropy:
 
     @property
     def frozen_normalised(self) -> Tensor:
-        """The share of the bound, `(layers, heads)`, 0 to 1; NaN where queries see a single key."""
+        """The share of the bound, `(layers, heads)`, 0 to 1 but for rounding; NaN where queries see a single key."""
         return self.frozen / self.frozen_bound[:, None]
 
     @property
