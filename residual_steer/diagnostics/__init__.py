@@ -18,7 +18,7 @@ from .collapse import NeuralCollapse, collapse_over_training, neural_collapse
 from .displacement import Displacement, displacement
 from .drift import Drift, drift
 from .effort import ControlEffort, control_effort
-from .energy import StreamEnergy, stream_energy
+from .energy import StreamEnergy, hopfield_energy, stream_energy
 from .entropy import AttentionEntropy, attention_entropy
 from .landscape import Landscape, landscape
 from .memory import MemoryLength, memory_length
@@ -37,6 +37,7 @@ __all__ = [
     "control_effort",
     "displacement",
     "drift",
+    "hopfield_energy",
     "landscape",
     "memory_length",
     "neural_collapse",
