@@ -81,3 +81,4 @@ def test_the_public_names_are_there():
         residual_steer.__all__
     )
     assert {"push", "register_backbone", "find_backbone", "backbones", "SteerError"} <= set(residual_steer.__all__)
+    assert {"baselines", "continual", "data", "diagnostics", "fields", "freeze", "thaw"} <= set(residual_steer.__all__)
