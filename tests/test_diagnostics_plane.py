@@ -10,6 +10,7 @@ from cases import CASES, randomise
 from fields import IMAGES, shake, vit
 from residual_steer import Backbone, SteerError, baselines, register_backbone, steer, use
 from residual_steer.diagnostics.displacement import displacement
+from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.field_measures import NEIGHBOURS
 from residual_steer.diagnostics.landscape import landscape
 from residual_steer.diagnostics.plane import plane
@@ -278,6 +279,22 @@ def test_methods_side_by_side(name):
     assert isinstance(plot, Arrows)
     assert [panel.name for panel in plot.panels] == ["H-Res", "LoRA"]
     assert found.plot("LoRA").panels[0].dx == found.fields[1].dx
+
+
+def test_tokens_of_a_method_have_no_displacement():
+    case = case_of("timm-vit")
+    model, frozen = baselines.apply(case.build(), "vpt-shallow", length=3), case.build()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.5)
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    moved = drift(model, [x], reference=frozen).task
+    for layer in (0, 1):
+        found = displacement({"VPT": model}, [(x, y)], reference=frozen, layer=layer)
+        assert found.fields[0].size == pytest.approx(moved[layer])
+        assert found.states == 20
+    found = landscape(model, [(x, y)], layer=0, reference=frozen, size=2, together=True)
+    assert found.adapted.loss_there == pytest.approx(found.adapted.loss)
 
 
 def test_a_plot_has_room_for_four():
