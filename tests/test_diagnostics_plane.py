@@ -354,6 +354,18 @@ def test_the_landscape_of_a_linear_model_is_its_quadratic():
     assert found.up[-1] == pytest.approx(max(reach[1], *found.adapted.y))
 
 
+def test_the_grid_covers_the_ways():
+    adapted, frozen = Toy(lambda z: z - 30, lambda z: z + 60).double(), Toy(same, same).double()
+    found = landscape(
+        adapted, data(rows=10), reference=frozen, size=3, span=0.5, loss=lambda m, b: m(b[0]).square().mean()
+    )
+    for places, name, deviation in zip((found.across, found.up), "xy", found.plane.deviations, strict=True):
+        way = getattr(found.adapted, name)
+        assert min(way) < -0.5 * deviation
+        assert max(way) > 0.5 * deviation
+        assert places == pytest.approx((min(way), (min(way) + max(way)) / 2, max(way)), abs=1e-6)
+
+
 @torch.no_grad()
 def test_the_blocks_behind_run_as_they_are():
     model = shake(steer(vit(), rank=4, train="head"))
