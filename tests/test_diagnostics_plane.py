@@ -1,4 +1,4 @@
-"""Pictures in the plane of the stream: fields and losses whose numbers are known, and what dense algebra gives."""
+"""The plane of the stream and displacement fields: fields whose numbers are known, and what dense algebra gives."""
 
 import math
 
@@ -6,77 +6,27 @@ import pytest
 import torch
 from torch import nn
 
-from cases import CASES, randomise
+from cases import randomise
 from fields import IMAGES, shake, vit
-from residual_steer import Backbone, SteerError, baselines, register_backbone, steer, use
+from planes import CENTRE, SCALES, WIDTH, Toy, case_of, data, register, same, states, toy
+from residual_steer import SteerError, baselines, steer, use
 from residual_steer.diagnostics.displacement import displacement
+from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.field_measures import NEIGHBOURS
 from residual_steer.diagnostics.landscape import landscape
 from residual_steer.diagnostics.plane import plane
-from residual_steer.report import Arrows, Surface
-
-WIDTH = 4
-SCALES = torch.tensor([3.0, 2.0, 1.0, 0.5])
-CENTRE = torch.tensor([1.0, 5.0, -2.0, 0.0])
-
-
-class Apply(nn.Module):
-    """A block that maps states by a function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, z):
-        return self.function(z)
-
-
-class Toy(nn.Module):
-    def __init__(self, *functions):
-        super().__init__()
-        self.blocks = nn.ModuleList(map(Apply, functions))
-        self.head = nn.Linear(WIDTH, 2)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
+from residual_steer.report import Arrows
 
 
 @pytest.fixture(autouse=True)
 def _toy():
-    def describe(model):
-        return Backbone(blocks=model.blocks, width=WIDTH)
-
-    register_backbone("toy", matches=[f"{Toy.__module__}.Toy"])(describe)
-
-
-def same(z):
-    return z
-
-
-def toy(function):
-    return Toy(lambda z: z + function(z))
-
-
-def data(rows=60, tokens=5, batch=20):
-    x = torch.randn(rows, tokens, WIDTH, dtype=torch.float64) * SCALES + CENTRE
-    return list(zip(x.split(batch), (torch.arange(rows) % 3).split(batch), strict=True))
-
-
-def states(loader):
-    return torch.cat([x for x, _ in loader]).reshape(-1, WIDTH)
+    register()
 
 
 def fields(functions, loader, **more):
     return displacement(
         {name: toy(f).double() for name, f in functions.items()}, loader, reference=Toy(same).double(), **more
     )
-
-
-def case_of(name):
-    return next(case for case in CASES if case.name == name)
 
 
 def test_the_plane_is_that_of_a_dense_decomposition():
@@ -280,6 +230,22 @@ def test_methods_side_by_side(name):
     assert found.plot("LoRA").panels[0].dx == found.fields[1].dx
 
 
+def test_tokens_of_a_method_have_no_displacement():
+    case = case_of("timm-vit")
+    model, frozen = baselines.apply(case.build(), "vpt-shallow", length=3), case.build()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.5)
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    moved = drift(model, [x], reference=frozen).task
+    for layer in (0, 1):
+        found = displacement({"VPT": model}, [(x, y)], reference=frozen, layer=layer)
+        assert found.fields[0].size == pytest.approx(moved[layer])
+        assert found.states == 20
+    found = landscape(model, [(x, y)], layer=0, reference=frozen, size=2, together=True)
+    assert found.adapted.loss_there == pytest.approx(found.adapted.loss)
+
+
 def test_a_plot_has_room_for_four():
     found = fields({str(k): torch.sin for k in range(5)}, data())
     with pytest.raises(SteerError, match="one to four of 0, 1, 2, 3, 4; received all"):
@@ -288,101 +254,6 @@ def test_a_plot_has_room_for_four():
         found.plot("7")
     assert len(found.plot("0", "4").panels) == 2
     assert found.plot("1").panels[0].groups == found.groups
-
-
-def squared(model, batch):
-    x, y = batch
-    return (model(x) - y).square().mean()
-
-
-def moved(z, over, point):
-    return z + (torch.tensor(point).double() - over.project(z)) @ over.directions
-
-
-@torch.no_grad()
-def test_the_landscape_of_a_linear_model_is_its_quadratic():
-    adapted = Toy(same, lambda z: 1.2 * z + 0.5, lambda z: z - 1).double()
-    frozen = Toy(same, same, lambda z: z - 1).double()
-    frozen.head.load_state_dict(adapted.head.state_dict())
-    x = torch.cat([x for x, _ in data(rows=12)])
-    y = torch.randn(12, 2).double()
-    loader = [(x[:5], y[:5]), (x[5:], y[5:])]
-    found = landscape(adapted, loader, layer=1, reference=frozen, size=5, span=1.5, loss=squared)
-    over = found.plane
-    for b, row in zip(found.up, found.losses, strict=True):
-        for a, value in zip(found.across, row, strict=True):
-            z = moved(1.2 * x + 0.5, over, (a, b)) - 1
-            assert value == pytest.approx(float((adapted.head(z.mean(1)) - y).square().mean()))
-    grid = torch.tensor(found.losses, dtype=torch.float64)
-    assert grid.diff(n=3, dim=0).abs().max() < 1e-9 * grid.max()
-    assert grid.diff(n=3, dim=1).abs().max() < 1e-9 * grid.max()
-    step = found.across[1] - found.across[0]
-    assert (grid.diff(n=2, dim=1) / step**2)[0, 0] == pytest.approx(
-        float((adapted.head.weight @ over.directions[0]).square().mean() * 2)
-    )
-    flat = x.reshape(-1, WIDTH)
-    for path, after in ((found.frozen, flat), (found.adapted, 1.2 * flat + 0.5)):
-        ends = torch.stack([over.project(flat.mean(0)), over.project(after.mean(0))])
-        assert path.x == pytest.approx(ends[:, 0].tolist(), abs=1e-9)
-        assert path.y == pytest.approx(ends[:, 1].tolist(), abs=1e-9)
-        there = moved(1.2 * x + 0.5, over, (path.x[-1], path.y[-1])) - 1
-        assert path.loss_there == pytest.approx(float((adapted.head(there.mean(1)) - y).square().mean()))
-    assert found.frozen.loss == pytest.approx(float(squared(frozen, (x, y))))
-    assert found.adapted.loss == pytest.approx(float(squared(adapted, (x, y))))
-    assert found.lowest[2] == pytest.approx(float(grid.min()))
-    column, line = found.across.index(found.lowest[0]), found.up.index(found.lowest[1])
-    assert found.losses[line][column] == found.lowest[2]
-    reach = [1.5 * d for d in over.deviations]
-    assert found.across[0] == pytest.approx(min(-reach[0], *found.adapted.x))
-    assert found.up[-1] == pytest.approx(max(reach[1], *found.adapted.y))
-
-
-@torch.no_grad()
-def test_the_blocks_behind_run_as_they_are():
-    model = shake(steer(vit(), rank=4, train="head"))
-    x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 5
-    found = landscape(model, [(x[:4], y[:4]), (x[4:], y[4:])], layer=1, size=3)
-    seen = []
-    handle = model.blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
-    model.eval()(x)
-    handle.remove()
-    z = moved(seen[0].double(), found.plane, (found.across[2], found.up[0])).float()
-    logits = model.forward_head(model.norm(model.blocks[2](z)))
-    assert found.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
-    assert found.adapted.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
-    with use(model, None):
-        assert found.frozen.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
-    together = landscape(model, [(x, y)], layer=1, size=3, together=True)
-    assert together.adapted.loss_there == pytest.approx(found.adapted.loss, rel=1e-5)
-    place = torch.tensor(
-        [together.across[2] - together.adapted.x[-1], together.up[0] - together.adapted.y[-1]]
-    ).double()
-    z = (seen[0].double() + place @ together.plane.directions).float()
-    logits = model.forward_head(model.norm(model.blocks[2](z)))
-    assert together.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
-    assert together.table().notes != found.table().notes
-    surface = found.plot()
-    assert isinstance(surface, Surface)
-    assert surface.values == found.losses
-    assert [path.name for path in surface.paths] == ["frozen", "adapted"]
-    assert surface.paths[1].x == found.adapted.x
-    assert [row["loss"] for row in found.table().rows[:2]] == [found.frozen.loss, found.adapted.loss]
-
-
-@pytest.mark.parametrize("name", ["timm-resnet", "gpt2"])
-def test_a_landscape_of_maps_and_of_tuples(name):
-    case = case_of(name)
-    model = randomise(steer(case.build(), rank=2))
-    inputs = case.inputs(model)
-    if name == "gpt2":
-        loader = [{**inputs, "labels": inputs["input_ids"]}]
-    else:
-        loader = [(next(iter(inputs.values())), torch.tensor([0, 2]))]
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    found = landscape(model, loader, size=3, span=1)
-    for one in (found, landscape(model, loader, size=3, span=1, together=True)):
-        assert torch.tensor(one.losses).std() > 0
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
@@ -404,16 +275,6 @@ LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
         (lambda m: displacement({"a": m}, LOADER, layer=-4), "received -4"),
         (lambda m: displacement({"a": m, "b": vit(width=16)}, LOADER), "one backbone"),
         (lambda m: displacement({"a": m}, []), "no batch"),
-        (lambda m: landscape(m, iter(LOADER)), "read three times"),
-        (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
-        (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
-        (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),
-        (lambda m: landscape(m, []), "no batch"),
-        (lambda m: landscape(m, [IMAGES]), "a batch is a dict or a pair"),
-        (
-            lambda m: landscape(m, LOADER, size=2, loss=lambda model, batch: model(batch[0]).sum() / 0),
-            "NaN or infinite",
-        ),
     ],
 )
 def test_bad_input_is_refused(run, match):

@@ -1,0 +1,147 @@
+"""The loss over the plane of the stream: a quadratic for a linear model, and what the blocks behind make of it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cases import randomise
+from fields import IMAGES, shake, vit
+from planes import WIDTH, Toy, case_of, data, register, same
+from residual_steer import SteerError, steer, use
+from residual_steer.diagnostics.landscape import landscape
+from residual_steer.report import Surface
+
+
+@pytest.fixture(autouse=True)
+def _toy():
+    register()
+
+
+def squared(model, batch):
+    x, y = batch
+    return (model(x) - y).square().mean()
+
+
+def moved(z, over, point):
+    return z + (torch.tensor(point).double() - over.project(z)) @ over.directions
+
+
+@torch.no_grad()
+def test_the_landscape_of_a_linear_model_is_its_quadratic():
+    adapted = Toy(same, lambda z: 1.2 * z + 0.5, lambda z: z - 1).double()
+    frozen = Toy(same, same, lambda z: z - 1).double()
+    frozen.head.load_state_dict(adapted.head.state_dict())
+    x = torch.cat([x for x, _ in data(rows=12)])
+    y = torch.randn(12, 2).double()
+    loader = [(x[:5], y[:5]), (x[5:], y[5:])]
+    found = landscape(adapted, loader, layer=1, reference=frozen, size=5, span=1.5, loss=squared)
+    over = found.plane
+    for b, row in zip(found.up, found.losses, strict=True):
+        for a, value in zip(found.across, row, strict=True):
+            z = moved(1.2 * x + 0.5, over, (a, b)) - 1
+            assert value == pytest.approx(float((adapted.head(z.mean(1)) - y).square().mean()))
+    grid = torch.tensor(found.losses, dtype=torch.float64)
+    assert grid.diff(n=3, dim=0).abs().max() < 1e-9 * grid.max()
+    assert grid.diff(n=3, dim=1).abs().max() < 1e-9 * grid.max()
+    step = found.across[1] - found.across[0]
+    assert (grid.diff(n=2, dim=1) / step**2)[0, 0] == pytest.approx(
+        float((adapted.head.weight @ over.directions[0]).square().mean() * 2)
+    )
+    flat = x.reshape(-1, WIDTH)
+    for path, after in ((found.frozen, flat), (found.adapted, 1.2 * flat + 0.5)):
+        ends = torch.stack([over.project(flat.mean(0)), over.project(after.mean(0))])
+        assert path.x == pytest.approx(ends[:, 0].tolist(), abs=1e-9)
+        assert path.y == pytest.approx(ends[:, 1].tolist(), abs=1e-9)
+        there = moved(1.2 * x + 0.5, over, (path.x[-1], path.y[-1])) - 1
+        assert path.loss_there == pytest.approx(float((adapted.head(there.mean(1)) - y).square().mean()))
+    assert found.frozen.loss == pytest.approx(float(squared(frozen, (x, y))))
+    assert found.adapted.loss == pytest.approx(float(squared(adapted, (x, y))))
+    assert found.lowest[2] == pytest.approx(float(grid.min()))
+    column, line = found.across.index(found.lowest[0]), found.up.index(found.lowest[1])
+    assert found.losses[line][column] == found.lowest[2]
+    reach = [1.5 * d for d in over.deviations]
+    assert found.across[0] == pytest.approx(min(-reach[0], *found.adapted.x))
+    assert found.up[-1] == pytest.approx(max(reach[1], *found.adapted.y))
+
+
+def test_the_grid_covers_the_ways():
+    adapted, frozen = Toy(lambda z: z - 30, lambda z: z + 60).double(), Toy(same, same).double()
+    found = landscape(
+        adapted, data(rows=10), reference=frozen, size=3, span=0.5, loss=lambda m, b: m(b[0]).square().mean()
+    )
+    for places, name, deviation in zip((found.across, found.up), "xy", found.plane.deviations, strict=True):
+        way = getattr(found.adapted, name)
+        assert min(way) < -0.5 * deviation
+        assert max(way) > 0.5 * deviation
+        assert places == pytest.approx((min(way), (min(way) + max(way)) / 2, max(way)), abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_blocks_behind_run_as_they_are():
+    model = shake(steer(vit(), rank=4, train="head"))
+    x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 5
+    found = landscape(model, [(x[:4], y[:4]), (x[4:], y[4:])], layer=1, size=3)
+    seen = []
+    handle = model.blocks[1].register_forward_hook(lambda m, a, out: seen.append(out))
+    model.eval()(x)
+    handle.remove()
+    z = moved(seen[0].double(), found.plane, (found.across[2], found.up[0])).float()
+    logits = model.forward_head(model.norm(model.blocks[2](z)))
+    assert found.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
+    assert found.adapted.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    with use(model, None):
+        assert found.frozen.loss == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-5)
+    together = landscape(model, [(x, y)], layer=1, size=3, together=True)
+    assert together.adapted.loss_there == pytest.approx(found.adapted.loss, rel=1e-5)
+    place = torch.tensor(
+        [together.across[2] - together.adapted.x[-1], together.up[0] - together.adapted.y[-1]]
+    ).double()
+    z = (seen[0].double() + place @ together.plane.directions).float()
+    logits = model.forward_head(model.norm(model.blocks[2](z)))
+    assert together.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
+    assert together.table().notes != found.table().notes
+    surface = found.plot()
+    assert isinstance(surface, Surface)
+    assert surface.values == found.losses
+    assert [path.name for path in surface.paths] == ["frozen", "adapted"]
+    assert surface.paths[1].x == found.adapted.x
+    assert [row["loss"] for row in found.table().rows[:2]] == [found.frozen.loss, found.adapted.loss]
+
+
+@pytest.mark.parametrize("name", ["timm-resnet", "gpt2"])
+def test_a_landscape_of_maps_and_of_tuples(name):
+    case = case_of(name)
+    model = randomise(steer(case.build(), rank=2))
+    inputs = case.inputs(model)
+    if name == "gpt2":
+        loader = [{**inputs, "labels": inputs["input_ids"]}]
+    else:
+        loader = [(next(iter(inputs.values())), torch.tensor([0, 2]))]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    found = landscape(model, loader, size=3, span=1)
+    for one in (found, landscape(model, loader, size=3, span=1, together=True)):
+        assert torch.tensor(one.losses).std() > 0
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
+
+
+@pytest.mark.parametrize(
+    ("run", "match"),
+    [
+        (lambda m: landscape(m, iter(LOADER)), "read three times"),
+        (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
+        (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
+        (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),
+        (lambda m: landscape(m, []), "no batch"),
+        (lambda m: landscape(m, [IMAGES]), "a batch is a dict or a pair"),
+        (lambda m: landscape(m, LOADER, size=2, loss=lambda n, b: n(b[0]).sum() / 0), "NaN or infinite"),
+    ],
+)
+def test_bad_input_is_refused(run, match):
+    model = shake(steer(vit(), rank=4))
+    with pytest.raises(SteerError, match=match):
+        run(model)
