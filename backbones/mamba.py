@@ -37,6 +37,7 @@ def mamba(model: nn.Module) -> Backbone:
         mlp="mlp",
         read=_read_pair,
         write=_write_pair,
+        leave=_leave_pair,
     )
 
 
@@ -52,6 +53,12 @@ def _write_pair(output: tuple[Tensor, Tensor], f: Callable[[Tensor], Tensor]) ->
     """Move the sum by moving the residual, which is the half that is kept in fp32."""
     hidden, residual = output
     return hidden, f(residual)
+
+
+def _leave_pair(output: tuple[Tensor, Tensor]) -> Tensor:
+    """Return hidden + residual, the stream that leaves a `mamba_ssm` block."""
+    hidden, residual = output
+    return hidden + residual
 
 
 def _scan_linearly(blocks: Sequence[nn.Module]) -> list[RemovableHandle]:

@@ -44,6 +44,7 @@ ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was d
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
+Leave = Callable[[Any], Tensor]
 Prepare = Callable[[Sequence[nn.Module]], Sequence[RemovableHandle]]
 
 
@@ -147,12 +148,14 @@ class Backbone:
             blocks, or one per block where they differ (`parts` finds them).
         mlp: attribute path of the feed-forward inside a block, in the same way.
         read: `(args, kwargs) -> z`, the stream that enters a block, from the block's call.
-        write: `(output, f) -> output`, a block's output with its stream z replaced by f(z).
+        write: `(output, f) -> output`, a block's output with its stream z moved by f: where f(z) = z + δ, the stream is
+            δ further. Where the stream is a sum, f may be given one part of it.
         channels: which dimension of the stream is the width: -1, or 1 in a ConvNet.
         inplace: whether blocks overwrite the stream they are given (`x += …`); the fields then read a copy of it.
         prepare: called with the blocks when steering begins; the hook handles it returns are removed by `unsteer`.
             For what a family needs besides fields, such as a faster path for training. It must not change what the
             model computes in evaluation mode.
+        leave: `output -> z`, the stream in a block's output; None where it is what `write` hands to f.
         name: the registered name (the registry fills it in).
         path: where in the model the backbone stands, "" for the model itself (the registry fills it in).
         origin: how it was found, where that was not by name.
@@ -170,6 +173,7 @@ class Backbone:
     channels: int = -1
     inplace: bool = False
     prepare: Prepare | None = None
+    leave: Leave | None = None
     name: str = ""
     path: str = ""
     origin: str = ""
@@ -203,6 +207,19 @@ class Backbone:
         if isinstance(self.width, int):
             return (self.width,) * len(self.blocks)
         return tuple(self.width)
+
+    def left(self, output: Any) -> Tensor:
+        """Return the stream in a block's output."""
+        if self.leave is not None:
+            return self.leave(output)
+        found: list[Tensor] = []
+
+        def note(z: Tensor) -> Tensor:
+            found.append(z)
+            return z
+
+        self.write(output, note)
+        return found[0]
 
     def point(self, index: int, site: str) -> nn.Module | None:
         """Return the module of block `index` beside which fields of `site` run, None where it has no such part."""

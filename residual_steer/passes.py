@@ -137,11 +137,7 @@ class Streams:
 
     def _after(self, index: int) -> Any:
         def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            def keep(z: Tensor) -> Tensor:
-                self.leaving[index] = z.detach()
-                return z
-
-            self.backbone.write(output, keep)
+            self.leaving[index] = self.backbone.left(output).detach()
 
         return note
 

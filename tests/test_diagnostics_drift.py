@@ -28,7 +28,7 @@ def outputs(case, model):
     return seen
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mamba", "timm-vit", "timm-resnet", "timm-swin"])
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "mamba_ssm-1", "timm-vit", "timm-resnet", "timm-swin"])
 @torch.no_grad()
 def test_drift_is_the_mean_relative_distance(name):
     case = case_of(name)

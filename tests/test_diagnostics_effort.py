@@ -14,7 +14,7 @@ from streams import Block, InPlace, Model
 
 SITES = [
     ("timm-vit", "block"), ("timm-vit", "mixer"), ("timm-vit", "mlp"), ("timm-vit", "input"), ("timm-resnet", "block"),
-    ("mamba", "input"), ("timm-swin", "mixer"),
+    ("mamba", "input"), ("mamba_ssm-1", "block"), ("timm-swin", "mixer"),
 ]  # fmt: skip
 
 

@@ -11,26 +11,34 @@ Every result has a `.table()`, which prints as Markdown, and a `.plot()`, which 
 `drift`              how far the stream is moved, on the task's data and on others
 `displacement`       the field of displacements of several methods side by side (figure 1b)
 `landscape`          the loss over a plane of the stream, with the ways that states take (figure 1a)
+`plane`              the first two principal directions of the stream at a layer
 ===================  =============================================================================================
 """
 
 from .collapse import NeuralCollapse, collapse_over_training, neural_collapse
-from .displacement import Displacement, displacement
+from .displacement import Displacement, MethodField, displacement
 from .drift import Drift, drift
-from .effort import ControlEffort, control_effort
+from .effort import ControlEffort, LayerEffort, control_effort
 from .energy import StreamEnergy, hopfield_energy, stream_energy
 from .entropy import AttentionEntropy, attention_entropy
-from .landscape import Landscape, landscape
+from .field_measures import FieldMeasures
+from .landscape import Landscape, Path, landscape
 from .memory import MemoryLength, memory_length
+from .plane import Plane, plane
 
 __all__ = [
     "AttentionEntropy",
     "ControlEffort",
     "Displacement",
     "Drift",
+    "FieldMeasures",
     "Landscape",
+    "LayerEffort",
     "MemoryLength",
+    "MethodField",
     "NeuralCollapse",
+    "Path",
+    "Plane",
     "StreamEnergy",
     "attention_entropy",
     "collapse_over_training",
@@ -41,5 +49,6 @@ __all__ = [
     "landscape",
     "memory_length",
     "neural_collapse",
+    "plane",
     "stream_energy",
 ]

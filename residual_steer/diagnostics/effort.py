@@ -19,7 +19,6 @@ from residual_steer.state import Steering, steering_of
 from residual_steer.steering import use
 
 from .moments import exact
-from .stream import left
 
 __all__ = ["ControlEffort", "LayerEffort", "control_effort"]
 
@@ -227,7 +226,7 @@ def _watch(state: Steering, site: str, index: int, tally: _Tally, mask: list[Ten
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         z = entered.pop()
-        own = left(backbone, output) - z if block else output if isinstance(output, Tensor) else output[0]
+        own = backbone.left(output) - z if block else output if isinstance(output, Tensor) else output[0]
         tally.add(*(tokens_of(part, backbone.channels, mask[0]) for part in (z, own)))
 
     return [

@@ -20,7 +20,7 @@ from .moments import exact
 from .pairs import SIDES, Pair, compared
 from .plane import Plane, plane
 from .queries import prefix_tokens
-from .stream import beside, layer_of, left, real_tokens, states_of
+from .stream import beside, layer_of, real_tokens, states_of
 
 __all__ = ["Landscape", "Path", "landscape"]
 
@@ -246,7 +246,7 @@ def _over(model: nn.Module, backbone: Backbone, batch: Batch, moves: _Moves, los
     found: list[float] = []
 
     def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        states = exact(left(backbone, output).movedim(backbone.channels, -1))
+        states = exact(backbone.left(output).movedim(backbone.channels, -1))
         step = moves.step(states, moves.points[len(found)]).expand_as(states).movedim(-1, backbone.channels)
         return backbone.write(output, lambda z: z + step.to(z.device, z.dtype))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from residual_steer.passes import Batch, Streams, require_finite
 from .moments import exact
 from .queries import places
 
-__all__ = ["beside", "layer_of", "left", "real_tokens", "states_of"]
+__all__ = ["beside", "layer_of", "real_tokens", "states_of"]
 
 
 def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Sequence[int]) -> dict[int, Tensor]:
@@ -42,18 +41,6 @@ def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Seque
         require_finite(f"the stream that leaves block {index}", z)
         states[index] = z.unsqueeze(1) if z.dim() == 2 else z.flatten(1, -2)
     return states
-
-
-def left(backbone: Backbone, output: Any) -> Tensor:
-    """Return the stream in a block's output."""
-    found: list[Tensor] = []
-
-    def note(z: Tensor) -> Tensor:
-        found.append(z)
-        return z
-
-    backbone.write(output, note)
-    return found[0]
 
 
 def beside(adapted: Tensor, frozen: Tensor, prefix: int) -> Tensor:
