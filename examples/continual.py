@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ EXPERIMENT = Experiment(
     "rows of the head. A GPT-2 and a Mamba pre-trained on Python's source learn English prose, then the names of "
     "Unicode's characters. Forgotten is what a task has lost since it was learned, averaged over all tasks but the "
     "last; learned is what each reached right after it was trained on.",
+    seeds=5,
 )
 VERSION = 1  # raise it when the code below changes what a run gives
 RANK, BATCH = 16, 16
-ENERGIES = (0.9, 0.99, 0.999)
+ENERGIES = (0.99, 0.999)
 DEFAULT = 0.999  # of NullSpace, on which the verdict is
 
 
@@ -161,7 +163,7 @@ def text_course(name: str, cache: Path, quick: bool) -> Course:
     recipe = quicker(RECIPES[name]) if quick else RECIPES[name]
     backbone = get_backbone(recipe, cache).model
     lessons = [text_lesson("prose", english_prose()), text_lesson("names", character_names())]
-    steps = 4 if quick else 80
+    steps = 4 if quick else 50
     return Course(name, lambda seed: copy.deepcopy(backbone), lessons, (), "bits per byte", "down", 1e-2, steps)
 
 
@@ -317,9 +319,10 @@ def picture(course: Course, name: str, records: Sequence[Mapping[str, Any]]) -> 
 def verdict(found: Sequence[tuple[Course, Runs]]) -> Verdict:
     """Judge claim 8 by what is forgotten with the default protection and with none, on the same seeds."""
     said, better, intact = [], [], []
+    shielded = f"null space, energy {DEFAULT:g}"
     for course, runs in found:
         lost = {name: [forgotten(course, record["matrix"]) for record in records] for name, records in runs.items()}
-        bare, kept = lost["no protection"], lost[f"null space, energy {DEFAULT:g}"]
+        bare, kept = lost["no protection"], lost[shielded]
         if not all(map(math.isfinite, [*bare, *kept])):
             said.append(f"{course.name}: {LOST}")
             better.append(False)
@@ -328,17 +331,18 @@ def verdict(found: Sequence[tuple[Course, Runs]]) -> Verdict:
         better.append(found_gap.sign == -1)
         intact.append(sum(kept) <= 0.1 * sum(bare))
         unit = "points" if course.better == "up" else "bits per byte"
+        after = [[learned(record["matrix"]) for record in runs[name]] for name in (shielded, "no protection")]
         said.append(
-            f"{course.name} forgets {sum(kept) / len(kept):.3g} {unit} instead of {sum(bare) / len(bare):.3g} "
-            f"(difference {found_gap})"
+            f"{course.name} forgets {fmean(kept):.3g} {unit} instead of {fmean(bare):.3g} (difference {found_gap}) "
+            f"and reaches {fmean(after[0]):.3g} instead of {fmean(after[1]):.3g} on what it learns later"
         )
     word = "holds" if all(better) and all(intact) else "partly holds" if any(better) else "does not hold"
     return Verdict(
         8,
         word,
         "no numbers",
-        f"With {DEFAULT:g} of the energy protected, {'; '.join(said)}. To hold, a tenth of what is forgotten without "
-        "may be forgotten with it.",
+        f"With {DEFAULT:g} of the energy protected, {'; '.join(said)}. To hold, no more than a tenth of what is "
+        "forgotten without may be forgotten with it.",
         "python examples/continual.py",
     )
 

@@ -131,7 +131,7 @@ def test_one_task_after_another_is_forgotten_unless_it_is_protected(examples, ou
         assert list(rows) == [way.name for way in script.WAYS]
         assert rows["a field per task"]["stored"] == tasks * rows["no protection"]["stored"]
         room = [rows[f"null space, energy {energy:g}"]["room"].mean for energy in script.ENERGIES]
-        assert 100 > room[0] > room[1] > room[2] >= 0
+        assert 100 > room[0] > room[1] >= 0
     for name in ("ViT", "GPT-2", "Mamba"):
         (walked,) = result.records[name]["a field per task"]
         assert all(row[: len(before)] == before for before, row in zip(walked["matrix"], walked["matrix"][1:]))  # noqa: B905
