@@ -123,7 +123,7 @@ Results = dict[str, list[Entry]]
 
 def over_zero(entries: Sequence[Entry], name: str, score: str) -> Difference | None:
     """Return a score of a method as a difference from zero; None where it diverged."""
-    entry = next(entry for entry in entries if entry.arm.name == name)
+    entry = entry_of(entries, name)
     if measured(entry, score) is None:
         return None
     values = entry.results(score)
@@ -136,28 +136,33 @@ def on_entropy(results: Results) -> Verdict:
         f"{backbone}, {name}": over_zero(results[backbone], name, "entropy")
         for backbone, name in (("ViT", "VPT-shallow"), ("ViT", "VPT-deep"), ("GPT-2", "prompt"))
     }
-    steered = {backbone: over_zero(results[backbone], "H-Res", "entropy") for backbone in ("ViT", "GPT-2")}
-    entries = [next(e for e in results[name] if e.arm.name == "H-Res") for name in steered]
-    first = {value for entry in entries for value in entry.results("untouched")}
+    steered = {f"{backbone}, H-Res": over_zero(results[backbone], "H-Res", "entropy") for backbone in ("ViT", "GPT-2")}
+    wider = [
+        measured(entry_of(results[name], method), "bound")
+        for name, method in (("ViT", "VPT-deep"), ("GPT-2", "prompt"))
+    ]
+    entries = [entry_of(results[backbone], "H-Res") for backbone in ("ViT", "GPT-2")]
+    leading = sorted({value for entry in entries for value in entry.results("untouched")})
+    whole = [sum(name.startswith("entropy ") for name in names_in([entry])) for entry in entries]
     lemma_1 = all(one is not None and one.sign == 1 for one in raised.values())
-    lemma_2 = all(one is not None and one.sign == 0 for one in steered.values())
+    lemma_2 = all(min(entry.results("untouched")) == count for entry, count in zip(entries, whole, strict=True))
     said = [f"{name} {change or LOST}" for name, change in {**raised, **steered}.items()]
+    bound = " and ".join(LOST if one is None else f"{one.mean:.2f}" for one in wider)
     return Verdict(
         5,
-        "holds" if lemma_1 and lemma_2 else "partly holds" if lemma_1 or lemma_2 or first == {1.0} else "does not hold",
+        "holds" if lemma_1 and lemma_2 else "partly holds" if lemma_1 or min(leading) >= 1 else "does not hold",
         "lemma 1: prompts raise the entropy; lemma 2: H-Res leaves it untouched; no numbers",
-        f"Change of entropy in nats, mean of all layers: {'; '.join(said)}, the last two under H-Res. Lemma 2 as "
-        f"printed can hold only up to the first steered layer, whose input nothing has changed yet: with all layers "
-        f"steered the maps of {counted(first)} are equal, bit for bit, and those of later ones are not.",
+        f"Change of entropy in nats, mean of all layers: {'; '.join(said)}. The highest entropy there can be rises by "
+        f"{bound} with the tokens of the prompts (ViT, GPT-2). Lemma 2 as printed can hold only up to the first "
+        f"steered layer, whose input nothing has changed yet: with all {' and '.join(map(str, whole))} layers steered, "
+        f"{' or '.join(f'{value:g}' for value in leading)} has maps that are equal bit for bit, and later ones change.",
         COMMAND,
     )
 
 
-def counted(values: set[float]) -> str:
-    """Write how many leading layers were untouched."""
-    if values == {1.0}:
-        return "the first layer"
-    return "the first " + " or ".join(f"{value:g}" for value in sorted(values)) + " layers"
+def entry_of(entries: Sequence[Entry], name: str) -> Entry:
+    """Return what a method reached."""
+    return next(entry for entry in entries if entry.arm.name == name)
 
 
 def on_collapse(results: Results) -> Verdict:
@@ -182,7 +187,7 @@ def on_collapse(results: Results) -> Verdict:
 def on_fields(results: Results) -> Verdict:
     """Judge claim 10: LoRA's field is chaotic, that of H-Res convergent."""
     entries = results["ViT"]
-    smooth, narrow = (gap(entries, "H-Res", "LoRA", name) for name in ("coherence", "contraction"))
+    smooth, narrow = (gap(entries, "H-Res", "LoRA", name) for name in ("order", "contraction"))
     below = {name: over_one(entries, name) for name in ("H-Res", "LoRA")}
     convergent = below["H-Res"] is not None and below["H-Res"].sign == -1
     better = (smooth is not None and smooth.sign == 1) + (narrow is not None and narrow.sign == -1)
@@ -193,15 +198,15 @@ def on_fields(results: Results) -> Verdict:
         word,
         "a picture (figure 1)",
         f"Displacements of the ViT's class token behind the last block: {'; '.join(levels)}. H-Res minus LoRA: "
-        f"coherence {smooth or LOST}, contraction {narrow or LOST}. Chaotic would be a coherence at chance, "
-        "convergent a contraction below 1.",
+        f"coherence above chance {smooth or LOST}, contraction {narrow or LOST}. Chaotic would be a coherence at "
+        "chance, convergent a contraction below 1.",
         COMMAND,
     )
 
 
 def over_one(entries: Sequence[Entry], name: str) -> Difference | None:
     """Return how far a method's contraction is from 1."""
-    entry = next(entry for entry in entries if entry.arm.name == name)
+    entry = entry_of(entries, name)
     if measured(entry, "contraction") is None:
         return None
     values = entry.results("contraction")
@@ -210,7 +215,7 @@ def over_one(entries: Sequence[Entry], name: str) -> Difference | None:
 
 def measured_text(entries: Sequence[Entry], name: str) -> str:
     """Write a method's coherence, chance and contraction."""
-    entry = next(entry for entry in entries if entry.arm.name == name)
+    entry = entry_of(entries, name)
     found = {score: measured(entry, score) for score in ("coherence", "chance", "contraction")}
     return ", ".join(f"{score} {LOST if one is None else f'{one.mean:.3f}'}" for score, one in found.items())
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import residual_steer as rs
-from compare_methods import PROMPT, RATES, Shorter, half, problem_of
+from compare_methods import PROMPT, Shorter, half, problem_of
 from residual_steer.baselines import apply
 from residual_steer.data import ByteBlocks, digits, python_source
 from residual_steer.diagnostics import (
@@ -33,6 +33,12 @@ from residual_steer.study import Arm, Ledger, Problem, rates_around
 from small_backbones import LENGTH, SOURCE
 from tasks import Task, some
 
+# Peak learning rates: those that compare_transformer_mamba.py --baselines found best on validation data.
+TUNED = {
+    "ViT": {"hres": 3e-2, "lora": 1e-2, "vpt-shallow": 9e-2, "vpt-deep": 9e-2, "linear": 9e-2, "full": 2e-3},
+    "GPT-2": {"hres": 1e-2, "lora": 1e-2, "prompt": 9e-2, "full": 2e-3},
+    "Mamba": {"hres": 3e-2, "lora": 1e-2, "full": 2e-3},
+}
 VERSION = 1  # raise it when the code below changes what is measured
 KINDS = {kind.__name__: kind for kind in (Arrows, Matrix, Plot, Surface)}
 Numbers = dict[str, float]
@@ -54,8 +60,8 @@ def arms_of(task: Task, rank: int, rates: int) -> list[Arm]:
     elif task.backbone == "GPT-2":
         methods.append(("prompt", "prompt", {"length": PROMPT}))
     methods.append(("full fine-tuning", "full", {}))
-    known = RATES | {"vpt-shallow": RATES["vpt-deep"]}
-    return [Arm(name, method, rates_around(known[method], rates), options) for name, method, options in methods]
+    tuned = TUNED[task.backbone]
+    return [Arm(name, method, rates_around(tuned[method], rates), options) for name, method, options in methods]
 
 
 def watched(task: Task) -> Problem:
@@ -147,6 +153,7 @@ def of_images(task: Task) -> Measure:
             "nc3": math.nan if found.nc3 is None else found.nc3,
             "nc4": 100 * found.nc4,
             **{name: math.nan if (value := getattr(field, name)) is None else value for name in names},
+            "order": math.nan if field.coherence is None or field.chance is None else field.coherence - field.chance,
         }
 
     return measure
@@ -175,7 +182,7 @@ def pictures_of(task: Task, problem: Problem, rank: int, ledger: Ledger) -> Pict
     key = {**problem.identity, "pictures": VERSION, "steps": problem.steps, "rank": rank, "torch": torch.__version__}
 
     def make() -> dict[str, Any]:
-        steered = trained(problem, "hres", rank)
+        steered = trained(task, problem, "hres", rank)
         drawn = drawn_of_images(task, problem, steered, rank) if task.kind == "images" else []
         if task.backbone != "Mamba":
             drawn.append(attention_entropy(steered, loader_of(held_out(task))).plot())
@@ -190,19 +197,19 @@ def pictures_of(task: Task, problem: Problem, rank: int, ledger: Ledger) -> Pict
 def drawn_of_images(task: Task, problem: Problem, steered: nn.Module, rank: int) -> Pictures:
     """Draw figure 1 from real states, and collapse over training."""
     reference, test = frozen(problem, 0), loader_of(held_out(task))
-    rivals = {"LoRA": trained(problem, "lora", rank), "H-Res": steered}
+    rivals = {"LoRA": trained(task, problem, "lora", rank), "H-Res": steered}
     batches = list(test)
     return [
-        landscape(steered, batches, layer=-2, reference=reference).plot(),
+        landscape(steered, batches, layer=-2, reference=reference, together=True).plot(),
         displacement(rivals, test, reference=reference, token="first").plot(),
         collapsing(task, problem, rank),
     ]
 
 
-def trained(problem: Problem, method: str, rank: int) -> nn.Module:
+def trained(task: Task, problem: Problem, method: str, rank: int) -> nn.Module:
     """Return a model that a method has adapted."""
     model = apply(problem.fresh(0), method, rank=rank, train=problem.train_also)
-    rs.fit(model, problem.train(0), steps=problem.steps, lr=RATES[method], seed=0, progress=False)
+    rs.fit(model, problem.train(0), steps=problem.steps, lr=TUNED[task.backbone][method], seed=0, progress=False)
     return model.eval()
 
 
@@ -214,6 +221,6 @@ def collapsing(task: Task, problem: Problem, rank: int) -> Plot:
     steps = max(1, problem.steps // pieces)
     for piece in range(1, pieces + 1):
         options: dict[str, Any] = {"seed": piece, "schedule": "constant", "progress": False}
-        rs.fit(model, problem.train(0), steps=steps, lr=RATES["hres"] / 2, **options)
+        rs.fit(model, problem.train(0), steps=steps, lr=TUNED["ViT"]["hres"] / 2, **options)
         found[piece * steps] = neural_collapse(model, data)
     return collapse_over_training(found)

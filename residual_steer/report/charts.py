@@ -56,11 +56,13 @@ def figure(plot: Plot, styles: Mapping[str, Style]) -> Figure:
 
 def _tick(axes: Axes, plot: Plot) -> None:
     """Write 10,000 and 0.01 at the ticks of logarithmic axes; also between decades, where there are few of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     def text(value: float, _: int) -> str:
         return f"{value:,.10g}" if 1e-4 <= value < 1e7 else f"{value:.0e}"
 
+    if plot.kind == "lines" and not plot.x.log and all(_whole(x) for series in plot.series for x in series.x):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # no layer stands at 0.5
     for axis, log in ((axes.xaxis, plot.x.log and plot.kind != "bars"), (axes.yaxis, plot.y.log)):
         if log:
             low, high = sorted(axis.get_view_interval())
@@ -87,6 +89,10 @@ def _lines(axes: Axes, plot: Plot, styles: Mapping[str, Style]) -> None:
             axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
     _tick(axes, plot)
     _legend(axes, plot)
+
+
+def _whole(x: float | Measured | str) -> bool:
+    return isinstance(x, (int, float)) and float(x).is_integer()
 
 
 def _bars(axes: Axes, plot: Plot, styles: Mapping[str, Style]) -> None:
