@@ -108,6 +108,15 @@ def test_a_step_computes_two_products_and_their_gradients_beyond_the_floor(count
     assert more == BLOCKS * (2 + 4) * product - product  # what enters the first block needs no gradient
 
 
+def test_operations_of_a_step_are_those_that_are_launched_with_nothing_else_counted(built, counted):
+    shape, methods, _, inputs, _ = built
+    counts, _ = counted
+    for method in methods[1:3]:
+        model = method.model
+        assert counts[method.name].operations == operations(lambda model=model: shape.loss(model, inputs).backward())
+        model.zero_grad()
+
+
 def test_steering_beside_the_block_keeps_and_computes_least(counted):
     counts, _ = counted
     others = [name for name in counts if name.startswith("LoRA")]
