@@ -114,7 +114,7 @@ def test_the_scan_and_the_fallback_that_it_is_timed_against_compute_the_same(scr
     shape = shapes.SHAPES["mamba"]
     used, gradients = {}, []
     for name, prepare in (("scan", ssm.prepared), ("fallback", ssm.plainly)):
-        model = prepare(shape.build(tiny=True))
+        model = ssm.deep(prepare(shape.build(tiny=True)))
         torch.manual_seed(1)
         for parameter in rs.parameters(model):
             parameter.data = torch.randn_like(parameter) * 0.05
@@ -219,7 +219,7 @@ def test_the_page_holds_every_row_and_says_what_was_not_run(script, folder, tmp_
         "LoReFT (pyreft) was not run",
         "No GPU was at hand",
         "## Beginning",
-        "exponent",
+        "The exponent is",
     ):
         assert wanted in text
     lines = [line for line in text.splitlines() if line.startswith("| vit: cost") or line.startswith("| mamba: epoch")]
