@@ -96,7 +96,8 @@ def _costs(name: str, record: Mapping[str, Any]) -> Iterator[Aim]:
 
 def _ssm(record: Mapping[str, Any]) -> Iterator[Aim]:
     slope, gib = spread(record["exponents"]), record["memory"] / 2**30
-    slow, fallback = Spread(**record["fallback"]["times"]["fallback"]["ratio"]), record["fallback"]
+    fallback = record["fallback"]
+    slow = Spread(**fallback["rows"]["1"]["fallback"]["ratio"])
     lengths = list(record["times"])
     what = f"mamba: a step grows as length to the power of, {lengths[0]} to {lengths[-1]}"
     yield Aim(what, f"≤ {EXPONENT}", f"{slope:.3f}", judged(slope, EXPONENT))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,8 +118,9 @@ def arms_of(problem: Problem, centres: dict[str, float], rates: int) -> list[Arm
 
 
 def reached(entry: Entry, metric: str, scale: float) -> list[float]:
-    """Return what every seed reached on test data."""
-    return [scale * value for value in entry.results(metric)]
+    """Return what every seed reached on test data; nothing if one of them diverged."""
+    values = [scale * value for value in entry.results(metric)]
+    return values if all(map(math.isfinite, values)) else []
 
 
 def costs(problem: Problem, arms: list[Arm], rounds: int) -> dict[str, Any]:

@@ -148,9 +148,10 @@ def _prompt(model: nn.Module, shape: Shape) -> Method:
 
     if shape.cache is None:
         raise rs.SteerError("PEFT's prompt tuning puts vectors before embedded tokens; this model reads images.")
-    made = _peft(
-        "prompt tuning", model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT), own=True
-    )
+    # PEFT asks every model for its heads, of which prompt tuning makes no use.
+    heads = {} if hasattr(model.config, "num_attention_heads") else {"num_attention_heads": 1}
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, **heads)
+    made = _peft("prompt tuning", model, config, own=True)
     return Method(made.name, made.model, made.model.base_model, True, made.stored)  # PEFT's generate does the same
 
 

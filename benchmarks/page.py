@@ -30,6 +30,7 @@ from residual_steer.study.rounds import spread
 from shapes import SHAPES
 
 PAGE = Path(__file__).parents[1] / "BENCHMARKS.md"
+OURS = ("cost-", "growth-", "last_blocks-", "loreft-", "many_fields-", "prefix-", "ssm-", "startup-")  # of all files
 COLUMNS = """\
 - **trainable**: parameters that train. **stored**: bytes of the safetensors that the method's own `save` writes for a
   task; for full fine-tuning all weights.
@@ -75,7 +76,7 @@ def write(results: Path, page: Path) -> None:
     Raises:
         SteerError: there are no results, or something cannot be written.
     """
-    records = {path.stem: read_json(path) for path in sorted(results.glob("*.json"))}
+    records = {path.stem: read_json(path) for path in sorted(results.glob("*.json")) if path.stem.startswith(OURS)}
     if not records:
         raise SteerError(f"the page is made of JSON files, and {results} holds none; `make bench` makes them.")
     pictures: dict[Path, bytes] = {}

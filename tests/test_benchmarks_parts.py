@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import residual_steer as rs
+from residual_steer.study import Arm, Entry
 from residual_steer.study.rounds import Spread
+from residual_steer.study.sweep import Run
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -112,7 +114,7 @@ def test_the_scan_and_the_fallback_that_it_is_timed_against_compute_the_same(scr
     shape = shapes.SHAPES["mamba"]
     used, gradients = {}, []
     for name, prepare in (("scan", ssm.prepared), ("fallback", ssm.plainly)):
-        model = prepare(shape.build(tiny=True))
+        model = ssm.deep(prepare(shape.build(tiny=True)))
         torch.manual_seed(1)
         for parameter in rs.parameters(model):
             parameter.data = torch.randn_like(parameter) * 0.05
@@ -181,7 +183,7 @@ def test_ahead_and_behind_are_told_from_no_difference(script):
         "times": {
             "step": times([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]),
             "prefill": times([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]),
-            "decode, 1 row": times([1.0, 2.0, 1.0], [2.0, 1.0, 1.0]),
+            "decode, 1 row": times([0.9, 0.95, 3.0], [1.0, 1.0, 1.0]),
         },
     }
     found = aims.against_lora(record)
@@ -189,6 +191,19 @@ def test_ahead_and_behind_are_told_from_no_difference(script):
     assert [text.split(" (")[0] for text in found["behind"]] == ["operations added to a forward pass", "prefill"]
     assert found["no difference seen"][-1].startswith("decode, 1 row")
     assert aims.against_lora({"counts": {}, "times": {}}) == {"ahead": [], "behind": [], "no difference seen": []}
+
+
+def test_a_run_that_diverged_is_a_dash(script, folder):
+    last = script("last_blocks")
+    run = Run(0.1, 0, None, None, None, 1, 2, None, 1.0)
+    arm = Arm("H-Res, last 1", "hres", (0.1,))
+    entry = Entry(arm, 0.1, (), (run,))
+    assert last.reached(entry, "accuracy", 1) == []
+    record = read(folder, "last_blocks-digits-cpu")
+    record["points"]["H-Res, last 1"] = []
+    row = next(line for line in last.table(record).splitlines() if line.startswith("| H-Res, last 1"))
+    assert row.split("|")[2].strip() == "–"
+    assert last.plot(record).series[0].y[0] is None
 
 
 def test_the_page_holds_every_row_and_says_what_was_not_run(script, folder, tmp_path):
@@ -204,7 +219,7 @@ def test_the_page_holds_every_row_and_says_what_was_not_run(script, folder, tmp_
         "LoReFT (pyreft) was not run",
         "No GPU was at hand",
         "## Beginning",
-        "exponent",
+        "The exponent is",
     ):
         assert wanted in text
     lines = [line for line in text.splitlines() if line.startswith("| vit: cost") or line.startswith("| mamba: epoch")]
@@ -227,6 +242,7 @@ def test_numbers_of_a_gpu_have_a_section_of_their_own(script, folder):
 
 def test_a_part_that_fails_is_named_and_the_page_is_written(script, folder, tmp_path, monkeypatch, capfd):
     bench = script("bench")
+    (tmp_path / "of_others.json").write_text("[]")
     for path in folder.glob("growth-*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(bench, "PARTS", (bench.Part("lost", ("no_such_script.py",), (), 3.0),))

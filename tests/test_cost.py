@@ -56,8 +56,8 @@ def test_every_row_of_the_table_is_there_or_says_why_not(built):
     assert {"LoRA, usual targets", "full fine-tuning"} <= set(names)
     others = {"LoRA, all linear layers", "prompt tuning", "ShadowPEFT"}
     assert others <= {*names, *refused}
-    expected = {"past_key_values": set(), "cache_params": others, None: others - {"LoRA, all linear layers"}}
-    assert set(refused) == expected[shape.cache]
+    works = {"past_key_values": others, "cache_params": {"prompt tuning"}, None: {"LoRA, all linear layers"}}
+    assert set(refused) == others - works[shape.cache]
     assert all(len(reason) > 20 for reason in refused.values())
 
 
@@ -106,6 +106,15 @@ def test_a_step_computes_two_products_and_their_gradients_beyond_the_floor(count
     product = 2 * tokens * RANK * WIDTH
     more = counts["H-Res, block"].flops - counts["floor"].flops
     assert more == BLOCKS * (2 + 4) * product - product  # what enters the first block needs no gradient
+
+
+def test_operations_of_a_step_are_those_that_are_launched_with_nothing_else_counted(built, counted):
+    shape, methods, _, inputs, _ = built
+    counts, _ = counted
+    for method in methods[1:3]:
+        model = method.model
+        assert counts[method.name].operations == operations(lambda model=model: shape.loss(model, inputs).backward())
+        model.zero_grad()
 
 
 def test_steering_beside_the_block_keeps_and_computes_least(counted):

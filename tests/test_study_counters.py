@@ -96,6 +96,12 @@ def test_the_peak_of_what_is_alive_at_one_time():
     assert counts.saved == 0
 
 
+def test_a_view_of_a_weight_is_no_new_memory():
+    weight, x = torch.randn(5, 4), torch.randn(3, 4, requires_grad=True)
+    counts = count(nn.Identity(), lambda: (x @ weight.t()).sum(), x)
+    assert counts.peak == 3 * 5 * 4 + 4  # the product and its sum; later the gradient, 48, beside two scalars
+
+
 def test_the_peak_holds_what_is_saved_and_the_gradients():
     model, x = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False)), torch.randn(3, 4)
     counts = count(model, lambda: model(x).sum(), x)
