@@ -151,9 +151,24 @@ def test_results_are_kept_line_by_line_and_written_as_tables(table, tmp_path, mo
     assert set(written["versions"]) == {"torch", "transformers", "timm"}
     text = (tmp_path / "COVERAGE.md").read_text()
     assert "| Masked language models (transformers) | 2 | 0 | 0 | 0 | 100.0 % |" in text
-    assert "| ConvBlock |  | works | auto | 2 × ConvBlock | 6 |" in text
+    assert "| ConvBlock |  | works | auto | 2 × ConvBlock | 6 |  |" in text
     assert str(tmp_path) not in text
     assert built == [], "every model is built in a process of its own"
+
+
+def test_a_failure_is_told_in_words_where_there_are_some(table):
+    row = {"kind": "masked", "model": "M", "status": "failed", "why": "KeyError: a | b"}
+    text = table.report.markdown([{**row, "name": "xlm"}, {**row, "name": "mine"}])
+    assert "| xlm | M | fails: a layer is no module: " in text
+    assert "| mine | M | fails: KeyError: a / b |" in text
+
+
+def test_a_line_of_another_release_is_not_counted(table, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    now = {"kind": "timm", "name": "vgg", "key": "", "status": "failed", "versions": table.versions()}
+    rows = [now, {**now, "status": "works"}, {**now, "name": "old", "versions": {**now["versions"], "timm": "0.1"}}]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(key, row["status"]) for key, row in table._read(lines).items()] == [("timm vgg ", "works")]
 
 
 def test_a_model_that_hangs_or_dies_is_told(table, monkeypatch):
