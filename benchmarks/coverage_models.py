@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-# No module of these returns what entered it plus something: chains, concatenations, and streams that grow.
+# No module of these returns what entered it plus something: chains, concatenations, and streams that grow. (VoVNet's
+# largest members do.)
 NO_STREAM = {
     *("densenet", "dpn", "inception_v3", "inception_v4", "mobilenet_v1", "nasnet", "pnasnet", "pp_lcnet", "rdnet"),
     *("rexnet", "selecsls", "vgg", "vovnet"),

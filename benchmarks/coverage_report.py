@@ -15,6 +15,14 @@ TITLES = {
     "audio": "Audio classification and CTC (transformers)",
     "timm": "Modules of timm",
 }
+# What is behind the error of a model that fails, for people; the error itself stands in the JSON.
+REASONS = {
+    "flaubert": "a layer is no module: attentions and feed-forwards stand in lists of their own",
+    "inkling2_text": "the stream begins anew every few layers, which read the sums of all earlier ones by attention",
+    "reformer": "reversible: its own backward pass computes layers again past every hook",
+    "voxtral_realtime": "runs on sound and text of matching lengths alone",
+    "xlm": "a layer is no module: attentions and feed-forwards stand in lists of their own",
+}
 PACKAGES = ("torch", "transformers", "timm")
 
 
@@ -44,7 +52,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "all fields get a gradient, `use(model, None)` gives the frozen output back to the last bit, and where the",
         "frozen model generates with its cache what it generates without, so does the steered one. *Refused*: there is",
         "no residual stream to steer, and `steer` says so. *Untested*: the model could not be built below 30M",
-        "parameters or run in a minute; nothing is claimed of it.",
+        "parameters or checked in a minute of a processor; nothing is claimed of it.",
         "",
         "| | works | refused | fails | untested | works, of those that were built and have a stream |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -60,15 +68,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for kind, title in TITLES.items():
         mine = [row for row in rows if row["kind"] == kind]
         if mine:
-            lines += ["", f"## {title}", "", "| family | model | | described by | blocks | width |", "| --- " * 6 + "|"]
+            head = "| family | model | | described by | blocks | width | generates |"
+            lines += ["", f"## {title}", "", head, "| --- " * 7 + "|"]
             lines += [_row(row) for row in mine]
     return "\n".join(lines) + "\n"
 
 
 def _row(row: dict[str, Any]) -> str:
     if row["status"] == "works":
-        cells = ["works", row["arch"], f"{row['blocks']} × {row['block']}", row["width"]]
+        cells = ["works", row["arch"], f"{row['blocks']} × {row['block']}", row["width"], row["generates"]]
     else:
         word = {"failed": "fails", "refused": "refused", "untested": "untested"}[row["status"]]
-        cells = [f"{word}: {row['why'].replace('|', '/')}", "", "", ""]
+        why = REASONS.get(row["name"], row["why"]) if row["status"] == "failed" else row["why"]
+        cells = [f"{word}: {why.replace('|', '/')}", "", "", "", ""]
     return f"| {row['name']} | {row['model']} | {' | '.join(cells)} |"

@@ -79,8 +79,9 @@ def test_a_registered_tower_in_an_unknown_model_is_not_taken_for_its_stream():
 
 def test_a_registered_stack_stays_where_a_run_shows_the_same_or_several():
     register("marked", "Marked")
-    alone = find_backbone(Writer(Marked))
-    assert (alone.name, alone.path) == ("marked", "writer")
+    beside = Writer(Marked)
+    beside.tower = Model(GradientCheckpointingLayer)
+    assert (find_backbone(beside).name, find_backbone(beside).path) == ("marked", "writer")
     register()
     model = nn.Sequential(Tower())
     model.aside = nn.ModuleList([GradientCheckpointingLayer(), GradientCheckpointingLayer()])

@@ -121,9 +121,6 @@ def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Examp
         more["decoder_input_ids"] = _ids(getattr(text, "vocab_size", vocabulary), LENGTHS[0], config)
     accepted = inspect.signature(model.forward).parameters
     more = {key: value for key, value in more.items() if key in accepted}
-    decoder = getattr(config, "decoder_config", None)
-    if "decoder_input_ids" in more and isinstance(channels := getattr(decoder, "num_channels", None), int):
-        more["decoder_input_ids"] = more["decoder_input_ids"][:, :, None].repeat(1, 1, channels)  # as in Dia
     if "cross_attention_states" in accepted and getattr(text, "cross_attention_layers", None):
         # of images, as in Mllama, which leaves out the layers that read them where there are none
         more["cross_attention_states"] = torch.randn(ROWS, LENGTHS[0], text.hidden_size)

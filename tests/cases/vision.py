@@ -83,6 +83,7 @@ VISION = [
         floats("pixel_values", 3, 16, 16),
         pair("deit.layers.{}", "attention"),
         "classifier",
+        untraced="its blocks are those of hf-vit",
     ),
     Case(
         "hf-dinov2",
