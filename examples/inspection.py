@@ -27,7 +27,7 @@ from residual_steer.diagnostics import (
     neural_collapse,
     stream_energy,
 )
-from residual_steer.report import Arrows, Matrix, Picture, Plot, Surface
+from residual_steer.report import Arrows, Matrix, Picture, Plot, Series, Surface
 from residual_steer.report.schema import decode, encode
 from residual_steer.study import Arm, Ledger, Problem, rates_around
 from small_backbones import LENGTH, SOURCE
@@ -182,10 +182,10 @@ def pictures_of(task: Task, problem: Problem, rank: int, ledger: Ledger) -> Pict
     key = {**problem.identity, "pictures": VERSION, "steps": problem.steps, "rank": rank, "torch": torch.__version__}
 
     def make() -> dict[str, Any]:
-        steered = trained(task, problem, "hres", rank)
+        steered = trained(task, problem, "hres", rank=rank)
         drawn = drawn_of_images(task, problem, steered, rank) if task.kind == "images" else []
         if task.backbone != "Mamba":
-            drawn.append(attention_entropy(steered, loader_of(held_out(task))).plot())
+            drawn.append(entropies(task, problem, steered))
         drawn.append(control_effort(steered, loader_of(held_out(task))).plot())
         named = [dataclasses.replace(one, title=f"{task.backbone}: {one.title}") for one in drawn]
         return {"drawn": [[type(one).__name__, encode(one)] for one in named]}
@@ -197,7 +197,7 @@ def pictures_of(task: Task, problem: Problem, rank: int, ledger: Ledger) -> Pict
 def drawn_of_images(task: Task, problem: Problem, steered: nn.Module, rank: int) -> Pictures:
     """Draw figure 1 from real states, and collapse over training."""
     reference, test = frozen(problem, 0), loader_of(held_out(task))
-    rivals = {"LoRA": trained(task, problem, "lora", rank), "H-Res": steered}
+    rivals = {"LoRA": trained(task, problem, "lora", rank=rank), "H-Res": steered}
     batches = list(test)
     return [
         landscape(steered, batches, layer=-2, reference=reference, together=True).plot(),
@@ -206,9 +206,21 @@ def drawn_of_images(task: Task, problem: Problem, steered: nn.Module, rank: int)
     ]
 
 
-def trained(task: Task, problem: Problem, method: str, rank: int) -> nn.Module:
+def entropies(task: Task, problem: Problem, steered: nn.Module) -> Plot:
+    """Draw the entropy of attention of the frozen model, under H-Res and behind a prompt."""
+    method = "vpt-deep" if task.kind == "images" else "prompt"
+    rivals = {"H-Res": steered, method: trained(task, problem, method, length=PROMPT)}
+    loader, reference = loader_of(held_out(task)), frozen(problem, 0)
+    found = {name: attention_entropy(model, loader, reference=reference) for name, model in rivals.items()}
+    drawn = found["H-Res"].plot()
+    layers = drawn.series[0].x
+    lines = [Series(name, layers, tuple(one.adapted.mean(1).tolist())) for name, one in found.items()]
+    return dataclasses.replace(drawn, series=(drawn.series[0], *lines))
+
+
+def trained(task: Task, problem: Problem, method: str, **options: int) -> nn.Module:
     """Return a model that a method has adapted."""
-    model = apply(problem.fresh(0), method, rank=rank, train=problem.train_also)
+    model = apply(problem.fresh(0), method, **options, train=problem.train_also)
     rs.fit(model, problem.train(0), steps=problem.steps, lr=TUNED[task.backbone][method], seed=0, progress=False)
     return model.eval()
 
@@ -220,7 +232,9 @@ def collapsing(task: Task, problem: Problem, rank: int) -> Plot:
     found = {0: neural_collapse(copy.deepcopy(model), data)}
     steps = max(1, problem.steps // pieces)
     for piece in range(1, pieces + 1):
-        options: dict[str, Any] = {"seed": piece, "schedule": "constant", "progress": False}
+        options: dict[str, Any] = {"seed": piece, "schedule": "constant", "warmup": 0, "progress": False}
         rs.fit(model, problem.train(0), steps=steps, lr=TUNED["ViT"]["hres"] / 2, **options)
         found[piece * steps] = neural_collapse(model, data)
-    return collapse_over_training(found)
+    plot = collapse_over_training(found)
+    note = f"H-Res, training data, one learning rate throughout; the optimizer begins anew every {steps} steps."
+    return dataclasses.replace(plot, notes=(*plot.notes, note))

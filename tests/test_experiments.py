@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import residual_steer
 from residual_steer.report import Result
 
 pytest.importorskip("transformers")
@@ -45,6 +47,7 @@ def rerun(script, arguments, monkeypatch):
         raise AssertionError("a finished run was done again")
 
     monkeypatch.setattr(sys.modules[sweep.__module__], "fit", refuse)
+    monkeypatch.setattr(residual_steer, "fit", refuse)
     return script.main(arguments)
 
 
@@ -129,7 +132,8 @@ def test_one_task_after_another_is_forgotten_unless_it_is_protected(examples, ou
     for table, tasks in zip(result.tables, (5, 2, 2), strict=True):
         rows = {row["way"]: row for row in table.rows}
         assert list(rows) == [way.name for way in script.WAYS]
-        assert rows["a field per task"]["stored"] == tasks * rows["no protection"]["stored"]
+        assert rows["a field per task"]["kept"].mean == pytest.approx(tasks * rows["no protection"]["kept"].mean)
+        assert rows["no protection"]["held"].mean == 0 < rows["null space, energy 0.99"]["held"].mean
         room = [rows[f"null space, energy {energy:g}"]["room"].mean for energy in script.ENERGIES]
         assert 100 > room[0] > room[1] >= 0
     for name in ("ViT", "GPT-2", "Mamba"):
@@ -151,13 +155,56 @@ def test_the_verdict_on_null_spaces_wants_a_tenth(examples):
     script = examples("continual")
     course = script.Course("ViT", None, (), (), "", "up", 0.0, 1)
 
-    def runs(kept):
-        lost = {"no protection": [20.0, 22.0, 21.0], "null space, energy 0.999": kept}
+    def runs(kept, bare=(20.0, 22.0, 21.0)):
+        lost = {"no protection": bare, "null space, energy 0.999": kept}
         return {name: [{"matrix": [[90.0], [90.0 - x, 90.0]]} for x in values] for name, values in lost.items()}
 
     forgotten = ([1.0, 1.5, 1.0], [9.0, 9.0, 9.0], [30.0, 30.0, 31.0])
     words = [script.verdict([(course, runs(kept))]).verdict for kept in forgotten]
     assert words == ["holds", "partly holds", "does not hold"]
+    for kept, bare in (([1.0], [20.0]), ([-2.0, -2.1, -2.2], [-1.0, -1.1, -1.0]), ([1.0, math.nan, 1.0], [20.0] * 3)):
+        assert script.verdict([(course, runs(kept, bare))]).verdict == "can't be tested here"
+
+
+def test_the_verdicts_on_what_is_inside_follow_the_numbers(examples):
+    from residual_steer.study import Arm, Entry, Run
+
+    script = examples("inspect_steering")
+
+    def entry(name, **scores):
+        values = {"entropy": 0.0, "untouched": 1.0, "bound": 0.4, "order": 0.3, "contraction": 0.8}
+        values |= {
+            "nc1": 1.0,
+            "nc2 norms": 0.1,
+            "nc2 angles": 0.1,
+            "nc3": 0.1,
+            "nc4": 1.0,
+            "entropy 0": 0.0,
+            "entropy 1": 0.0,
+        }
+        runs = tuple(
+            Run(0.1, seed, None, {key: value + 0.01 * seed * (value != 1.0) for key, value in {**values, **scores}.items()},
+                None, 1, 1, None, 0.0)
+            for seed in range(3)
+        )  # fmt: skip
+        return Entry(Arm(name, "full", (0.1,)), 0.1, runs[:1], runs)
+
+    def results(untouched=1.0, prompts=0.4, lora=None, **steered):
+        vit = [entry("H-Res", untouched=untouched, **steered), entry("LoRA", **(lora or {})), entry("full fine-tuning")]
+        vit += [entry(name, entropy=prompts) for name in ("VPT-shallow", "VPT-deep")]
+        vit.append(entry("head alone", nc1=10.0, nc3=1.3, nc4=30.0, **{"nc2 norms": 0.4, "nc2 angles": 0.5}))
+        return {"ViT": vit, "GPT-2": [entry("H-Res", untouched=untouched), entry("prompt", entropy=prompts)]}
+
+    assert script.on_entropy(results()).verdict == "partly holds"  # lemma 1 alone
+    assert script.on_entropy(results(prompts=-0.4)).verdict == "does not hold"
+    assert script.on_entropy(results(untouched=2.0)).verdict == "holds"
+    assert script.on_collapse(results()).verdict == "holds"
+    assert "LoRA and VPT-shallow" in script.on_collapse(results()).ours
+    assert script.on_collapse(results(nc1=20.0)).verdict == "partly holds"
+    assert script.on_collapse(results(nc1=math.nan)).verdict == "can't be tested here"
+    assert script.on_fields(results(lora={"order": -0.01})).verdict == "partly holds"
+    assert script.on_fields(results(lora={"order": -0.01, "contraction": 1.5})).verdict == "holds"
+    assert script.on_fields(results(contraction=1.5)).verdict == "does not hold"
 
 
 def test_what_is_inside_adapted_models(examples, out, tmp_path, monkeypatch):
