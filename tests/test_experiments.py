@@ -182,8 +182,9 @@ def test_the_verdicts_on_what_is_inside_follow_the_numbers(examples):
             "entropy 0": 0.0,
             "entropy 1": 0.0,
         }
+        values |= scores
         runs = tuple(
-            Run(0.1, seed, None, {key: value + 0.01 * seed * (value != 1.0) for key, value in {**values, **scores}.items()},
+            Run(0.1, seed, None, {key: value + 0.01 * seed * (value != 1.0) for key, value in values.items()},
                 None, 1, 1, None, 0.0)
             for seed in range(3)
         )  # fmt: skip
