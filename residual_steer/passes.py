@@ -137,7 +137,8 @@ class Streams:
 
     def _after(self, index: int) -> Any:
         def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.leaving[index] = self.backbone.left(output).detach()
+            z = self.backbone.left(output).detach()
+            self.leaving[index] = z.clone() if self.backbone.inplace else z  # the next block writes into it
 
         return note
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from residual_steer import Backbone, SteerError, find_backbone, steer
 from residual_steer.passes import Batch, Streams, batches, reading, require_finite, tokens_of
-from streams import InPlace, Model
+from streams import Block, InPlace, Model
 
 
 def test_the_stream_that_leaves_a_block_enters_the_next():
@@ -76,16 +76,30 @@ def test_a_batch_without_tensors_is_refused(batch):
         list(batches(nn.Linear(2, 2), [batch]))
 
 
-def test_blocks_that_work_in_place_are_seen_before_they_do():
+def out_of_place(model):
+    """The model of `InPlace` blocks with blocks that leave their input alone."""
+    plain = Model(Block)
+    for block in plain.body:
+        block.norm = nn.Identity()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "norm" not in key})
+    return plain
 
+
+@pytest.mark.parametrize("indices", [None, [1]])
+def test_blocks_that_work_in_place_are_seen_before_they_do_and_before_the_next_one_does(indices):
     model = Model(InPlace)
-    backbone = Backbone(blocks=model.body, width=8, inplace=True)
     ids = torch.randint(4, (2, 3))
-    with reading(model), Streams(backbone, [1]) as streams:
-        model(ids)
-    assert list(streams.entering) == [1]
-    moved = streams.leaving[1] - streams.entering[1]
-    assert moved.abs().max() > 0
+    seen = []
+    for one, inplace in ((model, True), (out_of_place(model), False)):
+        backbone = Backbone(blocks=one.body, width=8, inplace=inplace)
+        with reading(one), Streams(backbone, indices) as streams:
+            one(ids)
+        seen.append(streams)
+    found, expected = seen
+    assert list(found.leaving) == list(found.entering) == (indices or [0, 1, 2])
+    for index in found.leaving:
+        assert torch.equal(found.entering[index], expected.entering[index])
+        assert torch.equal(found.leaving[index], expected.leaving[index])
 
 
 def test_nan_is_refused():
