@@ -9,7 +9,9 @@ from torch import nn
 from cases import CASES, closed_form, randomise
 from fields import IMAGES, shake, vit
 from residual_steer import Backbone, SteerError, steer, unsteer, use
+from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.effort import control_effort
+from residual_steer.diagnostics.plane import plane
 from streams import Block, InPlace, Model
 
 SITES = [
@@ -185,6 +187,20 @@ def test_batches_may_be_cut_anywhere_and_padding_does_not_count():
     shorter = control_effort(model, [{**parts[1], "input_ids": ids[4:, :5], "attention_mask": mask[4:, :5]}])
     padded = control_effort(model, [{**parts[1], "input_ids": ids[4:], "attention_mask": mask[4:]}])
     assert padded.layers[0].effort == pytest.approx(shorter.layers[0].effort, rel=1e-4)
+
+
+def half_hidden():
+    """As many tokens for the decoder as for the encoder, whose mask hides most of them."""
+    ids, mask = torch.randint(3, 50, (1, 4)), torch.tensor([[1, 0, 0, 0]])
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1), "use_cache": False}
+
+
+def test_the_mask_of_an_encoder_does_not_hide_tokens_of_its_decoder():
+    model = randomise(steer(case_of("t5").build(), rank=2))
+    batch = half_hidden()
+    assert [one.tokens for one in control_effort(model, [batch]).layers] == [4, 4, 4, 4]
+    assert drift(model, [batch]).tokens == (4,)
+    assert plane(model, [batch]).tokens == 4
 
 
 def test_a_field_is_measured_alone_and_the_mix_comes_back():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from residual_steer import Backbone, SteerError, find_backbone, steer
-from residual_steer.passes import Batch, Streams, batches, reading, require_finite, tokens_of
+from residual_steer.passes import Batch, Streams, batches, has_two_stacks, reading, require_finite, tokens_of
 from streams import Block, InPlace, Model
 
 
@@ -57,6 +57,21 @@ def test_a_batch_knows_its_labels_its_padding_and_how_it_is_run():
     assert Batch(ids, 2).labels is None
     assert Batch(ids, 2).mask is None
     assert torch.equal(Batch(ids, 2).run(nn.Identity()), ids)
+
+
+def test_the_mask_of_an_encoder_is_not_that_of_its_decoder():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    both = BartForConditionalGeneration(BartConfig(vocab_size=8, d_model=8, **sizes, **heads))
+    encoder = both.get_encoder()
+    assert encoder.config.is_encoder_decoder
+    content = {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    for model, two in ((both, True), (nn.Sequential(both), True), (encoder, False), (nn.Linear(2, 2), False)):
+        assert has_two_stacks(model) == two
+        (batch,) = batches(model, [content])
+        assert (batch.mask is None) == two
 
 
 def test_tokens_of_a_convnet_are_its_pixels():

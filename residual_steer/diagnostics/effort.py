@@ -83,7 +83,8 @@ class ControlEffort:
             }
             for one in self.layers
         )
-        note = f"Site {self.site!r}, λ = {self.scale:g}. z is what the field reads; padding is left out."
+        padding = "padding is left out, except in an encoder-decoder"
+        note = f"Site {self.site!r}, λ = {self.scale:g}. z is what the field reads; {padding}."
         return Table(f"Control effort of {self.name!r}", columns, rows, (note,))
 
     def plot(self) -> Plot:
@@ -102,7 +103,7 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
     has it.
 
     The field is measured alone, with weight 1, whatever mix is selected; that comes back after. Tokens at which z is 0
-    are left out of the effort.
+    are left out of the effort. Padding counts in an encoder-decoder alone, whose mask is not that of both halves.
 
     Args:
         model: a steered model; it is run in evaluation mode.
