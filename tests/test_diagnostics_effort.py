@@ -261,6 +261,18 @@ def test_bad_input_is_refused():
         control_effort(unsteer(model), [IMAGES])
 
 
+@pytest.mark.parametrize("what", ["field", "block"])
+def test_nan_of_the_field_or_of_the_block_is_refused(what):
+    model = nn.Sequential(Fixed([2.0, 0.0]))
+    steer(model, Backbone(blocks=list(model), width=2), rank=1)
+    with torch.no_grad():
+        broken = model[0].vector if what == "block" else model._residual_steering.fields("default")[0].up.bias
+        broken[1] = float("nan")
+    match = "adds to it has 2 values of 4" if what == "field" else "update of what a field steers has 2 values of 4"
+    with pytest.raises(SteerError, match=match):
+        control_effort(model, [torch.ones(1, 2, 2)])
+
+
 class Skipped(Model):
     def forward(self, ids):
         return self.head(self.body[0](self.embedding(ids)))

@@ -163,6 +163,8 @@ class _Tally:
         require_finite("the stream that a field reads", z)
         hidden = self.field.hidden(z, z.dtype)
         steered = F.linear(hidden, up, None if bias is None else exact(bias))
+        require_finite("what a field adds to it", steered)
+        require_finite("the update of what a field steers", own)
         size, length = steered.norm(dim=1), z.norm(dim=1)
         there = length > 0
         ratio = abs(self.field.scale) * size[there] / length[there]
