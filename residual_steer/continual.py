@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -302,7 +302,7 @@ class NullSpace:
                 require_finite(f"what enters blocks.{index}.{side}", features)
                 moments[f"blocks.{index}.{side}"].add(features)
 
-        with reading(base), _eagerly(base), contextlib.ExitStack() as stack:
+        with reading(base), contextlib.ExitStack() as stack:
             site = state.specs[self.name].site
             for index, field in state.fields(self.name).items():
                 stack.enter_context(state.injectors[site, index].shown(partial(see, index, field)))
@@ -317,17 +317,6 @@ class NullSpace:
                 "protected, and nothing there will learn. Lower `energy`, or steer with a larger rank.",
                 stacklevel=3,
             )
-
-
-@contextlib.contextmanager
-def _eagerly(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled as it was written, so that it can be looked into."""
-    compiled = any(
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
-        yield
 
 
 def _listed(keys: list[str]) -> str:

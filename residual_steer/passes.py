@@ -69,9 +69,23 @@ class Batch:
 
 
 @contextlib.contextmanager
+def _eagerly(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled as it was written, by `torch.compile` around a part or by `compile` in place."""
+    compiled = any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Look at a model in evaluation mode and without gradients; modes and random generators come back as they were."""
-    with as_before(model), randomness.apart(), torch.no_grad():
+    """Look at a model in evaluation mode and without gradients; modes and random generators come back as they were.
+
+    What is compiled runs as it was written meanwhile: its graph would not hear of hooks that are added now.
+    """
+    with as_before(model), randomness.apart(), torch.no_grad(), _eagerly(model):
         model.eval()
         yield
 

@@ -114,7 +114,7 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
         SteerError: the model is not steered, has no such field or several act and none is named; the loader gives
             nothing; a state is NaN or infinite.
     """
-    model, state = steering_of(model)  # without wrappers: a compiled graph would not hear of new hooks
+    model, state = steering_of(model)  # without wrappers
     name = state.name_of(name)
     spec = state.specs[name]
     found = {index: _Tally(module) for index, module in sorted(state.fields(name).items())}
