@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from .errors import SteerError
 from .field import HRes
-from .passes import Batch, batches, reading, require_finite, tokens_of
+from .passes import batches, reading, require_finite, tokens_of
 from .protection import Held, Protection, inputs_of, unwrapped
 from .report.table import Cell, Column, Table
 from .space_file import FORMAT, parse_space, read_space, write_space
@@ -302,12 +302,12 @@ class NullSpace:
                 require_finite(f"what enters blocks.{index}.{side}", features)
                 moments[f"blocks.{index}.{side}"].add(features)
 
-        with reading(base), _eagerly(base), contextlib.ExitStack() as stack:
+        with reading(base), contextlib.ExitStack() as stack:
             site = state.specs[self.name].site
             for index, field in state.fields(self.name).items():
                 stack.enter_context(state.injectors[site, index].shown(partial(see, index, field)))
             for batch in batches(base, loader):
-                masks[0] = None if padding else _mask(base, batch)
+                masks[0] = None if padding else batch.mask
                 batch.run(base)
 
     def _warn(self, full: list[str]) -> None:
@@ -317,23 +317,6 @@ class NullSpace:
                 "protected, and nothing there will learn. Lower `energy`, or steer with a larger rank.",
                 stacklevel=3,
             )
-
-
-def _mask(model: nn.Module, batch: Batch) -> Tensor | None:
-    # An encoder's mask says nothing of the decoder's tokens, even where they happen to be as many.
-    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return None if two else batch.mask
-
-
-@contextlib.contextmanager
-def _eagerly(model: nn.Module) -> Iterator[None]:
-    """Run what is compiled as it was written, so that it can be looked into."""
-    compiled = any(
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
-        yield
 
 
 def _listed(keys: list[str]) -> str:

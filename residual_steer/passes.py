@@ -17,7 +17,7 @@ from .training import randomness
 from .training.losses import rows_of
 from .training.modes import as_before
 
-__all__ = ["Batch", "Streams", "batches", "reading", "require_finite", "tokens_of"]
+__all__ = ["Batch", "Streams", "batches", "has_two_stacks", "reading", "require_finite", "tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Batch:
     Attributes:
         content: a dict, a pair `(x, y)`, or x alone.
         rows: how many.
+        two_stacks: whether it is for an encoder-decoder.
     """
 
     content: Any
     rows: int
+    two_stacks: bool = False
 
     @property
     def labels(self) -> Tensor | None:
@@ -43,7 +45,13 @@ class Batch:
 
     @property
     def mask(self) -> Tensor | None:
-        """Which tokens are text and which are padding, `(batch, length)` of booleans; None where all count."""
+        """Which tokens are text and which are padding, `(batch, length)` of booleans; None where all count.
+
+        In an encoder-decoder all do: the encoder's mask says nothing of the decoder's tokens, even where they happen
+        to be as many.
+        """
+        if self.two_stacks:
+            return None
         mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -61,11 +69,33 @@ class Batch:
 
 
 @contextlib.contextmanager
+def _eagerly(model: nn.Module) -> Iterator[None]:
+    """Run what is compiled as it was written, by `torch.compile` around a part or by `compile` in place."""
+    compiled = any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Look at a model in evaluation mode and without gradients; modes and random generators come back as they were."""
-    with as_before(model), randomness.apart(), torch.no_grad():
+    """Look at a model in evaluation mode and without gradients; modes and random generators come back as they were.
+
+    What is compiled runs as it was written meanwhile: its graph would not hear of hooks that are added now.
+    """
+    with as_before(model), randomness.apart(), torch.no_grad(), _eagerly(model):
         model.eval()
         yield
+
+
+def has_two_stacks(model: nn.Module) -> bool:
+    """Say whether an encoder-decoder of transformers is in a model; a stack of one has its config, and stands alone."""
+    if not any(getattr(getattr(part, "config", None), "is_encoder_decoder", False) for part in model.modules()):
+        return False
+    names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
+    return all(any(name.endswith(stack) for name in names) for stack in ("encoder", "decoder"))
 
 
 def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
@@ -77,6 +107,7 @@ def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
         raise SteerError(f"a loader gives batches when it is iterated over; received {type(loader).__name__}.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    two_stacks = has_two_stacks(model)
     empty = True
     for batch in loader:
         content = send_to_device(batch, device)
@@ -86,7 +117,7 @@ def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
             kind = type(batch).__name__
             raise SteerError(f"a batch is a dict with tensors, a pair (x, y), or x; this one is a {kind}.")
         empty = False
-        yield Batch(content, rows_of(content))
+        yield Batch(content, rows_of(content), two_stacks)
     if empty:
         raise SteerError("the loader gave no batch. Give it data; `drop_last` drops a lone small batch.")
 
@@ -137,7 +168,8 @@ class Streams:
 
     def _after(self, index: int) -> Any:
         def note(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.leaving[index] = self.backbone.left(output).detach()
+            z = self.backbone.left(output).detach()
+            self.leaving[index] = z.clone() if self.backbone.inplace else z  # the next block writes into it
 
         return note
 
@@ -148,7 +180,7 @@ def tokens_of(z: Tensor, channels: int = -1, mask: Tensor | None = None) -> Tens
     Args:
         z: `(batch, length, width)`, or `(batch, channels, height, width)` with `channels` = 1.
         channels: which dimension is the width.
-        mask: `(batch, length)` of booleans; one of another shape, as of an encoder beside a decoder, is not used.
+        mask: `(batch, length)` of booleans; one of another shape is not used.
     """
     rows = z.movedim(channels, -1)
     if mask is not None and mask.shape == rows.shape[:-1]:

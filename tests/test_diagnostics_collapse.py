@@ -295,6 +295,7 @@ class Reshuffled:
         (lambda: (mixed()[0], iter(changed()[1])), "read twice"),
         (lambda: (mixed()[0], Reshuffled(*mixed()[1:])), "same rows.*gave 20 and then 19"),
         (lambda: (Probe(2, 5), [(torch.randn(9, 2), torch.arange(9) % 5)]), "5 classes have in 4 dimensions"),
+        (lambda: ("x", changed()[1]), "torch.nn.Module; received str"),
         (lambda: (nn.Tanh(), changed()[1]), "no layer of this Tanh"),
         (lambda: (nn.Flatten(0), changed()[1]), "gave \\(100,\\)"),
     ],

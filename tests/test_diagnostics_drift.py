@@ -11,6 +11,7 @@ from fields import IMAGES, shake, vit
 from residual_steer import Backbone, SteerError, baselines, steer, unsteer, use
 from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.stream import beside
+from streams import Block, InPlace, Model
 
 
 def case_of(name):
@@ -178,6 +179,20 @@ def test_a_prompt_behind_padding_on_the_left():
     alone = drift(model, rows, reference=case.build())
     assert padded.task == pytest.approx(alone.task, rel=1e-4)
     assert padded.tokens == (11,)
+
+
+def test_blocks_that_work_in_place():
+    ids = torch.randint(4, (2, 3))
+    inplace, plain = Model(InPlace), Model(Block)
+    for block in plain.body:
+        block.norm = nn.Identity()
+    plain.load_state_dict({key: value for key, value in inplace.state_dict().items() if "norm" not in key})
+    found = []
+    for model, flag in ((inplace, True), (plain, False)):
+        steer(model, Backbone(blocks=model.body, width=8, inplace=flag), rank=2)
+        found.append(drift(randomise(model), [ids]).task)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert len(set(found[0])) == 3
 
 
 class Skipped(Shift):

@@ -9,7 +9,9 @@ from torch import nn
 from cases import CASES, closed_form, randomise
 from fields import IMAGES, shake, vit
 from residual_steer import Backbone, SteerError, steer, unsteer, use
+from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.effort import control_effort
+from residual_steer.diagnostics.plane import plane
 from streams import Block, InPlace, Model
 
 SITES = [
@@ -187,6 +189,20 @@ def test_batches_may_be_cut_anywhere_and_padding_does_not_count():
     assert padded.layers[0].effort == pytest.approx(shorter.layers[0].effort, rel=1e-4)
 
 
+def half_hidden():
+    """As many tokens for the decoder as for the encoder, whose mask hides most of them."""
+    ids, mask = torch.randint(3, 50, (1, 4)), torch.tensor([[1, 0, 0, 0]])
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1), "use_cache": False}
+
+
+def test_the_mask_of_an_encoder_does_not_hide_tokens_of_its_decoder():
+    model = randomise(steer(case_of("t5").build(), rank=2))
+    batch = half_hidden()
+    assert [one.tokens for one in control_effort(model, [batch]).layers] == [4, 4, 4, 4]
+    assert drift(model, [batch]).tokens == (4,)
+    assert plane(model, [batch]).tokens == 4
+
+
 def test_a_field_is_measured_alone_and_the_mix_comes_back():
     model = shake(steer(vit(), rank=4, name="one"))
     shake(steer(model, rank=2, layers=[1], name="two"))
@@ -243,6 +259,18 @@ def test_bad_input_is_refused():
         control_effort(model, [IMAGES])
     with pytest.raises(SteerError, match="not steered"):
         control_effort(unsteer(model), [IMAGES])
+
+
+@pytest.mark.parametrize("what", ["field", "block"])
+def test_nan_of_the_field_or_of_the_block_is_refused(what):
+    model = nn.Sequential(Fixed([2.0, 0.0]))
+    steer(model, Backbone(blocks=list(model), width=2), rank=1)
+    with torch.no_grad():
+        broken = model[0].vector if what == "block" else model._residual_steering.fields("default")[0].up.bias
+        broken[1] = float("nan")
+    match = "adds to it has 2 values of 4" if what == "field" else "update of what a field steers has 2 values of 4"
+    with pytest.raises(SteerError, match=match):
+        control_effort(model, [torch.ones(1, 2, 2)])
 
 
 class Skipped(Model):

@@ -8,7 +8,11 @@ from torch import nn
 
 import residual_steer as rs
 from cases import randomise
+from fields import IMAGES, shake, vit
+from residual_steer.diagnostics.drift import drift
+from residual_steer.diagnostics.effort import control_effort
 from residual_steer.diagnostics.pairs import SIDES, compared
+from residual_steer.diagnostics.plane import plane
 from residual_steer.state import steering_of
 
 
@@ -63,6 +67,17 @@ def test_a_failure_in_the_middle_leaves_the_selection_as_it_was(frozen):
     assert steering_of(model)[1].mix == mix
     assert all(p.requires_grad for p in learn)
     assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("measure", [drift, control_effort, plane])
+def test_what_was_compiled_in_place_is_looked_into(measure):
+    """As one graph, which has no room for what looks into it."""
+    model = shake(rs.steer(vit(), rank=2)).eval()
+    expected = measure(model, [IMAGES]).table()
+    model.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(IMAGES)
+    assert measure(model, [IMAGES]).table() == expected
 
 
 def test_what_cannot_be_compared_is_refused(frozen):

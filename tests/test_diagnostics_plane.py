@@ -44,6 +44,12 @@ def test_the_plane_is_that_of_a_dense_decomposition():
     again = plane(toy(same).double(), loader[::-1], reference=Toy(same).double())
     torch.testing.assert_close(again.directions, found.directions)
     assert found.table().rows[1]["direction"] == 2
+    plot = found.plot()
+    assert (plot.kind, plot.y.unit) == ("bars", "%")
+    assert plot.series[0].x == ("first", "second")
+    assert plot.series[0].y == pytest.approx([100 * share for share in found.explained])
+    assert plot.notes == found.table().notes
+    assert plot.notes[0].startswith("Of 300 states")
 
 
 def test_the_plane_is_of_the_frozen_states_and_leaves_out_padding():
@@ -199,6 +205,11 @@ def test_which_states_of_a_row_count(token):
     size = float(((adapted - frozen).norm(dim=1) / frozen.norm(dim=1)).mean())
     assert found.fields[0].size == pytest.approx(size, rel=1e-4)
     assert found.groups == ()
+    assert found.token == token
+    said = {"each": "one for every token;", "mean": "the mean of the tokens of every row;"}
+    wanted = said.get(token, f"the {token} token of every row;")
+    assert f"states behind block 0, {wanted}" in found.table().notes[0]
+    assert found.plot().notes[0].endswith(f"states behind block 0, {wanted[:-1]}.")
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-resnet", "mamba"])

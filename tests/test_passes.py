@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from residual_steer import Backbone, SteerError, find_backbone, steer
-from residual_steer.passes import Batch, Streams, batches, reading, require_finite, tokens_of
-from streams import InPlace, Model
+from residual_steer.passes import Batch, Streams, batches, has_two_stacks, reading, require_finite, tokens_of
+from streams import Block, InPlace, Model
 
 
 def test_the_stream_that_leaves_a_block_enters_the_next():
@@ -59,6 +59,21 @@ def test_a_batch_knows_its_labels_its_padding_and_how_it_is_run():
     assert torch.equal(Batch(ids, 2).run(nn.Identity()), ids)
 
 
+def test_the_mask_of_an_encoder_is_not_that_of_its_decoder():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    both = BartForConditionalGeneration(BartConfig(vocab_size=8, d_model=8, **sizes, **heads))
+    encoder = both.get_encoder()
+    assert encoder.config.is_encoder_decoder
+    content = {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    for model, two in ((both, True), (nn.Sequential(both), True), (encoder, False), (nn.Linear(2, 2), False)):
+        assert has_two_stacks(model) == two
+        (batch,) = batches(model, [content])
+        assert (batch.mask is None) == two
+
+
 def test_tokens_of_a_convnet_are_its_pixels():
     z = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
     assert torch.equal(tokens_of(z, channels=1)[1], z[0, :, 0, 1])
@@ -76,16 +91,30 @@ def test_a_batch_without_tensors_is_refused(batch):
         list(batches(nn.Linear(2, 2), [batch]))
 
 
-def test_blocks_that_work_in_place_are_seen_before_they_do():
+def out_of_place(model):
+    """The model of `InPlace` blocks with blocks that leave their input alone."""
+    plain = Model(Block)
+    for block in plain.body:
+        block.norm = nn.Identity()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "norm" not in key})
+    return plain
 
+
+@pytest.mark.parametrize("indices", [None, [1]])
+def test_blocks_that_work_in_place_are_seen_before_they_do_and_before_the_next_one_does(indices):
     model = Model(InPlace)
-    backbone = Backbone(blocks=model.body, width=8, inplace=True)
     ids = torch.randint(4, (2, 3))
-    with reading(model), Streams(backbone, [1]) as streams:
-        model(ids)
-    assert list(streams.entering) == [1]
-    moved = streams.leaving[1] - streams.entering[1]
-    assert moved.abs().max() > 0
+    seen = []
+    for one, inplace in ((model, True), (out_of_place(model), False)):
+        backbone = Backbone(blocks=one.body, width=8, inplace=inplace)
+        with reading(one), Streams(backbone, indices) as streams:
+            one(ids)
+        seen.append(streams)
+    found, expected = seen
+    assert list(found.leaving) == list(found.entering) == (indices or [0, 1, 2])
+    for index in found.leaving:
+        assert torch.equal(found.entering[index], expected.entering[index])
+        assert torch.equal(found.leaving[index], expected.leaving[index])
 
 
 def test_nan_is_refused():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch, require_finite
+from residual_steer.passes import Batch, has_two_stacks, require_finite
 
 from .looks import Keys, Looks, Map
 from .pairs import SIDES, Pair
@@ -64,7 +64,7 @@ def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> Sequence[Map | Key
     """
     backbone = pair.backbone(side)
     with pair.on(side) as model:
-        if any(_has_two_stacks(module) for module in model.modules()):
+        if has_two_stacks(model):
             raise SteerError(
                 f"attention is measured in one stack of blocks, and this {type(model).__name__} has an encoder and a "
                 "decoder that attends to it. Steer and measure one of them: model.get_encoder()."
@@ -100,13 +100,6 @@ def _watching(model: nn.Module, backbone: Backbone, keys: bool) -> Iterator[Look
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _has_two_stacks(module: nn.Module) -> bool:
-    """Say whether a module is an encoder-decoder of transformers; a stack of one has its config, and stands alone."""
-    stacks = [getattr(module, name, None) for name in ("encoder", "decoder")]
-    named = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    return bool(named) and all(isinstance(stack, nn.Module) for stack in stacks)
 
 
 def _of_text(tensor: Tensor, batch: Batch) -> Tensor:

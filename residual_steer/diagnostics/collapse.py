@@ -112,13 +112,16 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
             returns as logits; one that runs at every token is found too, with the token that the model takes.
 
     Raises:
-        SteerError: no classifier is found; labels are missing, not one per row, or no class of the classifier; rows of
-            fewer than two classes; more classes than the width + 1, of which there is no simplex; equal class means;
-            features that are NaN or infinite; a loader that is empty or can be read only once.
+        SteerError: the model is no module; no classifier is found; labels are missing, not one per row, or no class of
+            the classifier; rows of fewer than two classes; more classes than the width + 1, of which there is no
+            simplex; equal class means; features that are NaN or infinite; a loader that is empty or can be read only
+            once.
     """
+    if not isinstance(model, nn.Module):
+        raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     if isinstance(loader, Iterator):
         raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
-    model = model._modules.get("_orig_mod") or model  # a compiled graph would not hear of new hooks
+    model = model._modules.get("_orig_mod") or model  # so that `head` is a path in it
     with reading(model):
         classifier, moments = _first_pass(model, loader, head)
         present = moments.counts.nonzero().squeeze(1)

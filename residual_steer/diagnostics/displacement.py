@@ -30,6 +30,13 @@ __all__ = ["Displacement", "MethodField", "Token", "displacement"]
 
 Token = Literal["each", "first", "last", "mean"]
 
+_SAID = {
+    "each": "one for every token",
+    "first": "the first token of every row",
+    "last": "the last token of every row",
+    "mean": "the mean of the tokens of every row",
+}
+
 
 @dataclass(frozen=True)
 class MethodField:
@@ -65,6 +72,7 @@ class Displacement:
         groups: the class of each point; empty where rows have none.
         fields: one for each method.
         states: of how many states the points were drawn.
+        token: which states of a row they are: of each token, of the first, of the last, or their mean.
     """
 
     plane: Plane
@@ -73,6 +81,7 @@ class Displacement:
     groups: tuple[str, ...]
     fields: tuple[MethodField, ...]
     states: int
+    token: Token
 
     def table(self) -> Table:
         """Return one row for each method."""
@@ -94,12 +103,14 @@ class Displacement:
         share = 100 * sum(self.plane.explained)
         within = "within classes" if self.groups else "of all pairs"
         notes = (
-            f"{len(self.x)} of {self.states:,} states behind block {self.plane.layer}; the plane holds {share:.1f} % "
-            "of the frozen variance.",
+            f"{self._drawn()}; the plane holds {share:.1f} % of the frozen variance.",
             f"Coherence: mean cosine with the {NEIGHBOURS} nearest neighbours; chance: with any point. Contraction "
             f"{within}: below 1 states come together. Divergence: of the best linear fit, per direction.",
         )
         return Table("Displacement fields", tuple(columns), tuple(rows), notes)
+
+    def _drawn(self) -> str:
+        return f"{len(self.x)} of {self.states:,} states behind block {self.plane.layer}, {_SAID[self.token]}"
 
     def plot(self, *methods: str) -> Arrows:
         """Return the fields in the plane beside each other, an arrow from each frozen state to the adapted one.
@@ -116,7 +127,8 @@ class Displacement:
         if wrong or len(chosen) > 4:
             raise SteerError(f"a plot is of one to four of {', '.join(known)}; received {', '.join(methods) or 'all'}.")
         panels = tuple(Flow(one.name, self.x, self.y, one.dx, one.dy, self.groups) for one in chosen)
-        notes = [
+        notes = [f"{self._drawn()}."]
+        notes += [
             f"{one.name}: coherence {_text(one.stream.coherence)} (chance {_text(one.stream.chance)}), contraction "
             f"{_text(one.stream.contraction)}, divergence {_text(one.stream.divergence)}, all in the stream."
             for one in chosen
@@ -185,7 +197,7 @@ def displacement(
         )
     x, y = (tuple(part) for part in flat.T.tolist())
     groups = () if seen.draw.labels is None else tuple(str(label) for label in seen.draw.labels.tolist())
-    return Displacement(seen.plane, x, y, groups, tuple(fields), seen.moments.count)
+    return Displacement(seen.plane, x, y, groups, tuple(fields), seen.moments.count, token)
 
 
 @dataclass

@@ -72,7 +72,8 @@ def drift(
 
     On other data than the task's, it is interference with what the backbone knew. Tokens that a method puts into the
     stream are left out: they are known by their place, before a text and behind the first tokens of an image, such as
-    CLS. Padding and tokens whose frozen state is 0 are left out too.
+    CLS. Padding and tokens whose frozen state is 0 are left out too; padding counts in an encoder-decoder, whose mask
+    is not that of both halves.
 
     Args:
         model: a steered model; with a reference, one that was adapted by any method.

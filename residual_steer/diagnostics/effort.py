@@ -83,7 +83,8 @@ class ControlEffort:
             }
             for one in self.layers
         )
-        note = f"Site {self.site!r}, λ = {self.scale:g}. z is what the field reads; padding is left out."
+        padding = "padding is left out, except in an encoder-decoder"
+        note = f"Site {self.site!r}, λ = {self.scale:g}. z is what the field reads; {padding}."
         return Table(f"Control effort of {self.name!r}", columns, rows, (note,))
 
     def plot(self) -> Plot:
@@ -102,7 +103,7 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
     has it.
 
     The field is measured alone, with weight 1, whatever mix is selected; that comes back after. Tokens at which z is 0
-    are left out of the effort.
+    are left out of the effort. Padding counts in an encoder-decoder alone, whose mask is not that of both halves.
 
     Args:
         model: a steered model; it is run in evaluation mode.
@@ -113,7 +114,7 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
         SteerError: the model is not steered, has no such field or several act and none is named; the loader gives
             nothing; a state is NaN or infinite.
     """
-    model, state = steering_of(model)  # without wrappers: a compiled graph would not hear of new hooks
+    model, state = steering_of(model)  # without wrappers
     name = state.name_of(name)
     spec = state.specs[name]
     found = {index: _Tally(module) for index, module in sorted(state.fields(name).items())}
@@ -162,6 +163,8 @@ class _Tally:
         require_finite("the stream that a field reads", z)
         hidden = self.field.hidden(z, z.dtype)
         steered = F.linear(hidden, up, None if bias is None else exact(bias))
+        require_finite("what a field adds to it", steered)
+        require_finite("the update of what a field steers", own)
         size, length = steered.norm(dim=1), z.norm(dim=1)
         there = length > 0
         ratio = abs(self.field.scale) * size[there] / length[there]

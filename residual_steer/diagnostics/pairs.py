@@ -116,7 +116,7 @@ def compared(model: nn.Module, reference: nn.Module | None = None) -> Iterator[P
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile`'s, whose graph would not hear of hooks that are added now."""
+    """Return the model inside `torch.compile`'s, so that paths are those that it had before."""
     inner = model.__dict__.get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.report import Axis, Column, Table
+from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .moments import Moments
 from .pairs import compared
@@ -61,8 +61,16 @@ class Plane:
         )
         pairs = zip(self.deviations, self.explained, strict=True)
         rows = tuple({"direction": i + 1, "deviation": d, "explained": 100 * e} for i, (d, e) in enumerate(pairs))
-        note = f"Of {self.tokens:,} states of the frozen model behind block {self.layer}."
-        return Table("Plane of the stream", columns, rows, (note,))
+        return Table("Plane of the stream", columns, rows, (self._note(),))
+
+    def plot(self) -> Plot:
+        """Return the share of the variance along each direction as bars."""
+        shares = Series("frozen", ("first", "second"), tuple(100 * share for share in self.explained))
+        y = Axis("share of the variance", "%")
+        return Plot("Plane of the stream", "bars", Axis("principal direction"), y, (shares,), (self._note(),))
+
+    def _note(self) -> str:
+        return f"Of {self.tokens:,} states of the frozen model behind block {self.layer}."
 
 
 def plane(model: nn.Module, loader: Iterable[Any], *, layer: int = -1, reference: nn.Module | None = None) -> Plane:

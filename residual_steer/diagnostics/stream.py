@@ -67,7 +67,7 @@ def beside(adapted: Tensor, frozen: Tensor, prefix: int) -> Tensor:
 
 
 def real_tokens(batch: Batch, z: Tensor) -> Tensor:
-    """Return which of the tokens of z, `(rows, tokens, width)`, are not padding, `(rows, tokens)` of booleans."""
+    """Return which of the tokens of z, `(rows, tokens, width)`, are not padding, `(rows, tokens)`: see `Batch.mask`."""
     mask = batch.mask
     if mask is None or mask.shape != z.shape[:2]:
         return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
