@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .backbone import Backbone
 from .errors import SteerError
 from .training import randomness
+from .training.environment import to_device
 from .training.losses import rows_of
 from .training.modes import as_before
 
@@ -110,7 +110,7 @@ def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
     two_stacks = has_two_stacks(model)
     empty = True
     for batch in loader:
-        content = send_to_device(batch, device)
+        content = to_device(batch, device)
         parts = content.values() if isinstance(content, Mapping) else content
         found = isinstance(parts, Iterable) and any(isinstance(part, Tensor) for part in parts)
         if not found and not isinstance(content, Tensor):

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("transformers", "timm", "peft", "datasets", "mamba_ssm", "causal_conv1d", "matplotlib", "sklearn")
+HEAVY = (
+    "accelerate",
+    "transformers",
+    "timm",
+    "peft",
+    "datasets",
+    "mamba_ssm",
+    "causal_conv1d",
+    "matplotlib",
+    "sklearn",
+)
 
 
 def run(code, *args, cwd, path=None):

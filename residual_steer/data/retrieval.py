@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from residual_steer.data.checks import check_integer, check_number, check_tokens, generator
 from residual_steer.data.rows import TokenRows
 from residual_steer.errors import SteerError
 from residual_steer.training import randomness
+from residual_steer.training.environment import to_device
 from residual_steer.training.losses import IGNORE
 from residual_steer.training.modes import as_before
 
@@ -128,7 +128,7 @@ def recall(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> float:
         for batch in loader:
             if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
                 raise SteerError(f"`recall` takes dict batches with input_ids and labels; received {_kind(batch)}.")
-            inputs = {name: value for name, value in send_to_device(batch, device).items() if name != "labels"}
+            inputs = {name: value for name, value in to_device(batch, device).items() if name != "labels"}
             labels = batch["labels"][:, 1:].to(device)
             counts = labels != IGNORE
             output = model(**inputs)

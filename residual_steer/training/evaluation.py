@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
 from residual_steer.training import randomness
+from residual_steer.training.environment import to_device
 from residual_steer.training.losses import Loss, measure
 from residual_steer.training.modes import as_before
 
@@ -44,7 +44,7 @@ def totals(model: nn.Module, loader: Iterable[Any], loss: Loss | None, device: t
     dtype = torch.float32 if device.type == "mps" else torch.float64
     totals = torch.zeros(4, dtype=dtype, device=device)
     for batch in loader:
-        outcome = measure(model, send_to_device(batch, device), loss)
+        outcome = measure(model, to_device(batch, device), loss)
         totals[0] += outcome.loss.to(dtype) * outcome.weight
         totals[1] += outcome.weight
         if outcome.correct is not None:

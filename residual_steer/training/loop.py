@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
@@ -25,7 +23,7 @@ from residual_steer.errors import DivergedError, SteerError
 from residual_steer.files import as_path, make_folder
 
 from . import checkpoint, randomness
-from .environment import accelerate_as_before, make_accelerator
+from .environment import accelerate_as_before, make_accelerator, seed_all, sharded, to_device
 from .evaluation import means, totals
 from .history import History, Journal
 from .losses import Loss, measure
@@ -127,7 +125,7 @@ class _Run:
         self.model, self.steps, self.loss, self.folder, self.options = model, steps, loss, folder, options
         self.accelerator = make_accelerator(options, folder)
         if options.seed is not None:
-            set_seed(options.seed)
+            seed_all(options.seed)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = optimizer or AdamW(trained.values(), lr=lr, weight_decay=options.weight_decay)
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -146,7 +144,7 @@ class _Run:
         self.prefix = self._make_prefix(loss) if options.cache_prefix is not False else None
         self.buffers = self._find_buffers()
         if options.seed is not None:
-            set_seed(options.seed, device_specific=True)  # dropout differs between processes, the data order does not
+            seed_all(options.seed, device_specific=True)  # dropout differs between processes, the data order does not
         self.step = 0
 
     def _prepare(self, model: nn.Module, optimizer: Optimizer, train: Any) -> tuple[nn.Module, Optimizer, Any]:
@@ -245,7 +243,7 @@ class _Run:
         total: Tensor | None = None
         rows = 0
         for part in range(parts):
-            batch = send_to_device(self._next_batch(), self.accelerator.device)
+            batch = to_device(self._next_batch(), self.accelerator.device)
             synchronise = part == parts - 1
             with contextlib.nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
                 with contextlib.nullcontext() if self.prefix is None else self.prefix.over(batch):
@@ -293,13 +291,7 @@ class _Run:
         """Give each process its part of the validation data, no row twice."""
         if not isinstance(loader, torch.utils.data.DataLoader) or self.accelerator.num_processes == 1:
             return loader
-        return prepare_data_loader(
-            loader,
-            num_processes=self.accelerator.num_processes,
-            process_index=self.accelerator.process_index,
-            split_batches=True,
-            even_batches=False,
-        )
+        return sharded(loader, self.accelerator.num_processes, self.accelerator.process_index)
 
     def _evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         with as_before(self.model), randomness.apart():

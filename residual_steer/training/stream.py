@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 
 from residual_steer.errors import SteerError
 
 from . import randomness
+from .environment import is_seeded
 
 __all__ = ["BatchStream"]
 
@@ -114,15 +114,15 @@ class BatchStream:
         """
         found: dict[int, torch.Generator] = {}
         for holder in self._holders():
-            if not isinstance(holder, SeedableRandomSampler):
+            if not is_seeded(holder):
                 held = (value for value in vars(holder).values() if isinstance(value, torch.Generator))
                 found.update((id(generator), generator) for generator in held)
         for sampler in self._seeded():
             found.pop(id(sampler.generator), None)
         return list(found.values())
 
-    def _seeded(self) -> list[SeedableRandomSampler]:
-        return [holder for holder in self._holders() if isinstance(holder, SeedableRandomSampler)]
+    def _seeded(self) -> list[Any]:
+        return [holder for holder in self._holders() if is_seeded(holder)]
 
     def _holders(self) -> list[Any]:
         """Return the loader, what it wraps, and their samplers, each once."""
