@@ -46,6 +46,7 @@ def _tnt() -> nn.Module:
     return of_timm("tnt", "TNT", **shape, num_heads_inner=2, num_heads_outer=2, num_classes=3)
 
 
+CHECKPOINT = "'function' object has no attribute 'checkpoint'"
 SWIN = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1"]
 
 VISION = [
@@ -137,7 +138,7 @@ VISION = [
         points(SWIN, "attn", "mlp"),
         "head",
         untraced="its stages are those of timm-swin",
-        broken=before("timm", "1.0.16", checkpoint="'function' object has no attribute 'checkpoint'"),
+        broken=before("timm", "1.0.16", checkpoint=CHECKPOINT),
     ),
     Case(
         "timm-gcvit",
@@ -146,6 +147,7 @@ VISION = [
         points([f"stages.{stage}.blocks.{index}" for stage in range(2) for index in range(2)], "attn", "mlp"),
         "head",
         untraced="its stages are those of timm-swin, beside convolutions for what all windows ask",
+        broken=before("timm", "1.0.16", checkpoint=CHECKPOINT),
     ),
     Case(
         "timm-tnt",
