@@ -91,7 +91,9 @@ def retrieval(cache: Path, quick: bool) -> tuple[Problem, dict[str, float]]:
     recall, kept = importlib.import_module("retrieval"), importlib.import_module("backbone_cache")
     name, steps = "GPT-2", 4 if quick else recall.STEPS["GPT-2"]
     folder = kept.folder_of(cache, f"recall-{name.lower()}", [recall.VERSION, name, steps, torch.__version__])
-    backbone, _, _ = kept.cached(folder, recall.BUILDERS[name], lambda model: recall.pretrain(model, steps, recall.MET[name]))
+    backbone, _, _ = kept.cached(
+        folder, recall.BUILDERS[name], lambda model: recall.pretrain(model, steps, recall.MET[name])
+    )
     sizes = recall.FEW if quick else recall.ROWS
     problem = recall.problem_of(name, backbone, 4 if quick else recall.ADAPTING[name], sizes)
     return problem, {"hres": 3e-2, "lora": 3e-3}
