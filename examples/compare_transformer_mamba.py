@@ -29,7 +29,7 @@ from torch import nn
 
 import residual_steer as rs
 from backbone_cache import default_cache
-from compare_methods import compare_all
+from compare_methods import compare_all, shortened
 from experiment import positive
 from hub_tasks import hub_tasks, quiet_libraries
 from report import save_curves, save_json, save_table, table_of
@@ -179,7 +179,11 @@ def compare(options: argparse.Namespace) -> None:
 
 def find_tasks(options: argparse.Namespace) -> list[Task]:
     """Return what the command line asks for: small backbones on their own data, or other models, or other data."""
-    tasks = hub_tasks(options) if options.model or options.data else small_tasks(options.cache, options.quick)
+    if options.model or options.data:
+        tasks = hub_tasks(options)
+    else:
+        tasks = small_tasks(options.cache, options.quick)
+        tasks = [shortened(task) for task in tasks] if options.baselines else tasks
     steps = options.steps or (4 if options.quick else None)
     return [replace(task, steps=steps) if steps else task for task in tasks]
 

@@ -164,7 +164,7 @@ def text_course(name: str, cache: Path, quick: bool) -> Course:
     recipe = quicker(RECIPES[name]) if quick else RECIPES[name]
     backbone = get_backbone(recipe, cache).model
     lessons = [text_lesson("prose", english_prose()), text_lesson("names", character_names())]
-    steps = 4 if quick else 50
+    steps = 4 if quick else 40
     return Course(name, lambda seed: copy.deepcopy(backbone), lessons, (), "bits per byte", "down", 1e-2, steps)
 
 

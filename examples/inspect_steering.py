@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backbone_cache import default_cache
+from compare_methods import shortened
 from experiment import LOST, Experiment, Found, parser_of, positive, run
 from hub_tasks import quiet_libraries
 from inspection import arms_of, pictures_of, watched
@@ -41,7 +42,7 @@ EXPERIMENT = Experiment(
     about="A ViT is adapted from the digits 0–4 to the digits 5–9, a GPT-2 and a Mamba from Python's source to English "
     "prose. Every adapted model is compared with the frozen one that it was made of, on held-out data; neural collapse "
     "is measured on the training data, as Papyan et al. do. Elsewhere is held-out data of the kind that the backbone "
-    "was pre-trained on. Learning rates are those that compare_transformer_mamba.py --baselines found best; LoRA has "
+    "was pre-trained on. Learning rates were chosen by compare_transformer_mamba.py --baselines; LoRA has "
     "the rank of H-Res, and twice its parameters.",
 )
 FIELD = "field of displacements of the class token"
@@ -256,8 +257,8 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
 
 
 def shorter(task: Task, quick: bool) -> Task:
-    """Return the task with few steps, for tests."""
-    return replace(task, steps=4) if quick else task
+    """Return the task with fewer steps than the demo's; for tests with very few."""
+    return replace(task, steps=4) if quick else shortened(task)
 
 
 def main(arguments: list[str] | None = None) -> int:

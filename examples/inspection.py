@@ -33,7 +33,7 @@ from residual_steer.study import Arm, Ledger, Problem, rates_around
 from small_backbones import LENGTH, SOURCE
 from tasks import Task, some
 
-# Peak learning rates: those that compare_transformer_mamba.py --baselines found best on validation data.
+# Peak learning rates, chosen on validation data by the sweep of compare_transformer_mamba.py --baselines.
 TUNED = {
     "ViT": {"hres": 3e-2, "lora": 1e-2, "vpt-shallow": 9e-2, "vpt-deep": 9e-2, "linear": 9e-2, "full": 2e-3},
     "GPT-2": {"hres": 1e-2, "lora": 1e-2, "prompt": 9e-2, "full": 2e-3},

@@ -85,7 +85,7 @@ def build_mamba() -> nn.Module:
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {"GPT-2": build_gpt2, "Mamba": build_mamba}
 STEPS = {"GPT-2": 1500, "Mamba": 3000}  # of the pre-training
-ADAPTING = {"GPT-2": 200, "Mamba": 120}  # steps of every method; one of the Mamba takes three times as long
+ADAPTING = {"GPT-2": 200, "Mamba": 80}  # steps of every method; one of the Mamba takes three times as long
 # Share of the repeated patterns in the pre-training that may hold any token. Without them no method, full fine-tuning
 # included, teaches this Mamba tokens that it has never seen; with them this GPT-2 recalls 96 % before it is adapted.
 MET = {"GPT-2": 0.0, "Mamba": 0.5}

@@ -383,7 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=500, help="optimizer steps of each method")
     parser.add_argument("--rows", type=positive, default=4, help="rows of the batch that is timed")
     parser.add_argument("--length", type=positive, default=64, help="tokens of a row, and of a training window")
-    parser.add_argument("--rounds", type=positive, default=6, help="of each measurement")
+    parser.add_argument("--rounds", type=positive, default=5, help="of each measurement")
     options = parser.parse_args(arguments)
     if options.random_weights == bool(options.model):
         parser.error("give --random-weights, or a --model to adapt")
