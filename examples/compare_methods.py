@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
     "to English prose and to the digits 5–9, by one loop and for as many steps under every method. Windows of text are "
     "10 bytes shorter than those of the pre-training, which leaves room for a prompt.",
 )
-TEXT_STEPS = 48  # of the small language models
+TEXT_STEPS = 40  # of the small language models
 PROMPT = 10  # tokens of a prompt, a prefix, or of VPT in every block
 # Centres of the sweeps: methods of few parameters take larger rates; each is tried at a third and three times as much.
 RATES = {"hres": 1e-2, "lora": 1e-2, "parallel-adapter": 1e-2, "prompt": 3e-2, "prefix": 3e-2, "vpt-deep": 3e-2}

@@ -49,7 +49,7 @@ EXPERIMENT = Experiment(
     seeds=10,
 )
 WIDTH, CLASSES = 64, 2
-STEPS, BATCH = 200, 64
+STEPS, BATCH = 150, 64
 ROWS = {"train": 4000, "valid": 1000, "test": 2000}
 FEW = {"train": 128, "valid": 64, "test": 64}  # with --quick
 PAPER = {"prompt of 1": 76.54, "prompt of 10": 70.48, "H-Res, rank 8": 79.37, "H-Res, rank 32": 82.14}

@@ -145,7 +145,7 @@ def test_one_task_after_another_is_forgotten_unless_it_is_protected(examples, ou
 
 def test_forgetting_is_what_was_lost_since_it_was_learned(examples):
     script = examples("continual")
-    up, down = (script.Course("", None, (), (), "", better, 0.0, 1) for better in ("up", "down"))
+    up, down = (script.Course("", None, (), (), "", better, 0.0, 1, 1) for better in ("up", "down"))
     matrix = [[90.0], [80.0, 70.0], [60.0, 75.0, 99.0]]
     assert script.forgotten(up, matrix) == pytest.approx((30 - 5) / 2)
     assert script.forgotten(down, matrix) == pytest.approx(-(30 - 5) / 2)
@@ -154,7 +154,7 @@ def test_forgetting_is_what_was_lost_since_it_was_learned(examples):
 
 def test_the_verdict_on_null_spaces_wants_a_tenth(examples):
     script = examples("continual")
-    course = script.Course("ViT", None, (), (), "", "up", 0.0, 1)
+    course = script.Course("ViT", None, (), (), "", "up", 0.0, 1, 1)
 
     def runs(kept, bare=(20.0, 22.0, 21.0)):
         lost = {"no protection": bare, "null space, energy 0.999": kept}
