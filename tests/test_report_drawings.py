@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from picture_samples import STREAM, arrows, flow, forgetting, matrix, surface
@@ -373,6 +373,7 @@ def test_plain_numbers():
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12), st.booleans())
+@example(0.0, 1e7, True)  # whose logarithm is rounded down to a whole number
 @settings(max_examples=150, deadline=None)
 def test_ticks_and_levels_of_any_reach(low, reach, log):
     low = abs(low) + 1e-9 if log else low

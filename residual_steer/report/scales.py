@@ -118,6 +118,7 @@ def _even(low: float, high: float, most: int) -> list[float]:
 def _steps(low: float, high: float, most: int) -> list[float]:
     """Return 1, 2, 5, 10, … around two positive numbers; or powers of ten, or of a thousand, if these were too many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    first, last = first - (10.0**first > low), last + (10.0**last < high)  # which log10 may have rounded away
     for factors in ((1, 2, 5), (1, 3), (1,)):
         every = [factor * 10.0**power for power in range(first - 1, last + 2) for factor in factors]
         below, above = max(x for x in every if x <= low), min(x for x in every if x >= high)
