@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from .errors import SteerError
 from .field import HRes
-from .passes import batches, reading, require_finite, tokens_of
+from .passes import Batch, batches, reading, require_finite, tokens_of
 from .protection import Held, Protection, inputs_of, unwrapped
 from .report.table import Cell, Column, Table
 from .space_file import FORMAT, parse_space, read_space, write_space
@@ -294,10 +294,10 @@ class NullSpace:
         padding: bool,
     ) -> None:
         """Run a loader through the model and add what enters every projection to its moment."""
-        masks: list[Tensor | None] = [None]  # of the batch that is running
+        running: list[Batch | None] = [None]  # whose padding is left out
 
         def see(index: int, field: HRes, z: Tensor, dtype: torch.dtype) -> None:
-            x = tokens_of(z, field.channels, masks[0]).to(dtype)
+            x = tokens_of(z, field.channels, running[0]).to(dtype)
             for side, features in (("down", x), ("up", field.hidden(x, dtype))):
                 require_finite(f"what enters blocks.{index}.{side}", features)
                 moments[f"blocks.{index}.{side}"].add(features)
@@ -307,7 +307,7 @@ class NullSpace:
             for index, field in state.fields(self.name).items():
                 stack.enter_context(state.injectors[site, index].shown(partial(see, index, field)))
             for batch in batches(base, loader):
-                masks[0] = None if padding else batch.mask
+                running[0] = None if padding else batch
                 batch.run(base)
 
     def _warn(self, full: list[str]) -> None:

@@ -17,7 +17,7 @@ from .training.environment import to_device
 from .training.losses import rows_of
 from .training.modes import as_before
 
-__all__ = ["Batch", "Streams", "batches", "has_two_stacks", "reading", "require_finite", "tokens_of"]
+__all__ = ["Batch", "Streams", "batches", "has_two_stacks", "reading", "require_finite", "tokens_of", "uncompiled"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Batch:
         mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
+    def real(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return which tokens are not padding, booleans of a shape: `mask` where it has that shape, else all."""
+        if self.mask is None or self.mask.shape != tuple(shape):
+            return torch.ones(tuple(shape), dtype=torch.bool, device=device)
+        return self.mask.to(device)
+
     def run(self, model: nn.Module, **more: Any) -> Any:
         """Call the model and return its output.
 
@@ -66,6 +72,12 @@ class Batch:
             return model(**{**self.content, **more})
         x = self.content[0] if isinstance(self.content, (tuple, list)) else self.content
         return model(x, **more)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`'s, so that paths are those that it had before."""
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else model
 
 
 @contextlib.contextmanager
@@ -174,18 +186,16 @@ class Streams:
         return note
 
 
-def tokens_of(z: Tensor, channels: int = -1, mask: Tensor | None = None) -> Tensor:
+def tokens_of(z: Tensor, channels: int = -1, batch: Batch | None = None) -> Tensor:
     """Return the tokens of a stream one below the other, `(tokens, width)`, those of padding left out.
 
     Args:
         z: `(batch, length, width)`, or `(batch, channels, height, width)` with `channels` = 1.
         channels: which dimension is the width.
-        mask: `(batch, length)` of booleans; one of another shape is not used.
+        batch: which says what is padding; None where all tokens count.
     """
     rows = z.movedim(channels, -1)
-    if mask is not None and mask.shape == rows.shape[:-1]:
-        return rows[mask]
-    return rows.reshape(-1, rows.shape[-1])
+    return rows.reshape(-1, rows.shape[-1]) if batch is None else rows[batch.real(rows.shape[:-1], z.device)]
 
 
 def require_finite(what: str, tensor: Tensor) -> None:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError, UnsuitableError
+from residual_steer.tokens import prefix_tokens
 
 from .parts import Subject, Trained, add_child, count, place_of, require_free
 from .places import Place, behind_padding, insert, is_first_call, take_out
 
 __all__ = ["Gate", "is_ssm", "stand_before", "vpt_deep", "vpt_shallow"]
-
-_PREFIX = ("cls_token", "class_embedding", "distillation_token")
 
 
 def vpt_shallow(subject: Subject, *, length: int = 10) -> Trained:
@@ -52,7 +51,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
     """
     count("length", length)
     _check(subject, "vpt-deep")
-    blocks, at = subject.backbone.blocks, _prefix_tokens(subject.inner)
+    blocks, at = subject.backbone.blocks, prefix_tokens(subject.inner)
     require_free(blocks, "prompt")
     gates = []
     for block in blocks:
@@ -63,7 +62,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
 
 def stand_before(subject: Subject, weight: nn.Parameter) -> Trained:
     """Let tokens `(tokens, width)` enter at the first block and leave after the last."""
-    blocks, at = subject.backbone.blocks, _prefix_tokens(subject.inner)
+    blocks, at = subject.backbone.blocks, prefix_tokens(subject.inner)
     require_free(blocks, "prompt")
     last = len(blocks) - 1
     for index, block in enumerate(blocks):
@@ -200,15 +199,6 @@ def _tokens(subject: Subject, length: int, device: torch.device, dtype: torch.dt
     fan_in = width if patches is None else patches.weight[0].numel()
     bound = math.sqrt(6 / (fan_in + width))
     return nn.Parameter(torch.empty(length, width).uniform_(-bound, bound).to(device, dtype))
-
-
-def _prefix_tokens(inner: nn.Module) -> int:
-    """Return how many tokens stand before those of the image: timm says so, transformers' are counted."""
-    said: Any = getattr(inner, "num_prefix_tokens", None)
-    if isinstance(said, int):
-        return said
-    names = [(name.rpartition(".")[2], p) for name, p in inner.named_parameters()]
-    return sum(1 if name in _PREFIX else p.shape[-2] if name == "register_tokens" else 0 for name, p in names)
 
 
 def _unrotated(rope: Tensor, tokens: int) -> Tensor:

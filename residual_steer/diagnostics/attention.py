@@ -104,10 +104,7 @@ def _watching(model: nn.Module, backbone: Backbone, keys: bool) -> Iterator[Look
 
 def _of_text(tensor: Tensor, batch: Batch) -> Tensor:
     """Leave the padding out, `(rows, heads, queries or keys, ...)`, for which a kernel may have computed anything."""
-    mask = batch.mask
-    if mask is None or mask.shape != (batch.rows, tensor.shape[2]):
-        return tensor
-    return tensor.transpose(1, 2)[mask]
+    return tensor.transpose(1, 2)[batch.real((batch.rows, tensor.shape[2]), tensor.device)]
 
 
 def _why_nothing(backbone: Backbone, keys: bool) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch, batches, reading
+from residual_steer.passes import Batch, batches, reading, uncompiled
 from residual_steer.report import Axis, Column, Plot, Series, Table
 from residual_steer.training.losses import IGNORE
 
@@ -121,7 +121,7 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     if isinstance(loader, Iterator):
         raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
-    model = model._modules.get("_orig_mod") or model  # so that `head` is a path in it
+    model = uncompiled(model)  # so that `head` is a path in it
     with reading(model):
         classifier, moments = _first_pass(model, loader, head)
         present = moments.counts.nonzero().squeeze(1)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from residual_steer.errors import SteerError
 from residual_steer.passes import Batch
 from residual_steer.report import Arrows, Column, Flow, Table
+from residual_steer.tokens import prefix_tokens
 
 from .field_measures import NEIGHBOURS, Draw, FieldMeasures, measures_of
 from .moments import Moments
 from .pairs import Pair, compared
 from .plane import Plane, plane_of, spectrum
-from .queries import prefix_tokens
-from .stream import beside, layer_of, real_tokens, states_of
+from .stream import beside, layer_of, states_of
 
 __all__ = ["Displacement", "MethodField", "Token", "displacement"]
 
@@ -220,7 +220,7 @@ def _look(pairs: Mapping[str, Pair], loader: Iterable[Any], layer: int, token: T
         with first.on("frozen") as model:
             frozen = states_of(model, backbone, batch, [index])
         z = frozen[index]
-        real = real_tokens(batch, z)
+        real = batch.real(z.shape[:2], z.device)
         start, rows = _pick(z, real, token)
         shifts = []
         for name, pair in pairs.items():

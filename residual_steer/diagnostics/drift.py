@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from residual_steer.report import Axis, Column, Plot, Series, Table
+from residual_steer.tokens import prefix_tokens
 
 from .pairs import Pair, compared
-from .queries import prefix_tokens
-from .stream import beside, real_tokens, states_of
+from .stream import beside, states_of
 
 __all__ = ["Drift", "drift"]
 
@@ -106,7 +106,7 @@ def _measure(pair: Pair, loader: Iterable[Any]) -> tuple[tuple[float, ...], int]
         frozen, adapted = seen
         for index in blocks:
             z = frozen[index]
-            real = real_tokens(batch, z)
+            real = batch.real(z.shape[:2], z.device)
             moved, length = (beside(adapted[index], z, prefix) - z)[real].norm(dim=-1), z[real].norm(dim=-1)
             there = length > 0
             sums[index] += float((moved[there] / length[there]).sum())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from residual_steer.backbone import read_stream
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
-from residual_steer.passes import batches, reading, require_finite, tokens_of
+from residual_steer.passes import Batch, batches, reading, require_finite, tokens_of
 from residual_steer.report import Axis, Column, Plot, Series, Table
 from residual_steer.state import Steering, steering_of
 from residual_steer.steering import use
@@ -118,14 +118,14 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
     name = state.name_of(name)
     spec = state.specs[name]
     found = {index: _Tally(module) for index, module in sorted(state.fields(name).items())}
-    mask: list[Tensor | None] = [None]
+    running: list[Batch | None] = [None]
     handles = []
     try:
         with reading(model), use(model, name):
             for index, tally in found.items():
-                handles += _watch(state, spec.site, index, tally, mask)
+                handles += _watch(state, spec.site, index, tally, running)
             for batch in batches(model, loader):
-                mask[0] = batch.mask
+                running[0] = batch
                 batch.run(model)
     finally:
         for handle in handles:
@@ -209,7 +209,7 @@ class _Tally:
         return float(torch.special.entr(part).sum().exp())
 
 
-def _watch(state: Steering, site: str, index: int, tally: _Tally, mask: list[Tensor | None]) -> list[Any]:
+def _watch(state: Steering, site: str, index: int, tally: _Tally, running: list[Batch | None]) -> list[Any]:
     """Hang two hooks before those that steer: what enters and leaves the module is then what it makes of it alone.
 
     Raises:
@@ -230,7 +230,7 @@ def _watch(state: Steering, site: str, index: int, tally: _Tally, mask: list[Ten
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         z = entered.pop()
         own = backbone.left(output) - z if block else output if isinstance(output, Tensor) else output[0]
-        tally.add(*(tokens_of(part, backbone.channels, mask[0]) for part in (z, own)))
+        tally.add(*(tokens_of(part, backbone.channels, running[0]) for part in (z, own)))
 
     return [
         host.register_forward_pre_hook(before, with_kwargs=True, prepend=True),

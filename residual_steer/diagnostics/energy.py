@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
 from residual_steer.report import Axis, Column, Measured, Plot, Series, Table
+from residual_steer.tokens import prefix_tokens
 
 from .attention import counts_of, keys_of, real
 from .looks import Keys
 from .pairs import SIDES, compared
-from .queries import prefix_tokens
 
 __all__ = ["StreamEnergy", "hopfield_energy", "stream_energy"]
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
 from residual_steer.report import Axis, Column, Plot, Series, Table
+from residual_steer.tokens import prefix_tokens
 
 from .attention import counts_of, maps_of, real
 from .looks import Map
 from .pairs import SIDES, compared
-from .queries import prefix_tokens, query_of
+from .queries import query_of
 
 __all__ = ["AttentionEntropy", "attention_entropy"]
 

@@ -14,13 +14,13 @@ from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
 from residual_steer.passes import Batch, require_finite
 from residual_steer.report import Axis, Column, Surface, Table, Trajectory
+from residual_steer.tokens import prefix_tokens
 from residual_steer.training.losses import Loss, measure
 
 from .moments import exact
 from .pairs import SIDES, Pair, compared
 from .plane import Plane, plane
-from .queries import prefix_tokens
-from .stream import beside, layer_of, real_tokens, states_of
+from .stream import beside, layer_of, states_of
 
 __all__ = ["Landscape", "Path", "landscape"]
 
@@ -198,7 +198,7 @@ def _ways(pair: Pair, loader: Iterable[Any], over: Plane, last: int) -> Tensor:
         parts, numbers = [], []
         for index in blocks:
             z = frozen[index]
-            real = real_tokens(batch, z)
+            real = batch.real(z.shape[:2], z.device)
             parts.append(torch.stack([z[real].sum(0), beside(adapted[index], z, prefix)[real].sum(0)]))
             numbers.append(real.sum())
         added, number = torch.stack(parts, 1), torch.stack(numbers)

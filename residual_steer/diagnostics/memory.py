@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from residual_steer.errors import SteerError
 from residual_steer.passes import Batch
 from residual_steer.report import Axis, Column, Plot, Series, Table
+from residual_steer.tokens import prefix_tokens
 
 from .pairs import SIDES, compared
-from .queries import chosen, places, prefix_tokens
+from .queries import chosen, places
 from .steps import Steps, steps_of
 
 __all__ = ["MemoryLength", "memory_length"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch, batches, reading
+from residual_steer.passes import Batch, batches, reading, uncompiled
 from residual_steer.registry import find_backbone
 from residual_steer.state import steering_of
 from residual_steer.steering import use
@@ -110,15 +110,9 @@ def compared(model: nn.Module, reference: nn.Module | None = None) -> Iterator[P
         _require_acting(model)
     else:
         _require_comparable(model, reference)
-    model, reference = _uncompiled(model), None if reference is None else _uncompiled(reference)
+    model, reference = uncompiled(model), None if reference is None else uncompiled(reference)
     with reading(model), contextlib.nullcontext() if reference is None else reading(reference):
         yield Pair(model, reference)
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile`'s, so that paths are those that it had before."""
-    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _require_acting(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from residual_steer.report import Axis, Column, Plot, Series, Table
 
 from .moments import Moments
 from .pairs import compared
-from .stream import layer_of, real_tokens, states_of
+from .stream import layer_of, states_of
 
 __all__ = ["Plane", "plane", "plane_of", "spectrum"]
 
@@ -95,7 +95,7 @@ def plane(model: nn.Module, loader: Iterable[Any], *, layer: int = -1, reference
         for batch in pair.batches(loader):
             with pair.on("frozen") as frozen:
                 z = states_of(frozen, backbone, batch, [index])[index]
-            moments.add(z[real_tokens(batch, z)])
+            moments.add(z[batch.real(z.shape[:2], z.device)])
     return plane_of(moments, index)
 
 

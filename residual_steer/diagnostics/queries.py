@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
 from residual_steer.passes import Batch
+from residual_steer.tokens import class_token
 
-__all__ = ["QUERIES", "chosen", "class_token", "places", "prefix_tokens", "query_of"]
+__all__ = ["QUERIES", "chosen", "places", "query_of"]
 
 QUERIES = ("auto", "first", "last", "all")
-
-_CLASS = ("cls_token", "class_embedding")
-_PREFIX = (*_CLASS, "distillation_token")
-
-
-def class_token(model: nn.Module) -> bool:
-    """Say whether a model of images puts a class token before them."""
-    return any(name.rpartition(".")[2] in _CLASS for name, _ in model.named_parameters())
-
-
-def prefix_tokens(model: nn.Module) -> int:
-    """Return how many tokens stand before those of an image, 0 in a text; timm says it, transformers' are counted."""
-    for module in model.modules():
-        said: Any = getattr(module, "num_prefix_tokens", None)
-        if isinstance(said, int):
-            return said
-    named = [(name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters()]
-    return sum(1 if name in _PREFIX else p.shape[-2] if name == "register_tokens" else 0 for name, p in named)
 
 
 def query_of(query: str, model: nn.Module) -> str:
@@ -48,9 +29,7 @@ def query_of(query: str, model: nn.Module) -> str:
 
 def chosen(batch: Batch, length: int, query: str, device: torch.device) -> Tensor:
     """Return which tokens of the batch count as queries, `(rows, length)` of booleans; padding never does."""
-    mask = batch.mask
-    fits = mask is not None and mask.shape == (batch.rows, length)
-    real = mask if mask is not None and fits else torch.ones(batch.rows, length, dtype=torch.bool, device=device)
+    real = batch.real((batch.rows, length), device)
     if query == "first":
         return real & (real.cumsum(1) == 1)
     if query == "last":

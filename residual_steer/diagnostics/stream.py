@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from residual_steer.backbone import Backbone
@@ -14,7 +13,7 @@ from residual_steer.passes import Batch, Streams, require_finite
 from .moments import exact
 from .queries import places
 
-__all__ = ["beside", "layer_of", "real_tokens", "states_of"]
+__all__ = ["beside", "layer_of", "states_of"]
 
 
 def states_of(model: nn.Module, backbone: Backbone, batch: Batch, indices: Sequence[int]) -> dict[int, Tensor]:
@@ -64,14 +63,6 @@ def beside(adapted: Tensor, frozen: Tensor, prefix: int) -> Tensor:
             f"{tuple(frozen.shape)} and the adapted ones {tuple(adapted.shape)}. Compare models of one backbone."
         )
     return adapted[:, places(length, longer, prefix, adapted.device)]
-
-
-def real_tokens(batch: Batch, z: Tensor) -> Tensor:
-    """Return which of the tokens of z, `(rows, tokens, width)`, are not padding, `(rows, tokens)`: see `Batch.mask`."""
-    mask = batch.mask
-    if mask is None or mask.shape != z.shape[:2]:
-        return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    return mask.to(z.device)
 
 
 def layer_of(backbone: Backbone, layer: object) -> int:

@@ -156,11 +156,7 @@ class Prefix:
                     joined.add(index - 1)
 
             def leave(_: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
-                def keep(stream: Tensor) -> Tensor:
-                    left[index] = stream
-                    return stream
-
-                self._backbone.write(output, keep)
+                left[index] = self._backbone.left(output)
 
             handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
         try:
