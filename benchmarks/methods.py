@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from shapes import Shape, scan_linearly, twin
+from shapes import Shape, scan_linearly, scanning, twin
 
 __all__ = [
     "CHEAPEST",
@@ -94,7 +94,9 @@ def build(kind: str, shape: Shape, base: nn.Module, rank: int) -> tuple[list[Met
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                methods.append(make(scan_linearly(twin(base))))
+                method = make(scan_linearly(twin(base)))
+                scanning(method.model)
+                methods.append(method)
         except Exception as error:  # a peer that fails is a row of the table, and no reason to lose the others
             if name in (FROZEN, FLOOR, OURS):
                 raise

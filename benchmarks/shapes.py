@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SHAPES", "Shape", "scan_linearly", "twin"]
+import residual_steer as rs
+
+__all__ = ["SHAPES", "Shape", "scan_linearly", "scanning", "twin"]
 
 Call = Callable[..., Any]
 
@@ -65,7 +67,7 @@ class Shape:
         """Return the loss of a batch: of the next token, or of a class."""
         if self.length is None:
             return F.cross_entropy(call(inputs), torch.arange(len(inputs), device=inputs.device))
-        return call(input_ids=inputs, labels=inputs).loss
+        return call(input_ids=inputs, labels=inputs, use_cache=False).loss
 
     def prefill(self, call: Call, inputs: Tensor, **more: Any) -> Tensor:
         """Return the logits of the whole batch: of a language model for the next token only, as `generate` asks."""
@@ -107,14 +109,18 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def scan_linearly(model: nn.Module) -> nn.Module:
-    """Let transformers' Mamba scan through mambapy, in evaluation mode too; other models stay as they are.
+    """Let transformers' Mamba train through the linear scan whatever adapts it; other models stay as they are."""
+    backbone = rs.find_backbone(model)
+    if backbone.prepare is not None:
+        backbone.prepare(backbone.blocks)
+    return model
 
-    So do those in half precision, on which transformers' call of mambapy fails.
-    """
-    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+
+def scanning(model: nn.Module) -> nn.Module:
+    """Put Mamba's mixers, in which nothing is random, in training mode, where that scan runs; all else stays."""
     for module in model.modules():
-        if hasattr(module, "use_mambapy") and not half:
-            module.use_mambapy = True
+        if "A_log" in module._parameters:
+            module.training = True
     return model
 
 

@@ -5,12 +5,13 @@
 A Mamba of 130m's shape, random weights, one row, steered by one field of rank 32: a step's time at lengths 128 to
 1,024, whose exponent is the slope of a line through logarithms, by least squares. transformers' plain fallback, which
 walks the sequence step by step, is timed against the scan with fewer blocks and a small vocabulary, since it is so
-slow; both with the same ones.
+slow; all with the same ones. So is mambapy's parallel scan, which transformers offers, where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import resource
 import statistics
@@ -66,11 +67,14 @@ def report(options: argparse.Namespace) -> None:
     del model
     at = TINY_AT if options.quick else AT
     few = {"tiny": options.quick, "num_hidden_layers": FEW, "vocab_size": 64}
-    scanned, plain = (deep(make(shape.build(**few))) for make in (prepared, plainly))
+    makers = {"scan": prepared, "fallback": plainly}
+    if importlib.util.find_spec("mambapy") is not None:
+        makers["mambapy"] = through_mambapy
+    models = {name: deep(make(shape.build(**few))) for name, make in makers.items()}
     held = {}
     for rows in ROWS:
-        inputs = shape.batch(scanned, rows, at)
-        sides = [Variant("scan", partial(step, scanned, inputs)), Variant("fallback", partial(step, plain, inputs))]
+        inputs = shape.batch(models["scan"], rows, at)
+        sides = [Variant(name, partial(step, model, inputs)) for name, model in models.items()]
         held[str(rows)] = play(sides, options.rounds, warmup=0, progress=f"fallback, {rows}").record("scan")
     record = {
         "options": {key: value for key, value in vars(options).items() if key != "output"},
@@ -88,7 +92,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """Steer a Mamba, in training mode, in which its steering scans through mambapy."""
+    """Steer a Mamba, in training mode, in which its steering scans linearly."""
     return rs.steer(model, rank=min(RANK, *rs.find_backbone(model).widths)).train()
 
 
@@ -96,6 +100,14 @@ def plainly(model: nn.Module) -> nn.Module:
     """Steer a Mamba, in training mode, without what its family prepares: the fallback of transformers stays."""
     backbone = replace(rs.find_backbone(model), prepare=None)
     return rs.steer(model, backbone, rank=min(RANK, *backbone.widths)).train()
+
+
+def through_mambapy(model: nn.Module) -> nn.Module:
+    """Steer a Mamba, in training mode, whose fallback is told to take mambapy's scan."""
+    for module in model.modules():
+        if hasattr(module, "use_mambapy"):
+            module.use_mambapy = True
+    return plainly(model)
 
 
 def deep(model: nn.Module) -> nn.Module:
@@ -120,16 +132,21 @@ def table(record: dict[str, Any]) -> str:
     """Return the numbers as Markdown."""
     rows = [[length, f"{found['seconds']['median']:.2f}"] for length, found in record["times"].items()]
     slow = record["fallback"]
-    told = ", ".join(
-        f"{found['fallback']['ratio']['median']:.1f} times as long with {number} row(s)"
-        for number, found in slow["rows"].items()
+    told = "; ".join(
+        f"{name} "
+        + ", ".join(
+            f"{found[name]['ratio']['median']:.1f} times as long with {number} row(s)"
+            for number, found in slow["rows"].items()
+        )
+        for name in next(iter(slow["rows"].values()))
+        if name != "scan"
     )
     return "\n\n".join(
         [
             markdown(["length", "seconds of a step"], rows),
             f"The exponent is {statistics.median(record['exponents']):.3f}; the process took "
-            f"{record['memory'] / 2**30:.1f} GiB at most. transformers' fallback takes {told}, at {slow['at']} tokens "
-            f"and by {slow['blocks']} blocks, through all of which gradients run.",
+            f"{record['memory'] / 2**30:.1f} GiB at most. Against the scan, transformers' {told}, at {slow['at']} "
+            f"tokens and by {slow['blocks']} blocks, through all of which gradients run.",
         ]
     )
 

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .errors import SteerError
 
@@ -45,7 +44,16 @@ ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was d
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
 Leave = Callable[[Any], Tensor]
-Prepare = Callable[[Sequence[nn.Module]], Sequence[RemovableHandle]]
+
+
+class Handle(Protocol):
+    """What was changed in a model, until `remove`; the handle of a hook is one."""
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+
+
+Prepare = Callable[[Sequence[nn.Module]], Sequence[Handle]]
 
 
 def _locate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
@@ -68,6 +76,8 @@ def _locate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
 
 def read_stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the stream that enters a module: its first positional tensor, or `hidden_states`."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     where = _locate(args, kwargs)
     stream: Tensor = args[where] if isinstance(where, int) else kwargs[where]
     return stream
@@ -152,7 +162,7 @@ class Backbone:
             δ further. Where the stream is a sum, f may be given one part of it.
         channels: which dimension of the stream is the width: -1, or 1 in a ConvNet.
         inplace: whether blocks overwrite the stream they are given (`x += …`); the fields then read a copy of it.
-        prepare: called with the blocks when steering begins; the hook handles it returns are removed by `unsteer`.
+        prepare: called with the blocks when steering begins; the handles it returns are removed by `unsteer`.
             For what a family needs besides fields, such as a faster path for training. It must not change what the
             model computes in evaluation mode.
         leave: `output -> z`, the stream in a block's output; None where it is what `write` hands to f.

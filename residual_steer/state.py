@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .backbone import ATTRIBUTE, Backbone, bulk_dtype
+from .backbone import ATTRIBUTE, Backbone, Handle, bulk_dtype
 from .blend import Tables
 from .errors import SteerError
 from .field import HRes
@@ -48,7 +47,7 @@ class Steering:
     wish: dict[str, bool] = field(default_factory=dict)
     injectors: dict[tuple[str, int], Injector] = field(default_factory=dict)
     heads: Heads = field(default_factory=Heads)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
 
     def install(self, model: nn.Module) -> None:
         """Attach to a model that is about to get its first field."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("transformers", "timm", "datasets", "sklearn", "matplotlib", "mambapy"):
+for package in ("transformers", "timm", "datasets", "sklearn", "matplotlib"):
     pytest.importorskip(package)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -15,7 +15,6 @@ from residual_steer.report import Result
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytest.importorskip("peft")
-pytest.importorskip("mambapy")
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--quick", "--seeds", "1", "--rates", "1"]

@@ -14,7 +14,7 @@ datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
 Image = pytest.importorskip("PIL.Image")
-for package in ("peft", "tokenizers", "sklearn", "mambapy"):
+for package in ("peft", "tokenizers", "sklearn"):
     pytest.importorskip(package)
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from residual_steer.backbone import Handle
 from residual_steer.errors import SteerError
 from residual_steer.spec import match_train
 from residual_steer.state import ATTRIBUTE, base_tensors
@@ -62,7 +62,7 @@ class Applied:
     """
 
     method: str
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
     guard: Guard | None = None
 
 

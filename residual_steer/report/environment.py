@@ -24,7 +24,6 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
-    "mambapy",
     "mamba-ssm",
     "causal-conv1d",
     "scikit-learn",

@@ -53,7 +53,7 @@ class Case:
         enter: the stream that enters a block, from its call.
         leave: the stream that leaves a block, from its output.
         generates: whether it is a language model of transformers, which generates with and without a cache.
-        scans: whether steering trains it through mambapy, which agrees with the model's own scan to rounding.
+        scans: whether steering trains it through our scan, which agrees with the model's own scan to rounding.
         kernels: whether it runs compiled kernels where they are installed.
         mixes_rows: whether the rows of a batch depend on one another in training, by batch norm.
         beams_fail: how the library's own model refuses to generate with beams and a cache.

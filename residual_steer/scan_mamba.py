@@ -1,0 +1,73 @@
+"""How transformers' Mamba and FalconMamba train on a CPU: through our own selective scan.
+
+Without CUDA kernels, transformers walks the sequence step by step, and autograd keeps every step: the backward pass
+grows with the square of the length. Here a mixer in training mode takes time and memory that grow with the length. In
+evaluation mode, with a cache, or on another device its own forward pass runs, so that its output stays the same to the
+last bit.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .scan import selective_scan
+
+_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "act", "A_log", "D", "time_step_rank", "ssm_state_size")
+_FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who set one wants mambapy's scan
+
+
+class _Replaced:
+    """A forward pass that was put in the place of a mixer's own, until `remove`."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        self._mixer = mixer
+        mixer.__dict__["forward"] = partial(
+            _forward, mixer
+        )  # a partial, since copies and pickles of it follow the mixer
+
+    def remove(self) -> None:
+        """Let the mixer's own forward pass run again."""
+        self._mixer.__dict__.pop("forward", None)
+
+
+def scan_linearly(blocks: Sequence[nn.Module]) -> list[_Replaced]:
+    """Let the mixers of blocks train through the linear scan; those that compute something else stay as they are."""
+    return [_Replaced(mixer) for mixer in (block.get_submodule("mixer") for block in blocks) if _is_known(mixer)]
+
+
+def _is_known(mixer: Any) -> bool:
+    """Say whether `_forward` computes what a mixer does: not Mamba2's, and not a quantized one's."""
+    if not all(hasattr(mixer, part) for part in _PARTS) or "forward" in mixer.__dict__:
+        return False
+    if any(getattr(mixer, flag, False) for flag in _FLAGS) or hasattr(mixer.config, "_is_quantized"):
+        return False
+    return hasattr(mixer, "dt_layernorm") or not hasattr(mixer, "rms_eps")  # an older FalconMamba normalises otherwise
+
+
+def _forward(mixer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return what leaves a mixer, `(batch, length, width)`: Mamba's block (figure 3 of the paper)."""
+    mask = kwargs.get("attention_mask")
+    cached = any(kwargs.get(name) is not None for name in ("cache_params", "past_key_values"))
+    if not mixer.training or args or cached or hidden_states.device.type != "cpu":
+        own: Tensor = type(mixer).forward(mixer, hidden_states, *args, **kwargs)
+        return own
+    length, dtype = hidden_states.shape[1], hidden_states.dtype
+    x, gate = mixer.in_proj(_without_padding(hidden_states, mask)).chunk(2, dim=-1)
+    x = mixer.act(mixer.conv1d(x.transpose(1, 2))[..., :length]).transpose(1, 2)
+    x = _without_padding(x, mask)
+    ranks = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+    delta, B, C = mixer.x_proj(x).split(ranks, dim=-1)
+    if hasattr(mixer, "dt_layernorm"):  # FalconMamba
+        delta, B, C = mixer.dt_layernorm(delta), mixer.b_layernorm(B), mixer.c_layernorm(C)
+    delta = F.softplus(F.linear(delta, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float())
+    y = selective_scan(x, delta, -mixer.A_log.float().exp(), B, C)
+    left: Tensor = mixer.out_proj(((y + x * mixer.D.float()) * F.silu(gate)).to(dtype))
+    return left
+
+
+def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set the tokens of padding to zero, `(batch, length, ...)`."""
+    return x if mask is None else (x * mask[:, :, None]).to(x.dtype)
