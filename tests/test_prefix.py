@@ -80,9 +80,60 @@ def test_losses_are_those_without_a_cache(name, place, tmp_path):
     cache = history.cache
     assert (cache["blocks"], cache["rows"], cache["hits"], cache["misses"]) == (1, 16, 8, 4)
     frozen, upper = case.modules(model, "mixer")
-    assert runs.count(upper) == STEPS + 2  # one batch is computed twice more, as a proof
     assert runs.count(frozen) == 4 + 3 + 1  # an epoch, the three runs of the check, the proof
+    assert runs.count(upper) == runs.count(frozen)  # only the field beside it runs again
     assert "forward" not in case.modules(model, "block")[0].__dict__
+
+
+OTHERWISE = {
+    "a field inside it": {"site": "mixer"},
+    "a field before it": {"site": "input"},
+    "a part of it that trains": {"train": ["transformer.h.1.ln_1"]},
+}
+
+
+@pytest.mark.parametrize("why", [*OTHERWISE, "dropout in it", "no room"])
+def test_the_first_steered_block_is_computed_where_it_is_no_constant(why):
+    case = TABLE["gpt2"]
+
+    def model():
+        found = steered(case, **OTHERWISE.get(why, {}))
+        if why == "dropout in it":
+            found.transformer.h[1].mlp.dropout.p = 0.5
+        return found
+
+    row = LENGTH * 16 * 4
+    limit = {"cache_limit": 16 * row * 1.5 / 2**30} if why == "no room" else {}
+    expected = losses(train(case, model()))
+    runs = []
+    cached = model()
+    cached.transformer.h[1].attn.register_forward_pre_hook(lambda *_: runs.append(1))
+    history = train(case, cached, cache_prefix=True, **limit)
+    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
+    assert history.cache["hits"] == 8
+    assert history.cache["bytes"] == 16 * row
+    assert len(runs) >= STEPS
+
+
+def test_a_frozen_field_inside_the_first_steered_block_is_no_constant_of_the_weights(tmp_path):
+    """Its strength is in no tensor; so the block is computed, and a folder serves every strength."""
+    case = TABLE["gpt2"]
+
+    def run(weight, **options):
+        model = steered(case, site="mixer", name="inside")
+        with torch.no_grad():
+            for parameter in rs.parameters(model):
+                parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
+        torch.manual_seed(0)
+        rs.steer(model, rank=4, layers=[1], name="beside")
+        rs.use(model, {"inside": weight, "beside": 1.0})
+        rs.thaw(model, "beside")
+        return train(case, model, **options)
+
+    for weight in (1.0, -1.0):
+        history = run(weight, cache_prefix=tmp_path)
+        torch.testing.assert_close(losses(history), losses(run(weight)), rtol=1e-4, atol=1e-5)
+    assert history.cache["bytes"] == 16 * LENGTH * 16 * 4
 
 
 def test_a_head_alone_needs_no_block_at_all():
@@ -106,7 +157,9 @@ def test_a_run_reads_what_an_earlier_one_left_on_disk(tmp_path):
     assert (again.cache["hits"], again.cache["misses"]) == (STEPS, 0)
     assert len(list(tmp_path.iterdir())) == 1
     torch.testing.assert_close(losses(again), losses(train(case, seed=3)), rtol=1e-4, atol=1e-5)
-    assert first.cache["bytes"] == again.cache["bytes"] == 16 * LENGTH * 16 * 4
+    assert (
+        first.cache["bytes"] == again.cache["bytes"] == 16 * LENGTH * 16 * 4 * 2
+    )  # what leaves the frozen block, and the next one's own
 
 
 @pytest.mark.parametrize("change", ["weights", "depth", "precision"])

@@ -47,8 +47,9 @@ class FitOptions:
         seed: of the data order, dropout and all else that is random; None leaves the generators alone.
         resume: go on from the newest checkpoint in `save_to`, if there is one.
         cache_prefix: compute the blocks below the first one that trains once, in the first epoch, and keep what leaves
-            them, row by row: in memory if True, or in a folder that later runs with the same frozen weights, data and
-            precision read too. The losses stay the same to rounding; what would change them is refused.
+            them, and what the next block computes where only a field beside it trains, row by row: in memory if True,
+            or in a folder that later runs with the same frozen weights, data and precision read too. The losses stay
+            the same to rounding; what would change them is refused.
         cache_limit: largest size of that, in GiB.
         protect: a `continual.NullSpace`, or another `Protector`: it corrects the optimizer's steps for as long as the
             run goes on, is saved with its checkpoints, and comes back from them.

@@ -2,7 +2,9 @@
 
 In the first epoch the output of the last frozen block is kept for every row; from then on the blocks below hand that
 output through instead of computing it. Where something else than the next block stands behind one, a change of width or
-the decoder behind an encoder, its output is kept too. A row is known by its content, so that shuffling does not matter.
+the decoder behind an encoder, its output is kept too. Where all that trains in the first block above is a field beside
+it, what the block itself computes is a constant as well, M(z) of eq. 1, and is kept besides, if there is room. A row is
+known by its content, so that shuffling does not matter.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from residual_steer.errors import SteerError
+from residual_steer.injector import Injector
 from residual_steer.registry import find_backbone
 
 from . import randomness
@@ -61,6 +64,7 @@ class Prefix:
                 "trains. Steer the upper blocks only, with `layers`."
             )
         self._frozen = list(blocks[: self.depth])
+        self._above = _steered_beside(blocks[self.depth]) if training else None
         self._ends = [self.depth - 1]  # the last block of every run of frozen blocks that read one from another
         self._store: MemoryStore | DiskStore | None = None
         self._spec: TreeSpec | None = None
@@ -87,7 +91,7 @@ class Prefix:
         calls: list[Any] = []
         with self._watching(calls):
             yield
-        leaves = self._leaves(calls, len(keys))
+        leaves = self._leaves(calls, len(keys), self._kept)
         for row, key in enumerate(keys):
             if key not in store:
                 store.add(key, [leaf[row].cpu() for leaf in leaves])
@@ -122,16 +126,20 @@ class Prefix:
         """
         rows = rows_of(batch)
         self._ends = self._find_ends(batch)
-        leaves, others = (self._leaves(self._run_below(batch, seed), rows) for seed in (0, 1))
-        for leaf, other in zip(leaves, others, strict=True):
-            if not torch.allclose(leaf, other, rtol=1e-4, atol=1e-5 * float(leaf.abs().max())):
-                raise SteerError(
-                    "`cache_prefix` would change the result: what leaves the frozen blocks is random. Switch off the "
-                    f"dropout below block {self.depth}{self._dropouts()}, in the model's config or by its `p = 0`."
-                )
+        runs = [self._run_below(batch, seed) for seed in (0, 1)]
+        leaves, others = (self._leaves(calls[: len(self._ends)], rows, len(self._ends)) for calls in runs)
+        if not _equal(leaves, others):
+            raise SteerError(
+                "`cache_prefix` would change the result: what leaves the frozen blocks is random. Switch off the "
+                f"dropout below block {self.depth}{self._dropouts()}, in the model's config or by its `p = 0`."
+            )
         each = sum(leaf[0].nbytes for leaf in leaves)
         limit = int(self._options.cache_limit * GIB)
         number = _number_of_rows(self._train)
+        more = self._constant_above(runs, rows)
+        if more is None or (number is not None and number * (each + more) > limit):
+            self._above = None
+        self._leaves(runs[0][: self._kept], rows, self._kept)  # which notes their layout
         if number is not None and number * each > limit:
             raise SteerError(
                 f"the streams of {number:,} rows, {each:,} bytes each, would take {number * each / GIB:.2g} GiB, and "
@@ -143,6 +151,16 @@ class Prefix:
         else:
             self._store = DiskStore(Path(place) / self._key(), limit)
         return self._store
+
+    def _constant_above(self, runs: Sequence[list[Any]], rows: int) -> int | None:
+        """Return the bytes of a row of what the first block that is steered computes; None if that is no constant."""
+        if self._above is None or any(len(calls) != len(self._ends) + 1 for calls in runs):
+            return None
+        leaves, others = (tree_flatten(calls[-1])[0] for calls in runs)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows or leaf.requires_grad:
+                return None
+        return sum(leaf[0].nbytes for leaf in leaves) if _equal(leaves, others) else None
 
     def _find_ends(self, batch: Any) -> list[int]:
         """Return the frozen blocks behind which something else than the next one stands, and the last one."""
@@ -167,19 +185,24 @@ class Prefix:
         return [index for index in range(self.depth) if index not in joined]
 
     def _run_below(self, batch: Any, seed: int) -> list[Any]:
-        """Run the model until the last frozen block is done, and return what the ends of runs returned.
+        """Run the model until what is kept has been computed, and return what the ends of runs returned, and that.
 
         Raises:
             SteerError: the loss does not get there.
         """
         calls: list[Any] = []
 
-        def stop(*_: Any) -> None:
+        def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._above is not None:
+                calls.append(output)
             raise _ReachedError
 
-        with self._undisturbed(), self._watching(calls), contextlib.suppress(_ReachedError):
+        with self._undisturbed(), self._watching(calls, above=False), contextlib.suppress(_ReachedError):
             torch.manual_seed(seed)
-            handle = self._frozen[-1].register_forward_hook(stop)
+            if self._above is None:
+                handle = self._frozen[-1].register_forward_hook(stop)
+            else:
+                handle = self._above.register_forward_hook(stop, prepend=True)
             try:
                 measure(self._model, batch, self._loss)
             finally:
@@ -207,10 +230,13 @@ class Prefix:
         self._proved = True
 
     @contextlib.contextmanager
-    def _watching(self, calls: list[Any]) -> Iterator[None]:
-        handles = [
-            self._frozen[end].register_forward_hook(lambda _, args, output: calls.append(output)) for end in self._ends
-        ]
+    def _watching(self, calls: list[Any], above: bool = True) -> Iterator[None]:
+        def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls.append(output)
+
+        handles = [self._frozen[end].register_forward_hook(note) for end in self._ends]
+        if above and self._above is not None:
+            handles.append(self._above.register_forward_hook(note, prepend=True))  # before what its field adds
         try:
             yield
         finally:
@@ -221,16 +247,16 @@ class Prefix:
     def _handing_through(self, keys: Sequence[bytes]) -> Iterator[None]:
         """Let every frozen block return what the last one of its run returned for these rows.
 
-        What was kept is what its hooks had made of it, those of frozen fields among them; so they do not run again.
+        What was kept is what its hooks had made of it, those of frozen fields among them; so they do not run again. Of
+        the block above it is what they begin with.
         """
         device = next(self._model.parameters()).device
         rows = [] if self._store is None else self._store.get(keys)
         leaves: list[Any] = [torch.stack(parts).to(device) for parts in zip(*rows, strict=True)]
         outputs = [] if self._spec is None else tree_unflatten(leaves, self._spec)
         names = ("forward", "_forward_hooks", "_forward_pre_hooks")
-        own = [
-            (block, {name: block.__dict__[name] for name in names if name in block.__dict__}) for block in self._frozen
-        ]
+        replaced = self._frozen if self._above is None else [*self._frozen, self._above]
+        own = [(block, {name: block.__dict__[name] for name in names if name in block.__dict__}) for block in replaced]
         for index, block in enumerate(self._frozen):
             output = outputs[sum(end < index for end in self._ends)]
             block.__dict__.update(
@@ -238,6 +264,8 @@ class Prefix:
                 _forward_hooks=OrderedDict(),
                 _forward_pre_hooks=OrderedDict(),
             )
+        if self._above is not None:
+            self._above.__dict__["forward"] = lambda *_, **__: outputs[-1]
         try:
             yield
         finally:
@@ -257,16 +285,21 @@ class Prefix:
                     for buffer, value in buffers:
                         buffer.copy_(value)
 
-    def _leaves(self, calls: list[Any], rows: int) -> list[Tensor]:
-        """Return the tensors in what the ends of runs returned.
+    @property
+    def _kept(self) -> int:
+        """How many blocks' outputs are kept."""
+        return len(self._ends) + (self._above is not None)
+
+    def _leaves(self, calls: list[Any], rows: int, expected: int) -> list[Tensor]:
+        """Return the tensors in what as many blocks returned as expected.
 
         Raises:
             SteerError: there is more than one call, something trains below, or a tensor is not told apart by row.
         """
-        if len(calls) != len(self._ends):
+        if len(calls) != expected:
             raise SteerError(
                 "`cache_prefix` needs a loss that calls the model once for a batch; this one called it, or the model "
-                f"its frozen blocks, {len(calls) / len(self._ends):g} times."
+                f"its frozen blocks, {len(calls) / expected:g} times."
             )
         leaves, self._spec = tree_flatten(calls)
         for leaf in leaves:
@@ -311,6 +344,7 @@ class Prefix:
             "versions": {package: _version(package) for package in sorted(packages)},
             "config": config.to_dict() if hasattr(config, "to_dict") else None,
             "depth": self.depth,
+            "above": self._above is not None,
             "precision": self._options.precision,
             "torch": torch.__version__,
             "device": next(self._model.parameters()).device.type,
@@ -321,6 +355,26 @@ class Prefix:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(_bytes(tensor))
         return digest.hexdigest()[:32]
+
+
+def _steered_beside(block: nn.Module) -> nn.Module | None:
+    """Return a block if all that trains in it, or is put into it, is beside the whole block."""
+    outside = [part for part in block.children() if isinstance(part, Injector)]
+    apart = {id(module) for part in outside for module in part.modules()}
+    for module in block.modules():
+        if id(module) in apart:
+            continue
+        if isinstance(module, Injector) or any(p is not None and p.requires_grad for p in module._parameters.values()):
+            return None
+    return block
+
+
+def _equal(leaves: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Say whether two runs gave the same, to rounding."""
+    return all(
+        torch.allclose(leaf, other, rtol=1e-4, atol=1e-5 * float(leaf.abs().max()))
+        for leaf, other in zip(leaves, others, strict=True)
+    )
 
 
 def _version(package: str) -> str:
