@@ -9,6 +9,7 @@ from torch import nn
 
 from residual_steer.backbone import Backbone, first_of, parts
 from residual_steer.registry import register_backbone
+from residual_steer.scan_mamba import scan_linearly
 
 MODELS = (
     "Bamba BailingHybrid FalconH1 GraniteMoeHybrid Jamba KimiLinear Lfm2 Lfm2Moe NemotronH OlmoHybrid Qwen3Next "
@@ -26,4 +27,4 @@ def hybrid(model: nn.Module) -> Backbone:
     if first_of(blocks[0], "mixer") is not None:  # Nemotron-H calls every part so, whatever it does
         mixes = [block.block_type in {"linear_attention", "full_attention"} for block in blocks]
         mixer, mlp = (tuple("mixer" if one is want else None for one in mixes) for want in (True, False))
-    return Backbone(blocks=blocks, width=model.config.hidden_size, mixer=mixer, mlp=mlp)
+    return Backbone(blocks=blocks, width=model.config.hidden_size, mixer=mixer, mlp=mlp, prepare=scan_linearly)

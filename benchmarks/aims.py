@@ -68,9 +68,10 @@ def aims_of(records: Mapping[str, Any]) -> list[Aim]:
         record = records.get(f"prefix-{name}-cpu")
         if record:
             later = spread(record["later"])
-            found.append(
-                Aim(f"{name}: epoch with a cached prefix", f"≤ {PREFIX}", f"{later:.3f}", judged(later, PREFIX))
-            )
+            verdict = judged(later, PREFIX)
+            if verdict != "met":
+                verdict += f"; by count of blocks it is {record['bound']:.3f} at least"
+            found.append(Aim(f"{name}: epoch with a cached prefix", f"≤ {PREFIX}", f"{later:.3f}", verdict))
         else:
             found += _missing(f"{name}: epoch with a cached prefix")
     ssm, start = records.get("ssm-cpu"), records.get("startup-cpu")

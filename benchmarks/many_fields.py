@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", choices=SHAPES, default="gpt2", help="whose shape")
     parser.add_argument("--rank", type=int, default=32, help="of every field and adapter")
     parser.add_argument("--rows", type=int, default=32, help="of the batch")
-    parser.add_argument("--length", type=int, help="tokens of a row; 64 for GPT-2, 16 for Mamba")
+    parser.add_argument("--length", type=int, help="tokens of a row; 64 for GPT-2 and Mamba")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of fields in one batch, by row")
     parser.add_argument("--weighted", type=int, nargs="*", default=(8,), help="numbers of fields with weights")
     parser.add_argument("--phases", choices=PHASES, nargs="+", default=PHASES, help="what to time")

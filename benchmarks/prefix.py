@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--last", type=int, help="how many of the last blocks are steered; half of them if left out")
     parser.add_argument("--rank", type=int, default=32, help="of the field")
     parser.add_argument("--rows", type=int, default=4, help="of a batch")
-    parser.add_argument("--length", type=int, help="tokens of a row; 64 for GPT-2, 16 for Mamba")
+    parser.add_argument("--length", type=int, help="tokens of a row; 64 for GPT-2 and Mamba")
     parser.add_argument("--rounds", type=int, default=3, help="runs with the cache, and as many without")
     parser.add_argument(
         "--quick", "--tiny", dest="tiny", action="store_true", help="a tiny backbone: a test, no result"
@@ -94,7 +94,8 @@ def report(options: argparse.Namespace) -> None:
     text = f"{about}\n\n{markdown(heads, rows)}"
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     stem = f"prefix-{options.backbone}-cpu"
-    save_json({"options": settings, "about": about, "first": first, "later": later}, options.output / f"{stem}.json")
+    record = {"options": settings, "about": about, "first": first, "later": later, "bound": bound}
+    save_json(record, options.output / f"{stem}.json")
     (options.output / f"{stem}.md").write_text(text + "\n")
     print(text)
 

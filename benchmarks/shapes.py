@@ -148,6 +148,6 @@ def _vit(tiny: bool, changes: Mapping[str, Any]) -> nn.Module:
 
 SHAPES = {
     "gpt2": Shape("GPT-2-small's shape (transformers)", _gpt2, length=64, cache="past_key_values"),
-    "mamba": Shape("mamba-130m's shape (transformers)", _mamba, length=16, cache="cache_params"),
+    "mamba": Shape("mamba-130m's shape (transformers)", _mamba, length=64, cache="cache_params"),
     "vit": Shape("ViT-B/16's shape, 224 × 224 pixels (timm)", _vit, length=None, cache=None),
 }

@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import residual_steer as rs
-from backbone_cache import default_cache
 from experiment import LOST, Experiment, Found, parser_of, run
 from hub_tasks import quiet_libraries
 from residual_steer.continual import NullSpace
@@ -409,9 +408,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
-    parser = parser_of(EXPERIMENT)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the pre-trained backbones")
-    return run(EXPERIMENT, parser.parse_args(arguments), study)
+    return run(EXPERIMENT, parser_of(EXPERIMENT, cache=True).parse_args(arguments), study)
 
 
 if __name__ == "__main__":

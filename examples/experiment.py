@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from backbone_cache import default_cache
 from residual_steer import SteerError
 from residual_steer.report import Picture, Result, Table, Verdict, command_line, machine, versions
 from residual_steer.report.markdown import table_markdown
@@ -61,8 +62,13 @@ class Found:
 Body = Callable[[argparse.Namespace, Ledger], Found]
 
 
-def parser_of(experiment: Experiment) -> argparse.ArgumentParser:
-    """Return a parser with the options that every experiment has."""
+def parser_of(experiment: Experiment, *, cache: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the options that every experiment has.
+
+    Args:
+        experiment: which.
+        cache: whether it pre-trains backbones, and keeps them in a folder.
+    """
     parser = argparse.ArgumentParser(
         description=experiment.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -70,6 +76,8 @@ def parser_of(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument("--rates", type=positive, default=3, help="how many learning rates every method is tried with")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder for results and finished runs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few steps: a test, no result")
+    if cache:
+        parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the pre-trained backbones")
     return parser
 
 

@@ -15,9 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from backbone_cache import default_cache
 from compare_methods import shortened
 from experiment import LOST, Experiment, Found, parser_of, positive, run
 from hub_tasks import quiet_libraries
@@ -263,10 +261,9 @@ def shorter(task: Task, quick: bool) -> Task:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
-    parser = parser_of(EXPERIMENT)
+    parser = parser_of(EXPERIMENT, cache=True)
     parser.set_defaults(rates=1)
     parser.add_argument("--rank", type=positive, default=16, help="of H-Res and LoRA")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the pre-trained backbones")
     return run(EXPERIMENT, parser.parse_args(arguments), study)
 
 

@@ -15,7 +15,6 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import residual_steer as rs
-from backbone_cache import cached, default_cache, folder_of
+from backbone_cache import cached, folder_of
 from experiment import LOST, Experiment, Found, parser_of, run
 from residual_steer.data import TokenRows, mqar, recall
 from residual_steer.report import Axis, Column, Plot, Series, Verdict
@@ -244,9 +243,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment; return the exit status."""
-    parser = parser_of(EXPERIMENT)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the pre-trained backbones")
-    return run(EXPERIMENT, parser.parse_args(arguments), study)
+    return run(EXPERIMENT, parser_of(EXPERIMENT, cache=True).parse_args(arguments), study)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
     if B.shape != C.shape or B.shape != (*u.shape[:2], A.shape[1]):
         _refuse(u, delta, A, B, C)
     dtype = torch.float64 if torch.float64 in (u.dtype, delta.dtype, A.dtype, B.dtype, C.dtype) else torch.float32
-    steps = [x.to(dtype).transpose(0, 1) for x in (u, delta, B, C)]
-    y, _ = torch.ops.residual_steer.selective_scan(steps[0], steps[1], A.to(dtype).t(), steps[2], steps[3])
-    result: Tensor = y.transpose(0, 1).to(u.dtype)
+    y, _ = torch.ops.residual_steer.selective_scan(*(x.to(dtype) for x in (u, delta, A, B, C)))
+    result: Tensor = y.to(u.dtype)
     return result
 
 
@@ -67,36 +66,29 @@ def _refuse(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
 
 @torch.library.custom_op("residual_steer::selective_scan", mutates_args=())
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return y and the states that chunks begin with, `(chunks, batch, states, channels)`.
-
-    Args:
-        u: `(length, batch, channels)`, so that a step is one piece of memory.
-        delta: likewise.
-        A: `(states, channels)`.
-        B: `(length, batch, states)`.
-        C: likewise.
-    """
-    length, rows, channels = u.shape
-    states = A.shape[0]
+    """Return y and the states that chunks begin with, `(chunks, batch, states, channels)`; arguments as above."""
+    rows, length, channels = u.shape
+    states = A.shape[1]
     steps, group = _cut(length, rows, states * channels)
-    y, starts = u.new_empty(u.shape), u.new_zeros(-(-length // steps), rows, states, channels)
-    A = A.contiguous()
+    y, starts = u.new_empty(u.shape), u.new_empty(-(-length // steps), rows, states, channels)
+    written = y.transpose(0, 1)
     for some in _ranges(rows, group):
-        own_u, own_delta, own_B, own_C = (x[:, some].contiguous() for x in (u, delta, B, C))
+        own_u, own_delta, own_B, own_C = (_by_step(x[some]) for x in (u, delta, B, C))
         chunk = _Chunk(A, steps, own_u.shape[1])
         before = A.new_zeros(own_u.shape[1], states, channels)
         for number, at in enumerate(_ranges(length, steps)):
             starts[number, some] = before
             h = chunk.run(own_u[at], own_delta[at], own_B[at], before)
-            y[at, some] = torch.matmul(own_C[at].unsqueeze(2), h).squeeze(2)
+            written[at, some] = torch.matmul(own_C[at].unsqueeze(2), h).squeeze(2)
             before = h[-1].clone()
     return y, starts
 
 
 @_scan.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    steps, _ = _cut(u.shape[0], u.shape[1], A.numel())
-    return u.new_empty(u.shape), u.new_empty(-(-u.shape[0] // steps), u.shape[1], *A.shape)
+    rows, length, channels = u.shape
+    steps, _ = _cut(length, rows, A.numel())
+    return u.new_empty(u.shape), u.new_empty(-(-length // steps), rows, A.shape[1], channels)
 
 
 @torch.library.custom_op("residual_steer::selective_scan_backward", mutates_args=())
@@ -117,14 +109,14 @@ def _unscan(
         starts: the states that chunks begin with.
         of_A: whether the gradient of A is wanted.
     """
-    length, rows, channels = u.shape
-    states = A.shape[0]
+    rows, length, channels = u.shape
+    states = A.shape[1]
     steps, group = _cut(length, rows, states * channels)
     grads = [x.new_empty(x.shape) for x in (u, delta, B, C)]
+    of_u, of_delta, of_B, of_C = (x.transpose(0, 1) for x in grads)
     grad_A = A.new_zeros(A.shape)
-    A = A.contiguous()
     for some in _ranges(rows, group):
-        own, own_u, own_delta, own_B, own_C = (x[:, some].contiguous() for x in (grad, u, delta, B, C))
+        own, own_u, own_delta, own_B, own_C = (_by_step(x[some]) for x in (grad, u, delta, B, C))
         chunk = _Chunk(A, steps, own_u.shape[1])
         g = A.new_empty(steps, own_u.shape[1], states, channels)
         later: Tensor | None = None  # what reaches the last step of a chunk from those after it
@@ -144,11 +136,11 @@ def _unscan(
             moved[1:].mul_(h[:-1])
             moved[0].mul_(before)
             if of_A:
-                grad_A += torch.einsum("lbnd,lbd->nd", moved, own_delta[at])
-            grads[0][at, some] = entered * own_delta[at]
-            grads[1][at, some] = moved.mul_(A).sum(2).addcmul_(entered, own_u[at])
-            grads[2][at, some] = torch.matmul(reached, (own_delta[at] * own_u[at]).unsqueeze(3)).squeeze(3)
-            grads[3][at, some] = torch.matmul(h, own[at].unsqueeze(3)).squeeze(3)
+                grad_A += torch.einsum("lbnd,lbd->dn", moved, own_delta[at])
+            of_u[at, some] = entered * own_delta[at]
+            of_delta[at, some] = moved.mul_(chunk.A).sum(2).addcmul_(entered, own_u[at])
+            of_B[at, some] = torch.matmul(reached, (own_delta[at] * own_u[at]).unsqueeze(3)).squeeze(3)
+            of_C[at, some] = torch.matmul(h, own[at].unsqueeze(3)).squeeze(3)
     return grads[0], grads[1], grad_A, grads[2], grads[3]
 
 
@@ -181,8 +173,8 @@ class _Chunk:
     """The buffers of a chunk, of which a shorter one at the end uses a part."""
 
     def __init__(self, A: Tensor, steps: int, rows: int) -> None:
-        self.A = A
-        self.decay, self.h = (A.new_empty(steps, rows, *A.shape) for _ in range(2))
+        self.A = A.t().contiguous()
+        self.decay, self.h = (A.new_empty(steps, rows, *self.A.shape) for _ in range(2))
 
     def run(self, u: Tensor, delta: Tensor, B: Tensor, before: Tensor) -> Tensor:
         """Return the states of some steps, `(steps, batch, states, channels)`; `decay` then has exp(Δ·A).
@@ -199,6 +191,11 @@ class _Chunk:
         for now, factor in zip(h.unbind(), decay.unbind(), strict=True):
             before = now.addcmul_(factor, before)
         return h
+
+
+def _by_step(x: Tensor) -> Tensor:
+    """Return `(length, batch, ...)` of `(batch, length, ...)`, so that a step is one piece of memory."""
+    return x.transpose(0, 1).contiguous()
 
 
 def _cut(length: int, rows: int, numbers: int) -> tuple[int, int]:

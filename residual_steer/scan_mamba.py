@@ -1,4 +1,4 @@
-"""How transformers' Mamba and FalconMamba train on a CPU: through our own selective scan.
+"""How transformers' Mamba, FalconMamba and Jamba train on a CPU: through our own selective scan.
 
 Without CUDA kernels, transformers walks the sequence step by step, and autograd keeps every step: the backward pass
 grows with the square of the length. Here a mixer in training mode takes time and memory that grow with the length. In
@@ -24,9 +24,7 @@ class _Replaced:
 
     def __init__(self, mixer: nn.Module) -> None:
         self._mixer = mixer
-        mixer.__dict__["forward"] = partial(
-            _forward, mixer
-        )  # a partial, since copies and pickles of it follow the mixer
+        mixer.__dict__["forward"] = partial(_forward, mixer)  # whose copies and pickles follow those of the mixer
 
     def remove(self) -> None:
         """Let the mixer's own forward pass run again."""
@@ -35,14 +33,15 @@ class _Replaced:
 
 def scan_linearly(blocks: Sequence[nn.Module]) -> list[_Replaced]:
     """Let the mixers of blocks train through the linear scan; those that compute something else stay as they are."""
-    return [_Replaced(mixer) for mixer in (block.get_submodule("mixer") for block in blocks) if _is_known(mixer)]
+    return [_Replaced(module) for block in blocks for module in block.modules() if _is_known(module)]
 
 
 def _is_known(mixer: Any) -> bool:
     """Say whether `_forward` computes what a mixer does: not Mamba2's, and not a quantized one's."""
-    if not all(hasattr(mixer, part) for part in _PARTS) or "forward" in mixer.__dict__:
+    theirs = type(mixer).__module__.startswith("transformers.") and all(hasattr(mixer, part) for part in _PARTS)
+    if not theirs or "forward" in mixer.__dict__:
         return False
-    if any(getattr(mixer, flag, False) for flag in _FLAGS) or hasattr(mixer.config, "_is_quantized"):
+    if any(getattr(mixer, flag, False) for flag in _FLAGS) or hasattr(getattr(mixer, "config", None), "_is_quantized"):
         return False
     return hasattr(mixer, "dt_layernorm") or not hasattr(mixer, "rms_eps")  # an older FalconMamba normalises otherwise
 
@@ -60,7 +59,7 @@ def _forward(mixer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
     x = _without_padding(x, mask)
     ranks = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
     delta, B, C = mixer.x_proj(x).split(ranks, dim=-1)
-    if hasattr(mixer, "dt_layernorm"):  # FalconMamba
+    if hasattr(mixer, "dt_layernorm"):  # FalconMamba and Jamba
         delta, B, C = mixer.dt_layernorm(delta), mixer.b_layernorm(B), mixer.c_layernorm(C)
     delta = F.softplus(F.linear(delta, mixer.dt_proj.weight).float() + mixer.dt_proj.bias.float())
     y = selective_scan(x, delta, -mixer.A_log.float().exp(), B, C)

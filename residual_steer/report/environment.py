@@ -24,6 +24,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "datasets",
+    "mambapy",
     "mamba-ssm",
     "causal-conv1d",
     "scikit-learn",

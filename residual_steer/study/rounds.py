@@ -1,12 +1,14 @@
 """Timing in interleaved rounds, so that ratios hold on a machine that is not quiet.
 
-Every round runs every variant once, each time beginning with another one. What slows the machine down for a while slows
-all variants of a round alike; so a ratio is taken within each round, and the median of these ratios is reported with
-its quartiles.
+Every round runs every variant once. What slows the machine down for a while slows all variants of a round alike; so a
+ratio is taken within each round, and the median of these ratios is reported with its quartiles. What a variant leaves
+behind, such as memory that the next one has to be given again, slows its neighbour: so every other round draws a new
+order, always the same draw, and the round after it goes through that order backwards.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -136,9 +138,10 @@ def play(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     total = (warmup + rounds) * len(variants)
     with tqdm(total=total, desc=progress, disable=not progress, leave=False) as bar:
+        draw, order = random.Random(0), list(variants)
         for turn in range(-warmup, rounds):
-            first = turn % len(variants)
-            for variant in (*variants[first:], *variants[:first]):
+            order = order[::-1] if turn % 2 else draw.sample(order, len(order))
+            for variant in order:
                 given = variant.before()
                 if cuda:
                     torch.cuda.synchronize(device)

@@ -30,6 +30,7 @@ HYBRIDS = [
         pair("model.layers.{}", ["mamba", "self_attn"], "feed_forward"),
         "model.final_layernorm",
         generates=True,
+        scans=True,
         kernels=True,
         untraced=WHY,
     ),
