@@ -60,9 +60,9 @@ def _prefix(name: str, minutes: float) -> Part:
 
 PARTS = (
     Part("startup", ("startup.py",), ("startup-cpu",), 1),
-    _cost("gpt2", 4),
-    _cost("vit", 2.5),
-    _cost("mamba", 4.5),
+    _cost("gpt2", 6),
+    _cost("vit", 4),
+    _cost("mamba", 6),
     Part("growth-length", ("growth.py", "--curve", "length"), ("growth-length-cpu",), 3),
     Part(
         "growth-others",
@@ -70,7 +70,7 @@ PARTS = (
         ("growth-rank-cpu", "growth-blocks-cpu", "growth-fields-cpu"),
         2.5,
     ),
-    Part("ssm", ("ssm.py",), ("ssm-cpu",), 5),
+    Part("ssm", ("ssm.py",), ("ssm-cpu",), 1.5),
     Part(
         "last_blocks",
         ("last_blocks.py", "--threads", "1"),  # small models gain nothing from a second thread

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = parser_of(__doc__, rounds=5)
+    parser = parser_of(__doc__, rounds=8)
     add_backbone(parser)
     add_device(parser)
     parser.add_argument("--rank", type=int, default=32, help="of fields and adapters")
