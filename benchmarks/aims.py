@@ -69,7 +69,7 @@ def aims_of(records: Mapping[str, Any]) -> list[Aim]:
         if record:
             later = spread(record["later"])
             verdict = judged(later, PREFIX)
-            if verdict != "met":
+            if verdict != "met" and "bound" in record:
                 verdict += f"; by count of blocks it is {record['bound']:.3f} at least"
             found.append(Aim(f"{name}: epoch with a cached prefix", f"≤ {PREFIX}", f"{later:.3f}", verdict))
         else:

@@ -172,7 +172,7 @@ def below(records: Records, picture: Picture) -> list[str]:
     parts = ["## Below the floor", "`fit(..., cache_prefix=True)`: an epoch with the cache over the same without."]
     for name in SHAPES:
         if record := records.get(f"prefix-{name}-cpu"):
-            least = {"first": "1", "later": f"{record['bound']:.3f}"}
+            least = {"first": "1", "later": f"{record['bound']:.3f}" if "bound" in record else "–"}
             rows = [[epoch, f"{spread(record[epoch]):.3f}", least[epoch]] for epoch in least]
             parts += [record["about"], markdown(["epoch", "with the cache ÷ without", "by count of blocks"], rows)]
     for name in last_blocks.TASKS:

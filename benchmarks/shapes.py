@@ -117,9 +117,9 @@ def scan_linearly(model: nn.Module) -> nn.Module:
 
 
 def scanning(model: nn.Module) -> nn.Module:
-    """Put Mamba's mixers, in which nothing is random, in training mode, where that scan runs; all else stays."""
+    """Put Mamba's mixers on a CPU, in which nothing is random, in training mode, where that scan runs."""
     for module in model.modules():
-        if "A_log" in module._parameters:
+        if "A_log" in module._parameters and module._parameters["A_log"].device.type == "cpu":
             module.training = True
     return model
 

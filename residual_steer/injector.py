@@ -90,12 +90,12 @@ class Injector(nn.Module):
         fields = {name: cast(HRes, field) for name, field in self.fields.items()}
         acting = {name: field for name, field in fields.items() if name in mix.names}
         self.mix = mix
-        self._alone: tuple[HRes, float] | None = None
+        self._alone: tuple[str, float] | None = None
         self._some = self._every = None
         if acting:
             name, *others = acting
             if not others and len(set(mix.columns[name])) == 1:
-                self._alone = acting[name], mix.columns[name][0]
+                self._alone = name, mix.columns[name][0]
             else:
                 self._some = Blend.of(mix, acting, tables)
         if fields and not mix.by_name:
@@ -121,8 +121,11 @@ class Injector(nn.Module):
             return output
         if self._versions is not None:
             self._judge(host)
-        z, self._entered = self._entered, None
-        z = self.read(args, kwargs) if z is None else z
+        z = self._entered
+        if z is None:
+            z = self.read(args, kwargs)
+        else:
+            self._entered = None
         return self.write(output, partial(self._add, z=z))
 
     def _add(self, y: Tensor, z: Tensor) -> Tensor:
@@ -141,8 +144,8 @@ class Injector(nn.Module):
             row_factor(self.mix.rows, y.shape[0])
         if self._alone is None:
             return y
-        field, weight = self._alone
-        return field.add_to(y, z, self._compute_dtype, weight)
+        name, weight = self._alone
+        return cast(HRes, self.fields._modules[name]).add_to(y, z, self._compute_dtype, weight)
 
     def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Copy the stream that enters, before a block that works in place overwrites it."""

@@ -10,6 +10,7 @@ length × channels × states, is ever made.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -64,7 +65,19 @@ def _refuse(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
     )
 
 
+def _exactly(kernel: Any) -> Any:
+    """Let a kernel compute in the dtype of its tensors: what it calls is seen by autocast, if that is on."""
+
+    @functools.wraps(kernel)
+    def run(u: Tensor, *rest: Any) -> Any:
+        with torch.autocast(u.device.type, enabled=False):
+            return kernel(u, *rest)
+
+    return run
+
+
 @torch.library.custom_op("residual_steer::selective_scan", mutates_args=())
+@_exactly
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and the states that chunks begin with, `(chunks, batch, states, channels)`; arguments as above."""
     rows, length, channels = u.shape
@@ -92,6 +105,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
 
 
 @torch.library.custom_op("residual_steer::selective_scan_backward", mutates_args=())
+@_exactly
 def _unscan(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, of_A: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

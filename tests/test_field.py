@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cases import closed_form
-from residual_steer import HRes, SteerError
+from residual_steer import HRes, SteerError, field
 from residual_steer.field import ACTIVATIONS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -189,3 +189,19 @@ def test_the_memory_layout_of_the_stream_is_kept(bias):
     steered = field.add_to(stream, stream)
     assert steered.stride() == stream.stride()
     torch.testing.assert_close(steered, field.add_to(stream.contiguous(), stream.contiguous()))
+
+
+@pytest.mark.parametrize("few", [0, 2**20])
+def test_gelu_of_few_numbers_is_gelu(few, monkeypatch):
+    """Few numbers take another way on a CPU, without gradients."""
+    monkeypatch.setattr(field, "_FEW", few)
+    x = torch.linspace(-8, 8, 1001)
+    exact = x.double() * torch.special.ndtr(x.double())
+    with torch.no_grad():
+        found = ACTIVATIONS["gelu"](x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    x.requires_grad_()
+    assert torch.equal(ACTIVATIONS["gelu"](x), torch.nn.functional.gelu(x))
+    half = x.detach().bfloat16()
+    assert torch.equal(ACTIVATIONS["gelu"](half), torch.nn.functional.gelu(half))

@@ -115,6 +115,113 @@ def test_the_first_steered_block_is_computed_where_it_is_no_constant(why):
     assert len(runs) >= STEPS
 
 
+class Adding(nn.Module):
+    """A block that works in place: x += mlp(x)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, x):
+        x += self.mlp(x)
+        return x
+
+
+class Stack(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.blocks = nn.ModuleList(Adding(width) for _ in range(3))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = x * 1.0
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def test_what_enters_a_block_that_works_in_place_is_kept_as_it_entered():
+    def model():
+        torch.manual_seed(0)
+        found = Stack()
+        backbone = rs.Backbone(blocks=list(found.blocks), width=8, inplace=True)
+        rs.steer(found, backbone, rank=4, layers=[1])
+        with torch.no_grad():
+            for index, parameter in enumerate(rs.parameters(found)):
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).roll(index))
+        return found
+
+    rows = torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(1))
+    data = [(rows[i : i + 4], torch.arange(4) % 3) for i in range(0, 16, 4)]
+    runs = [fit(model(), data, steps=12, lr=0.1, log_every=1, cache_prefix=cache) for cache in (False, True)]
+    torch.testing.assert_close(*map(losses, runs), rtol=1e-5, atol=1e-6)
+    assert runs[1].cache["hits"] == 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rare_drop_of_a_path_is_noticed(seed):
+    """With a rate of 0.01, two runs over four rows mostly agree."""
+    from timm.layers import DropPath
+
+    case = TABLE["timm-vit"]
+
+    def model(block):
+        found = steered(case)
+        found.blocks[block].drop_path1 = DropPath(0.01)
+        return found
+
+    refused(case, "is random", model(0))
+    runs = [train(case, model(1), seed=seed, cache_prefix=cache) for cache in (False, True)]
+    torch.testing.assert_close(*map(losses, runs), rtol=1e-4, atol=1e-5)
+    assert runs[0].cache is None
+    assert runs[1].cache["hits"] == 8
+
+
+def test_a_loss_that_looks_into_the_first_steered_block_computes_it():
+    case = TABLE["gpt2"]
+
+    def run(**options):
+        model, seen = steered(case), []
+        model.transformer.h[1].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+
+        def peeking(model, batch):
+            seen.clear()
+            return model(**batch).loss + seen[0].abs().mean()
+
+        return fit(model, loader(case), steps=STEPS, lr=0.03, log_every=1, loss=peeking, **options)
+
+    history = run(cache_prefix=True)
+    torch.testing.assert_close(losses(history), losses(run()), rtol=1e-4, atol=1e-5)
+    assert history.cache["hits"] == 8
+
+
+def test_data_that_do_not_tell_their_number_keep_what_leaves_the_frozen_blocks_alone():
+    case = TABLE["gpt2"]
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([Texts()[i] for i in range(16)])
+
+    history = fit(steered(case), DataLoader(Stream(), 4), steps=STEPS, lr=0.03, cache_prefix=True)
+    assert history.cache["hits"] == 8
+    assert history.cache["bytes"] == 16 * LENGTH * 16 * 4
+
+
+def test_another_first_steered_block_never_reads_a_stale_cache(tmp_path):
+    """Nothing but its code differs, of which no tensor and no configuration tells."""
+    case = TABLE["timm-vit"]
+
+    def run(act, **options):
+        model = steered(case)
+        model.blocks[1].mlp.act = act()
+        return train(case, model, **options)
+
+    for act in (nn.GELU, nn.ReLU):
+        history = run(act, cache_prefix=tmp_path)
+        assert history.cache["misses"] == 4
+        torch.testing.assert_close(losses(history), losses(run(act)), rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_field_inside_the_first_steered_block_is_no_constant_of_the_weights(tmp_path):
     """Its strength is in no tensor; so the block is computed, and a folder serves every strength."""
     case = TABLE["gpt2"]

@@ -80,6 +80,27 @@ def test_it_computes_in_fp32_and_answers_in_the_dtype_of_u(dtype):
     torch.testing.assert_close(found[0].double(), exact, rtol=precision, atol=precision)
 
 
+def test_under_autocast_it_is_the_same():
+    given = inputs(2, 33, 4, 3, torch.float32)
+    exact = selective_scan(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selective_scan(*given), exact)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    given = inputs(1, 5, 3, 2)
+    (first,) = torch.autograd.grad(selective_scan(*given).sum(), given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(("rows", "length"), [(0, 5), (2, 0)])
+def test_nothing_comes_of_nothing(rows, length):
+    y = selective_scan(*inputs(rows, length, 3, 2))
+    assert y.shape == (rows, length, 3)
+    y.sum().backward()
+
+
 def test_the_gradient_of_a_frozen_A_is_not_computed(monkeypatch):
     given = inputs(1, 20, 3, 2)
     given[2].requires_grad_(False)

@@ -10,18 +10,16 @@ known by its content, so that shuffling does not matter.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from residual_steer.errors import SteerError
 from residual_steer.injector import Injector
@@ -30,6 +28,7 @@ from residual_steer.registry import find_backbone
 from . import randomness
 from .losses import Loss, measure, rows_of
 from .options import FitOptions
+from .prefix_key import digests, number_of_rows, prefix_key, refuse_augmentation
 from .prefix_store import DiskStore, MemoryStore
 
 __all__ = ["Prefix"]
@@ -52,7 +51,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, train: Any, loss: Loss | None, options: FitOptions) -> None:
         _refuse_compiled(model)
-        _refuse_augmentation(train)
+        refuse_augmentation(train)
         self._model, self._train, self._loss, self._options = model, train, loss, options
         self._backbone = find_backbone(model)
         blocks = self._backbone.blocks
@@ -65,9 +64,11 @@ class Prefix:
             )
         self._frozen = list(blocks[: self.depth])
         self._above = _steered_beside(blocks[self.depth]) if training else None
+        self._hands_above = self._above is not None
         self._ends = [self.depth - 1]  # the last block of every run of frozen blocks that read one from another
         self._store: MemoryStore | DiskStore | None = None
         self._spec: TreeSpec | None = None
+        self._random: set[nn.Module] = set()  # blocks that drew random numbers
         self._proved = False
         self.hits = self.misses = self._epochs = 0
 
@@ -78,7 +79,7 @@ class Prefix:
         Raises:
             SteerError: what leaves the frozen blocks is no constant of the batch, or cannot be told apart by row.
         """
-        keys = _digests(batch)
+        keys = digests(batch)
         store = self._begin(batch) if self._store is None else self._store
         if self._spec is not None and all(key in store for key in keys):
             self.hits += 1
@@ -128,17 +129,17 @@ class Prefix:
         self._ends = self._find_ends(batch)
         runs = [self._run_below(batch, seed) for seed in (0, 1)]
         leaves, others = (self._leaves(calls[: len(self._ends)], rows, len(self._ends)) for calls in runs)
-        if not _equal(leaves, others):
+        if not _equal(leaves, others) or self._random.intersection(self._frozen):
             raise SteerError(
                 "`cache_prefix` would change the result: what leaves the frozen blocks is random. Switch off the "
                 f"dropout below block {self.depth}{self._dropouts()}, in the model's config or by its `p = 0`."
             )
         each = sum(leaf[0].nbytes for leaf in leaves)
         limit = int(self._options.cache_limit * GIB)
-        number = _number_of_rows(self._train)
+        number = number_of_rows(self._train)
         more = self._constant_above(runs, rows)
-        if more is None or (number is not None and number * (each + more) > limit):
-            self._above = None
+        if more is None or number is None or number * (each + more) > limit:
+            self._above, self._hands_above = None, False
         self._leaves(runs[0][: self._kept], rows, self._kept)  # which notes their layout
         if number is not None and number * each > limit:
             raise SteerError(
@@ -149,12 +150,16 @@ class Prefix:
         if isinstance(place, bool):
             self._store = MemoryStore(limit)
         else:
-            self._store = DiskStore(Path(place) / self._key(), limit)
+            self._store = DiskStore(
+                Path(place) / prefix_key(self._model, self._frozen, self._above, self._options.precision), limit
+            )
         return self._store
 
     def _constant_above(self, runs: Sequence[list[Any]], rows: int) -> int | None:
         """Return the bytes of a row of what the first block that is steered computes; None if that is no constant."""
-        if self._above is None or any(len(calls) != len(self._ends) + 1 for calls in runs):
+        if self._above is None or self._above in self._random:
+            return None
+        if any(len(calls) != len(self._ends) + 1 for calls in runs):
             return None
         leaves, others = (tree_flatten(calls[-1])[0] for calls in runs)
         for leaf in leaves:
@@ -187,26 +192,37 @@ class Prefix:
     def _run_below(self, batch: Any, seed: int) -> list[Any]:
         """Run the model until what is kept has been computed, and return what the ends of runs returned, and that.
 
+        Blocks that draw random numbers on the way are noted: two runs may give the same by chance.
+
         Raises:
             SteerError: the loss does not get there.
         """
         calls: list[Any] = []
+        states: dict[nn.Module, list[Tensor]] = {}
+        last = self._frozen[-1] if self._above is None else self._above
 
-        def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._above is not None:
-                calls.append(output)
-            raise _ReachedError
+        def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+            states[block] = self._generators()
 
+        def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not all(map(torch.equal, states[block], self._generators())):
+                self._random.add(block)
+            if block is last:
+                if block is self._above:
+                    calls.append(self._copied(output))
+                raise _ReachedError
+
+        handles = []
         with self._undisturbed(), self._watching(calls, above=False), contextlib.suppress(_ReachedError):
             torch.manual_seed(seed)
-            if self._above is None:
-                handle = self._frozen[-1].register_forward_hook(stop)
-            else:
-                handle = self._above.register_forward_hook(stop, prepend=True)
             try:
+                for block in dict.fromkeys((*self._frozen, last)):
+                    handles.append(block.register_forward_pre_hook(enter))
+                    handles.append(block.register_forward_hook(leave, prepend=block is self._above))
                 measure(self._model, batch, self._loss)
             finally:
-                handle.remove()
+                for handle in handles:
+                    handle.remove()
         if not calls:
             raise SteerError("`cache_prefix` needs a loss that calls the model; this one did not reach its blocks.")
         return calls
@@ -214,25 +230,49 @@ class Prefix:
     def _prove(self, batch: Any, keys: Sequence[bytes]) -> None:
         """Compare one batch that is handed through with the same batch computed from the start.
 
+        Where it is what the first steered block computes that fails, that block is computed from then on.
+
         Raises:
-            SteerError: the losses differ by more than rounding.
+            SteerError: the losses, or what was kept, differ by more than rounding.
         """
-        with torch.no_grad(), self._undisturbed():
+        calls: list[Any] = []
+        with torch.no_grad(), self._undisturbed(), self._watching(calls):
             expected = float(measure(self._model, batch, self._loss).loss)
-        with torch.no_grad(), self._undisturbed(), self._handing_through(keys):
-            actual = float(measure(self._model, batch, self._loss).loss)
         half = self._options.precision in ("bf16", "fp16") or next(self._model.parameters()).dtype != torch.float32
-        if abs(actual - expected) > (3e-2 if half else 1e-4) * max(1.0, abs(expected)):
+        fresh, kept = self._leaves(calls, len(keys), self._kept), self._stored(keys)
+        below = len(tree_flatten(calls[: len(self._ends)])[0])
+        precision = 3e-2 if half else 1e-4
+
+        def matches(actual: float) -> bool:
+            return abs(actual - expected) <= precision * max(1.0, abs(expected))
+
+        actual = math.nan
+        if self._hands_above:
+            with contextlib.suppress(Exception):  # whatever the model did with what the block did not compute
+                actual = self._measured(batch, keys)
+            self._hands_above = matches(actual) and _equal(kept[below:], fresh[below:], precision)
+        if not self._hands_above:
+            actual = self._measured(batch, keys)
+        if not matches(actual):
             raise SteerError(
                 f"`cache_prefix` would change the result: a batch's loss is {expected:.6g}, and {actual:.6g} with its "
                 "frozen blocks handed through. The model uses more of them than the stream, or hooks change it there."
             )
+        if not _equal(kept[:below], fresh[:below], precision):
+            raise SteerError(
+                "`cache_prefix` would change the result: what leaves the frozen blocks for a row is not what it was "
+                "in another batch. Rows depend on each other there."
+            )
         self._proved = True
+
+    def _measured(self, batch: Any, keys: Sequence[bytes]) -> float:
+        with torch.no_grad(), self._undisturbed(), self._handing_through(keys):
+            return float(measure(self._model, batch, self._loss).loss)
 
     @contextlib.contextmanager
     def _watching(self, calls: list[Any], above: bool = True) -> Iterator[None]:
         def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls.append(output)
+            calls.append(self._copied(output))
 
         handles = [self._frozen[end].register_forward_hook(note) for end in self._ends]
         if above and self._above is not None:
@@ -250,12 +290,10 @@ class Prefix:
         What was kept is what its hooks had made of it, those of frozen fields among them; so they do not run again. Of
         the block above it is what they begin with.
         """
-        device = next(self._model.parameters()).device
-        rows = [] if self._store is None else self._store.get(keys)
-        leaves: list[Any] = [torch.stack(parts).to(device) for parts in zip(*rows, strict=True)]
-        outputs = [] if self._spec is None else tree_unflatten(leaves, self._spec)
+        outputs = [] if self._spec is None else tree_unflatten(self._stored(keys), self._spec)
         names = ("forward", "_forward_hooks", "_forward_pre_hooks")
-        replaced = self._frozen if self._above is None else [*self._frozen, self._above]
+        above = self._above if self._hands_above else None
+        replaced = self._frozen if above is None else [*self._frozen, above]
         own = [(block, {name: block.__dict__[name] for name in names if name in block.__dict__}) for block in replaced]
         for index, block in enumerate(self._frozen):
             output = outputs[sum(end < index for end in self._ends)]
@@ -264,14 +302,31 @@ class Prefix:
                 _forward_hooks=OrderedDict(),
                 _forward_pre_hooks=OrderedDict(),
             )
-        if self._above is not None:
-            self._above.__dict__["forward"] = lambda *_, **__: outputs[-1]
+        if above is not None:
+            above.__dict__["forward"] = lambda *_, **__: outputs[-1]
         try:
             yield
         finally:
             for block, kept in own:
                 block.__dict__.pop("forward")
                 block.__dict__.update(kept)
+
+    def _stored(self, keys: Sequence[bytes]) -> list[Any]:
+        """Return what is kept of these rows, as one batch, on the model's device."""
+        device = next(self._model.parameters()).device
+        rows = [] if self._store is None else self._store.get(keys)
+        return [torch.stack(parts).to(device) for parts in zip(*rows, strict=True)]
+
+    def _copied(self, output: Any) -> Any:
+        """Return what a block returned, safe from a block behind it that works in place."""
+        if not self._backbone.inplace:
+            return output
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+    def _generators(self) -> list[Tensor]:
+        """Return the states of the generators that a block may draw from."""
+        device = next(self._model.parameters()).device
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -332,30 +387,6 @@ class Prefix:
         ]
         return f" ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})" if names else ""
 
-    def _key(self) -> str:
-        """Name what the streams depend on beside the rows: the frozen weights, the code's versions, the precision."""
-        digest = hashlib.sha256()
-        modules = (self._model, *self._frozen)
-        packages = {type(module).__module__.partition(".")[0] for module in modules}
-        config: Any = getattr(self._model, "config", None)
-        told = {
-            "classes": [f"{type(module).__module__}.{type(module).__qualname__}" for module in modules],
-            "blocks": [str(block) for block in self._frozen],  # which tells of fields that act there, frozen
-            "versions": {package: _version(package) for package in sorted(packages)},
-            "config": config.to_dict() if hasattr(config, "to_dict") else None,
-            "depth": self.depth,
-            "above": self._above is not None,
-            "precision": self._options.precision,
-            "torch": torch.__version__,
-            "device": next(self._model.parameters()).device.type,
-        }
-        digest.update(json.dumps(told, sort_keys=True, default=repr).encode())
-        for name, tensor in (*self._model.named_parameters(), *self._model.named_buffers()):
-            if not tensor.requires_grad:
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(_bytes(tensor))
-        return digest.hexdigest()[:32]
-
 
 def _steered_beside(block: nn.Module) -> nn.Module | None:
     """Return a block if all that trains in it, or is put into it, is beside the whole block."""
@@ -369,81 +400,16 @@ def _steered_beside(block: nn.Module) -> nn.Module | None:
     return block
 
 
-def _equal(leaves: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Say whether two runs gave the same, to rounding."""
+def _equal(leaves: Sequence[Tensor], others: Sequence[Tensor], precision: float = 1e-5) -> bool:
+    """Say whether two runs gave the same, to a precision of the largest number."""
     return all(
-        torch.allclose(leaf, other, rtol=1e-4, atol=1e-5 * float(leaf.abs().max()))
+        torch.allclose(leaf, other, rtol=10 * precision, atol=precision * float(leaf.abs().max()))
         for leaf, other in zip(leaves, others, strict=True)
     )
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
-
-
 class _ReachedError(Exception):
     """The last frozen block is done."""
-
-
-def _digests(batch: Any) -> list[bytes]:
-    """Return a digest of the content of every row.
-
-    Raises:
-        SteerError: the batch holds something without rows.
-    """
-    leaves, spec = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
-    rows = rows_of(batch)
-    shared = hashlib.blake2b(repr(spec).encode(), digest_size=16)
-    found = [shared.copy() for _ in range(rows)]
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
-            shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)
-            raise SteerError(
-                f"`cache_prefix` knows rows by their content: every tensor of a batch has them in its first dimension, "
-                f"here {rows}; this batch has {shape}."
-            )
-        for row, digest in zip(leaf.detach().cpu(), found, strict=True):
-            digest.update(f"{leaf.dtype} {tuple(row.shape)}".encode())
-            digest.update(_bytes(row))
-    return [digest.digest() for digest in found]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _number_of_rows(train: Any) -> int | None:
-    dataset: Any = getattr(train, "dataset", None)
-    if hasattr(dataset, "__len__"):
-        return len(dataset)
-    return sum(rows_of(batch) for batch in train) if isinstance(train, (list, tuple)) else None
-
-
-def _refuse_augmentation(train: Any) -> None:
-    """Read a few examples twice.
-
-    Raises:
-        SteerError: they came out differently.
-    """
-    dataset: Any = getattr(train, "dataset", None)
-    collate = getattr(train, "collate_fn", None)
-    if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
-        return
-    chosen = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
-    with randomness.apart():
-        try:
-            one, other = (_digests(collate([dataset[i] for i in chosen])) for _ in range(2))
-        except SteerError:  # said again, with the real batch
-            return
-    if one != other:
-        raise SteerError(
-            "`cache_prefix` would change the result: the training data are augmented, an example read twice came out "
-            "differently. Train without augmentation, or without the cache."
-        )
 
 
 def _refuse_compiled(model: nn.Module) -> None:

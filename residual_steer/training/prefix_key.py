@@ -1,0 +1,120 @@
+"""What a row of data, and a frozen prefix, are known by; so that a stream that was kept is never another one's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from residual_steer.errors import SteerError
+from residual_steer.injector import Injector
+
+from . import randomness
+from .losses import rows_of
+
+__all__ = ["digests", "number_of_rows", "prefix_key", "refuse_augmentation"]
+
+
+def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module | None, precision: Any) -> str:
+    """Name what streams depend on beside the rows: the frozen weights, the code's versions, the precision.
+
+    Args:
+        model: whose streams are kept.
+        frozen: its lowest blocks.
+        above: the block behind them, if what it computes is kept too; the fields beside it do not matter.
+        precision: of the run.
+    """
+    digest = hashlib.sha256()
+    modules = (model, *frozen, *(() if above is None else (above,)))
+    packages = {"residual_steer", *(type(module).__module__.partition(".")[0] for module in modules)}
+    config: Any = getattr(model, "config", None)
+    own = [] if above is None else [part for part in above.named_children() if not isinstance(part[1], Injector)]
+    told = {
+        "classes": [f"{type(module).__module__}.{type(module).__qualname__}" for module in modules],
+        "blocks": [str(block) for block in frozen],  # which tells of fields that act there, frozen
+        "above": None if above is None else [f"{name}: {part}" for name, part in own],
+        "versions": {package: _version(package) for package in sorted(packages)},
+        "config": config.to_dict() if hasattr(config, "to_dict") else None,
+        "depth": len(frozen),
+        "precision": precision,
+        "torch": torch.__version__,
+        "device": next(model.parameters()).device.type,
+    }
+    digest.update(json.dumps(told, sort_keys=True, default=repr).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.requires_grad:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def digests(batch: Any) -> list[bytes]:
+    """Return a digest of the content of every row.
+
+    Raises:
+        SteerError: the batch holds something without rows.
+    """
+    leaves, spec = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    rows = rows_of(batch)
+    shared = hashlib.blake2b(repr(spec).encode(), digest_size=16)
+    found = [shared.copy() for _ in range(rows)]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
+            shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)
+            raise SteerError(
+                f"`cache_prefix` knows rows by their content: every tensor of a batch has them in its first dimension, "
+                f"here {rows}; this batch has {shape}."
+            )
+        for row, digest in zip(leaf.detach().cpu(), found, strict=True):
+            digest.update(f"{leaf.dtype} {tuple(row.shape)}".encode())
+            digest.update(_bytes(row))
+    return [digest.digest() for digest in found]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def number_of_rows(train: Any) -> int | None:
+    """Return how many rows the training data have; None where they do not tell."""
+    dataset: Any = getattr(train, "dataset", None)
+    if hasattr(dataset, "__len__"):
+        return len(dataset)
+    return sum(rows_of(batch) for batch in train) if isinstance(train, (list, tuple)) else None
+
+
+def refuse_augmentation(train: Any) -> None:
+    """Read a few examples twice.
+
+    Raises:
+        SteerError: they came out differently.
+    """
+    dataset: Any = getattr(train, "dataset", None)
+    collate = getattr(train, "collate_fn", None)
+    if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        return
+    chosen = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
+    with randomness.apart():
+        try:
+            one, other = (digests(collate([dataset[i] for i in chosen])) for _ in range(2))
+        except SteerError:  # said again, with the real batch
+            return
+    if one != other:
+        raise SteerError(
+            "`cache_prefix` would change the result: the training data are augmented, an example read twice came out "
+            "differently. Train without augmentation, or without the cache."
+        )
