@@ -175,6 +175,29 @@ def test_a_rare_drop_of_a_path_is_noticed(seed):
     torch.testing.assert_close(*map(losses, runs), rtol=1e-4, atol=1e-5)
     assert runs[0].cache is None
     assert runs[1].cache["hits"] == 8
+    assert runs[1].cache["bytes"] == 16 * 5 * 16 * 4  # what leaves the frozen block: five tokens
+
+
+def leaning(block):
+    """Let what a block's feed-forward computes for a row lean a little on the other rows of its batch."""
+    block.mlp.register_forward_hook(lambda _, args, out: out + 0.1 * out.mean(0, keepdim=True))
+
+
+def test_rows_that_lean_on_their_batch_are_noticed_where_the_loss_hardly_tells():
+    case = TABLE["gpt2"]
+    below = steered(case)
+    leaning(below.transformer.h[0])
+    with pytest.raises(rs.SteerError, match="Rows depend on each other"):
+        train(case, below, cache_prefix=True)
+    runs, calls = [], []
+    for cache in (False, True):
+        model = steered(case)
+        leaning(model.transformer.h[1])
+        model.transformer.h[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+        runs.append(train(case, model, cache_prefix=cache))
+    torch.testing.assert_close(*map(losses, runs), rtol=1e-6, atol=1e-6)
+    assert runs[1].cache["hits"] == 8
+    assert len(calls) >= 2 * STEPS
 
 
 def test_a_loss_that_looks_into_the_first_steered_block_computes_it():
