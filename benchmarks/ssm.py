@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = parser_of(__doc__, rounds=3)
+    parser = parser_of(__doc__, rounds=5)
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the row")
     return read(parser, arguments)
 
@@ -75,7 +75,7 @@ def report(options: argparse.Namespace) -> None:
     for rows in ROWS:
         inputs = shape.batch(models["scan"], rows, at)
         sides = [Variant(name, partial(step, model, inputs)) for name, model in models.items()]
-        held[str(rows)] = play(sides, options.rounds, warmup=0, progress=f"fallback, {rows}").record("scan")
+        held[str(rows)] = play(sides, options.rounds, progress=f"fallback, {rows}").record("scan")
     record = {
         "options": {key: value for key, value in vars(options).items() if key != "output"},
         "shape": shape.about,
