@@ -53,6 +53,10 @@ def _cost(name: str, minutes: float) -> Part:
     return Part(f"cost-{name}", ("cost.py", "--backbone", name), (f"cost-{name}-cpu",), minutes)
 
 
+def _closer(name: str, minutes: float) -> Part:
+    return Part(f"closer-{name}", ("closer.py", "--backbone", name), (f"closer-{name}-cpu",), minutes)
+
+
 def _prefix(name: str, minutes: float) -> Part:
     command = ("prefix.py", "--backbone", name, "--rounds", "2")
     return Part(f"prefix-{name}", command, (f"prefix-{name}-cpu",), minutes)
@@ -63,6 +67,7 @@ PARTS = (
     _cost("gpt2", 6),
     _cost("vit", 4),
     _cost("mamba", 6),
+    *(_closer(name, minutes) for name, minutes in (("gpt2", 3), ("vit", 2), ("mamba", 5))),
     Part("growth-length", ("growth.py", "--curve", "length"), ("growth-length-cpu",), 3),
     Part(
         "growth-others",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ class Method:
     stored: int | None = None
 
 
-def build(kind: str, shape: Shape, base: nn.Module, rank: int) -> tuple[list[Method], dict[str, str]]:
+def build(
+    kind: str, shape: Shape, base: nn.Module, rank: int, only: Collection[str] = ()
+) -> tuple[list[Method], dict[str, str]]:
     """Prepare every method on twins of `base`.
 
     Args:
@@ -71,6 +73,7 @@ def build(kind: str, shape: Shape, base: nn.Module, rank: int) -> tuple[list[Met
         shape: of the backbone.
         base: the frozen model, not changed.
         rank: of fields and adapters.
+        only: names of those that are wanted; all if empty.
 
     Returns:
         The methods, and of those that cannot be prepared the reason, by name.
@@ -91,6 +94,8 @@ def build(kind: str, shape: Shape, base: nn.Module, rank: int) -> tuple[list[Met
     makers[FULL] = _full
     methods, refused = [], {}
     for name, make in makers.items():
+        if only and name not in only:
+            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

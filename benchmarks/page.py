@@ -17,7 +17,7 @@ import last_blocks
 import loreft
 import ssm
 import startup
-from aims import against_lora, aims_of
+from aims import against_lora, aims_of, closer
 from options import RESULTS
 from output import exit_status, markdown
 from residual_steer import SteerError
@@ -30,7 +30,17 @@ from residual_steer.study.rounds import spread
 from shapes import SHAPES
 
 PAGE = Path(__file__).parents[1] / "BENCHMARKS.md"
-OURS = ("cost-", "growth-", "last_blocks-", "loreft-", "many_fields-", "prefix-", "ssm-", "startup-")  # of all files
+OURS = (
+    "closer-",
+    "cost-",
+    "growth-",
+    "last_blocks-",
+    "loreft-",
+    "many_fields-",
+    "prefix-",
+    "ssm-",
+    "startup-",
+)  # of all files
 COLUMNS = """\
 - **trainable**: parameters that train. **stored**: bytes of the safetensors that the method's own `save` writes for a
   task; for full fine-tuning all weights.
@@ -50,8 +60,10 @@ COLUMNS = """\
 - *The floor* of a step is the frozen model's forward pass, and its backward pass to what leaves the first block.
   Full fine-tuning reads and decodes as the frozen model does. All methods stand on one copy of the frozen weights."""
 VERDICTS = """\
-A verdict is computed. "By the median" means that the quartiles lie on both sides of the aim, so that the machine
-was too noisy to tell."""
+Times of a step, of prefill and of decoding are medians of many rounds in which H-Res and LoRA take turns with the floor
+or the frozen model alone (`benchmarks/closer.py`), with an interval that holds the median in 95 of 100 cases; other
+times stand with the quartiles of their rounds. A verdict is computed; "by the median" means that the interval, or the
+quartiles, lie on both sides of the aim, so that the machine was too noisy to tell."""
 NO_GPU = """\
 No GPU was at hand, so there are no numbers. Where there is one,
 `python benchmarks/bench.py --device cuda --dtype bf16 --compile` measures the same table there, with `torch.compile`
@@ -125,8 +137,8 @@ def aimed(records: Records, picture: Picture) -> list[str]:
     parts = ["## Aims", markdown(["what", "aim", "measured", "verdict"], rows), VERDICTS]
     lines = []
     for name in SHAPES:
-        if record := records.get(f"cost-{name}-cpu"):
-            places = against_lora(record)
+        if f"cost-{name}-cpu" in records:
+            places = against_lora(closer(records, name))
             told = "; ".join(f"{place}: {', '.join(columns)}" for place, columns in places.items() if columns)
             lines.append(f"- {name}: {told or 'LoRA was not measured'}.")
     intro = "H-Res beside the block against PEFT's LoRA on its usual targets, not merged (H-Res ÷ LoRA in brackets):"

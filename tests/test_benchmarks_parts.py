@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 import residual_steer as rs
 from residual_steer.study import Arm, Entry
@@ -37,6 +38,7 @@ def folder(script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     common = ["--quick", "--output", str(folder)]
     assert script("cost").main([*common, "--backbone", "gpt2", "--rank", "4"]) == 0
+    assert script("closer").main([*common, "--backbone", "gpt2", "--rank", "4", "--rounds", "6"]) == 0
     assert script("growth").main([*common, "--curve", "rank", "blocks", "fields", "length"]) == 0
     assert script("ssm").main(common) == 0
     assert script("startup").main(common) == 0
@@ -106,6 +108,39 @@ def test_the_exponent_of_a_power_is_its_exponent(script):
     lengths = [128, 256, 512, 1024]
     assert script("ssm").exponent(lengths, [3 * x**1.3 for x in lengths]) == pytest.approx(1.3)
     assert math.isclose(script("ssm").exponent([2, 4], [1.0, 1.0]), 0.0, abs_tol=1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(count=strategies.integers(1, 60))
+def test_an_interval_of_the_median_holds_it_as_often_as_it_says(count):
+    """Of n numbers that are each above or below the median with even chances, it lies outside as often as counted."""
+    sys.path.insert(0, str(BENCHMARKS))
+    found = importlib.import_module("closer").interval([float(i) for i in range(1, count + 1)])
+    k = int(found.low)
+    assert found.high == count + 1 - k
+    assert found.median == (count + 1) / 2
+
+    def outside(k):
+        return 2 * sum(math.comb(count, i) for i in range(k)) / 2**count
+
+    assert outside(k) <= 0.05 or (k == 1 and count < 6)
+    assert outside(k + 1) > 0.05
+
+
+def test_aims_take_the_closer_times(script, folder):
+    aims = script("aims")
+    records = {stem: read(folder, stem) for stem in ("cost-gpt2-cpu", "closer-gpt2-cpu")}
+    closer = records["closer-gpt2-cpu"]["times"]
+    assert set(closer["step"]) == {"floor", "H-Res, block", "LoRA, usual targets"}
+    assert set(closer["decode, 1 row"]) == {"frozen", "H-Res, block", "LoRA, usual targets"}
+    own = closer["step"]["H-Res, block"]
+    assert own["interval"]["low"] <= own["interval"]["median"] <= own["interval"]["high"]
+    assert own["interval"]["median"] == pytest.approx(own["ratio"]["median"])
+    told = {aim.what: aim.measured for aim in aims.aims_of(records)}
+    assert told["gpt2: step ÷ floor"] == f"{Spread(**own['interval']):.3f}"
+    alone = {aim.what: aim.measured for aim in aims.aims_of({"cost-gpt2-cpu": records["cost-gpt2-cpu"]})}
+    first = records["cost-gpt2-cpu"]["times"]["step"]["H-Res, block"]["ratio"]
+    assert alone["gpt2: step ÷ floor"] == f"{Spread(**first):.3f}"
 
 
 def test_the_scan_and_the_fallback_that_it_is_timed_against_compute_the_same(script):
