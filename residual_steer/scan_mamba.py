@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scan import selective_scan
-
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "act", "A_log", "D", "time_step_rank", "ssm_state_size")
 _FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who sets one wants mambapy's scan
 _CACHES = ("cache_params", "past_key_values")
@@ -59,6 +57,8 @@ def _forward(mixer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
     if not _scans(mixer, hidden_states, args, kwargs):
         own: Tensor = type(mixer).forward(mixer, hidden_states, *args, **kwargs)
         return own
+    from .scan import selective_scan  # whose registration with torch takes as long as all families together
+
     length, dtype, mask = hidden_states.shape[1], hidden_states.dtype, kwargs.get("attention_mask")
     x, gate = mixer.in_proj(_without_padding(hidden_states, mask)).chunk(2, dim=-1)
     kernel, width = mixer.conv1d.weight, mixer.conv1d.kernel_size[0]  # not called, as in transformers

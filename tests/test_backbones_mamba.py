@@ -17,12 +17,8 @@ SCANNING = [pytest.param(TABLE[name], id=name) for name in ("mamba", "falcon-mam
 @pytest.fixture
 def scans(monkeypatch):
     """Count the mixers that scan linearly."""
-    from residual_steer import scan_mamba
-
-    calls = []
-    monkeypatch.setattr(
-        scan_mamba, "selective_scan", lambda u, *rest: calls.append(u.shape) or scan.selective_scan(u, *rest)
-    )
+    calls, selective_scan = [], scan.selective_scan
+    monkeypatch.setattr(scan, "selective_scan", lambda u, *rest: calls.append(u.shape) or selective_scan(u, *rest))
     return calls
 
 

@@ -254,10 +254,10 @@ def test_a_probe_on_tied_embeddings_leaves_them_and_survives_a_save(tmp_path):
 
 
 def test_transformers_mamba_trains_through_the_linear_scan(monkeypatch):
-    from residual_steer import scan_mamba
+    from residual_steer import scan
 
-    calls, scan = [], scan_mamba.selective_scan
-    monkeypatch.setattr(scan_mamba, "selective_scan", lambda *args: calls.append(1) or scan(*args))
+    calls, selective_scan = [], scan.selective_scan
+    monkeypatch.setattr(scan, "selective_scan", lambda *args: calls.append(1) or selective_scan(*args))
     for method in ("lora", "full", "linear", "vpt-deep"):
         model = made("mamba", method).train()
         before = len(calls)
