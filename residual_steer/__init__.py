@@ -1,8 +1,8 @@
 """Residual-stream steering for frozen networks, whatever their architecture (H-Res, arXiv 2606.24396)."""
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from . import baselines, continual, data, diagnostics
 from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
@@ -13,6 +13,7 @@ from .storage import load, push, save
 from .training import fit
 
 if TYPE_CHECKING:
+    from . import baselines, continual, data, diagnostics
     from .registry import backbones
 else:
     from . import backbones  # the package of families, which can be called: backbones()
@@ -41,3 +42,21 @@ __all__ = [
     "unsteer",
     "use",
 ]
+
+_LATER = frozenset({"baselines", "continual", "data", "diagnostics"})  # imported when they are first asked for
+
+
+def __getattr__(name: str) -> Any:
+    """Import a part that not everybody needs, which takes more than half of all the time.
+
+    Raises:
+        AttributeError: there is no such part.
+    """
+    if name in _LATER:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is here and what comes later."""
+    return sorted({*globals(), *_LATER})

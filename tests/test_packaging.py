@@ -92,3 +92,22 @@ def test_the_public_names_are_there():
     )
     assert {"push", "register_backbone", "find_backbone", "backbones", "SteerError"} <= set(residual_steer.__all__)
     assert {"baselines", "continual", "data", "diagnostics", "fields", "freeze", "thaw"} <= set(residual_steer.__all__)
+
+
+def test_what_not_everybody_needs_is_imported_when_it_is_asked_for():
+    program = """
+import sys
+import residual_steer as rs
+later = ("baselines", "continual", "data", "diagnostics")
+assert not any(f"residual_steer.{name}" in sys.modules for name in later)
+assert set(later) <= set(dir(rs)) and set(later) <= set(rs.__all__)
+for name in later:
+    assert getattr(rs, name) is sys.modules[f"residual_steer.{name}"]
+try:
+    rs.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+else:
+    raise SystemExit("there is nothing of that name")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
