@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from closer import interval, ratios
+from closer import interval
 from methods import CHEAPEST, FLOOR, FROZEN, OURS
 from residual_steer.study.rounds import Rounds, Spread, spread
 from shapes import SHAPES
@@ -144,7 +144,7 @@ def against_lora(record: Mapping[str, Any]) -> dict[str, list[str]]:
         rounds = Rounds({name: row["rounds"] for name, row in rows.items()})
         ratio = rounds.ratio(OURS, CHEAPEST)
         if "interval" in rows[OURS]:
-            ratio = interval(ratios(rounds, OURS, CHEAPEST))
+            ratio = interval(rounds.ratios(OURS, CHEAPEST))
         place = "ahead" if ratio.high < 1 else "behind" if ratio.low > 1 else "no difference seen"
         found[place].append(f"{column} ({ratio:.3f})")
     return found

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 import residual_steer as rs
-from cost import LENGTHS, reference_of, timed
+from cost import LENGTHS, parse, reference_of, timed
 from methods import CHEAPEST, FLOOR, FROZEN, OURS, build
-from options import DTYPES, add_backbone, add_device, parser_of, read
+from options import DTYPES
 from output import exit_status, markdown, save_json
-from residual_steer.study.rounds import Rounds, Spread
+from residual_steer.study.rounds import Spread
 from shapes import SHAPES
 
 SURE = 0.95  # how often such an interval holds the median
@@ -31,18 +31,7 @@ SURE = 0.95  # how often such an interval holds the median
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit status."""
-    return exit_status(lambda: report(parse(arguments)))
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = parser_of(__doc__, rounds=40)
-    add_backbone(parser)
-    add_device(parser)
-    parser.add_argument("--rank", type=int, default=32, help="of the field and the adapter")
-    parser.add_argument("--rows", type=int, default=2, help="of the batch of a training step and of prefill")
-    parser.add_argument("--length", type=int, help="tokens of a row, as in cost.py")
-    return read(parser, arguments)
+    return exit_status(lambda: report(parse(arguments, __doc__, rounds=40)))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -61,7 +50,7 @@ def report(options: argparse.Namespace) -> None:
         for column, rounds in timed(shape, methods, inputs, options, refused).items():
             found = rounds.record(reference_of(column))
             for key, row in found.items():
-                row["interval"] = vars(interval(ratios(rounds, key, reference_of(column))))
+                row["interval"] = vars(interval(rounds.ratios(key, reference_of(column))))
             times[column] = found
         record = {
             "options": {key: value for key, value in vars(options).items() if key != "output"},
@@ -72,11 +61,6 @@ def report(options: argparse.Namespace) -> None:
         }
         save_json(record, options.output / f"closer-{name}-{torch.device(options.device).type}.json", options.device)
         print(f"\n{shape.about}\n\n{table(record)}\n", flush=True)
-
-
-def ratios(rounds: Rounds, name: str, reference: str) -> list[float]:
-    """Return the ratio of every round."""
-    return [one / other for one, other in zip(rounds.seconds[name], rounds.seconds[reference], strict=True)]
 
 
 def interval(values: Sequence[float], sure: float = SURE) -> Spread:

@@ -40,9 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_status(lambda: report(parse(arguments)))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = parser_of(__doc__, rounds=8)
+def parse(arguments: list[str] | None, about: str | None = __doc__, rounds: int = 8) -> argparse.Namespace:
+    """Read the command line, of this script or of one that measures in the same way.
+
+    Args:
+        arguments: of the command line.
+        about: the script's docstring.
+        rounds: how many there are by default.
+    """
+    parser = parser_of(about, rounds)
     add_backbone(parser)
     add_device(parser)
     parser.add_argument("--rank", type=int, default=32, help="of fields and adapters")

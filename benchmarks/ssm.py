@@ -133,7 +133,7 @@ def table(record: dict[str, Any]) -> str:
     rows = [[length, f"{found['seconds']['median']:.2f}"] for length, found in record["times"].items()]
     slow = record["fallback"]
     told = "; ".join(
-        f"{name} "
+        f"{name} takes "
         + ", ".join(
             f"{found[name]['ratio']['median']:.1f} times as long with {number} row(s)"
             for number, found in slow["rows"].items()

@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .errors import SteerError
 
@@ -76,7 +76,7 @@ def _exactly(kernel: Any) -> Any:
     return run
 
 
-@torch.library.custom_op("residual_steer::selective_scan", mutates_args=())
+@library.custom_op("residual_steer::selective_scan", mutates_args=())
 @_exactly
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and the states that chunks begin with, `(chunks, batch, states, channels)`; arguments as above."""
@@ -104,7 +104,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
     return u.new_empty(u.shape), u.new_empty(-(-length // steps), rows, A.shape[1], channels)
 
 
-@torch.library.custom_op("residual_steer::selective_scan_backward", mutates_args=())
+@library.custom_op("residual_steer::selective_scan_backward", mutates_args=())
 @_exactly
 def _unscan(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, of_A: bool

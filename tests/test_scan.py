@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 import residual_steer as rs
 from residual_steer import scan
@@ -67,7 +68,7 @@ def test_gradients_agree_with_finite_differences():
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own check
 def test_torch_finds_nothing_wrong_with_the_operation(monkeypatch):
     monkeypatch.setattr(scan, "BUFFER", 60)
-    torch.library.opcheck(torch.ops.residual_steer.selective_scan.default, tuple(inputs(2, 37, 3, 2)))
+    library.opcheck(torch.ops.residual_steer.selective_scan.default, tuple(inputs(2, 37, 3, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -79,7 +79,15 @@ class Rounds:
         Raises:
             SteerError: there is no such variant.
         """
-        return spread([one / other for one, other in zip(self._of(name), self._of(reference), strict=True)])
+        return spread(self.ratios(name, reference))
+
+    def ratios(self, name: str, reference: str) -> list[float]:
+        """Return the ratio of each round.
+
+        Raises:
+            SteerError: there is no such variant.
+        """
+        return [one / other for one, other in zip(self._of(name), self._of(reference), strict=True)]
 
     def record(self, reference: str) -> dict[str, Any]:
         """Return everything for a JSON file, ratios against `reference`.
