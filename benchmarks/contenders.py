@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from residual_steer.mix import Asked
+from residual_steer.routing import Asked
 
 __all__ = ["Contender", "adapters", "deal", "fields", "has_peft", "names_of"]
 

@@ -31,6 +31,9 @@ __all__ = [
     "SITES",
     "Backbone",
     "blocks_at",
+    "can_train",
+    "compute_dtype",
+    "execution_device",
     "first_of",
     "parts",
     "read_stream",
@@ -38,6 +41,7 @@ __all__ = [
     "write_stream",
 ]
 
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SITES = ("block", "mixer", "mlp", "input")
 ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was done to it
 
@@ -67,6 +71,11 @@ def _locate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
             return position
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return "hidden_states"
+    if any(type(value).__name__ == "Proxy" for value in (*args, *kwargs.values())):  # of torch.fx, unimported
+        raise SteerError(
+            "torch.fx cannot trace a field, which runs from a hook. Use torch.export.export or torch.jit.trace, which "
+            "can, or trace the frozen model: use(model, None)."
+        )
     received = [type(value).__name__ for value in args] + [f"{key}=" for key in kwargs]
     raise SteerError(
         "the stream is the first positional tensor of a block's call, or `hidden_states=`; "
@@ -266,7 +275,35 @@ class Backbone:
         return "\n".join(lines)
 
 
-def bulk_dtype(module: nn.Module) -> torch.dtype:
-    """Return the floating dtype of the largest parameter of `module`, which is the dtype it computes in."""
-    floating = [p for p in module.parameters() if p.is_floating_point()]
+def can_train(parameter: nn.Parameter) -> bool:
+    """Return whether gradients make sense for a parameter: no packed integers, float8, or subclass of a quantiser."""
+    return type(parameter) is nn.Parameter and parameter.dtype in _COMPUTED
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype a module computes in, which is not always the one that its weights are stored in.
+
+    It is what a quantised layer says (`compute_dtype`, as bitsandbytes and HQQ have it), else that of the largest
+    parameter in a type that matrix products are computed in, so neither float8 nor packed integers.
+    """
+    named = (getattr(part, "compute_dtype", None) for part in module.modules())
+    said: list[torch.dtype] = [dtype for dtype in named if dtype in _COMPUTED]
+    if said:
+        return max(set(said), key=said.count)
+    floating = [p for p in module.parameters() if p.dtype in _COMPUTED]
     return max(floating, key=lambda p: p.numel()).dtype if floating else torch.get_default_dtype()
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device a module runs on: where its weights are, or where accelerate brings offloaded ones.
+
+    A module that was put on the meta device, and not offloaded from it, stays there.
+    """
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)  # accelerate's attribute on a module that it dispatches
+        for each in (hook, *getattr(hook, "hooks", ())):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._controller import Steering
+from .config import FieldConfig
 from .hub import is_repo
 from .identity import Identity
-from .spec import FieldSpec
-from .state import Steering
 
 __all__ = ["model_card"]
 
 
 def model_card(
-    repo: str, model: nn.Module, state: Steering, spec: FieldSpec, tensors: Mapping[str, Tensor], size: int
+    repo: str, model: nn.Module, state: Steering, spec: FieldConfig, tensors: Mapping[str, Tensor], size: int
 ) -> str:
     """Return the card of a field, with the front matter that the Hub reads.
 
@@ -76,7 +76,7 @@ def model_card(
     )
 
 
-def _code(repo: str, model: nn.Module, spec: FieldSpec, identity: Identity, base: str | None) -> list[str]:
+def _code(repo: str, model: nn.Module, spec: FieldConfig, identity: Identity, base: str | None) -> list[str]:
     """Return the lines that load the field."""
     kind = type(model)
     lines = ["import residual_steer as rs"]

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._controller import Steering, steering_of
 from .errors import SteerError
 from .field import HRes
 from .passes import Batch, batches, reading, require_finite, tokens_of
 from .protection import Held, Protection, inputs_of, unwrapped
 from .report.table import Cell, Column, Table
 from .space_file import FORMAT, parse_space, read_space, write_space
-from .state import Steering, steering_of
 from .subspace import SecondMoment, Subspace
 
 __all__ = ["NullSpace"]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._internals import is_plainly_called
 from .errors import SteerError
 
-__all__ = ["ACTIVATIONS", "HRes", "add_product"]
+__all__ = ["ACTIVATIONS", "HRes", "Projection", "add_product"]
 
 _FEW = 1024  # numbers
 
@@ -37,6 +39,83 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": torch.Tensor.clone,
 }
+
+
+class Projection(nn.Module):
+    """A linear map x ↦ W·x + b, `(..., inputs) -> (..., outputs)`, one of the two of a field.
+
+    It is no `nn.Linear`: what other libraries do to every Linear of a model (quantise it, put LoRA on it, initialise it
+    anew) is not meant for a field. Its start is its own affair too: parameters that were made on the meta device start
+    when they come to a real one.
+
+    Args:
+        inputs: features of x.
+        outputs: features of what is returned.
+        bias: whether there is a b.
+        zero: whether W starts at zero (eq. 5), rather than as in `nn.Linear`. b always does.
+        device: where the parameters are made.
+        dtype: their type.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        zero: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.zero, self._loading = zero, False
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Return to the start. The methods of tensors are used, since others switch `torch.nn.init` off."""
+        bound = 0.0 if self.zero else 1 / math.sqrt(self.weight.shape[1])
+        self.weight.uniform_(-bound, bound) if bound else self.weight.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W·x + b in `dtype` (None: the weight's)."""
+        dtype = dtype or self.weight.dtype
+        bias = self.bias
+        return F.linear(_cast(x, dtype), _cast(self.weight, dtype), None if bias is None else _cast(bias, dtype))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter; one that takes the place of one on the meta device without being read from a file starts.
+
+        So transformers fills a model with room for what a checkpoint lacks; what it read is marked as initialised.
+        """
+        before = self.__dict__.get("_parameters", {}).get(name)
+        super().register_parameter(name, param)
+        read = self.__dict__.get("_loading") or getattr(param, "_is_hf_initialized", False)
+        if before is not None and before.is_meta and param is not None and not param.is_meta and not read:
+            self.reset_parameters()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._loading = True
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            self._loading = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Projection:
+        """Start when `to_empty` brings the parameters from the meta device to a real one."""
+        before = self.weight.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before and not self.weight.is_meta:
+            self.reset_parameters()
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
 
 
 class HRes(nn.Module):
@@ -94,24 +173,31 @@ class HRes(nn.Module):
             raise SteerError(f"`channels` is -1 or 1; received {channels!r}.")
         self.width, self.rank, self.scale = width, rank, float(scale)
         self.activation, self.dropout, self.channels = activation, float(dropout), channels
-        self.down = nn.Linear(width, rank, bias=bias, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, width, bias=bias, device=device, dtype=dtype)
-        self.reset()
+        self.down = Projection(width, rank, bias=bias, zero=False, device=device, dtype=dtype)
+        self.up = Projection(rank, width, bias=bias, zero=True, device=device, dtype=dtype)
 
     def reset(self) -> None:
         """Return to the start: W_down as in `torch.nn.Linear`, everything else zero (eq. 5)."""
         self.down.reset_parameters()
-        with torch.no_grad():
-            for tensor in (self.down.bias, self.up.weight, self.up.bias):
-                if tensor is not None:
-                    tensor.zero_()
+        self.up.reset_parameters()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the projections may be computed from their tensors, since calling them would do nothing else.
+
+        Another library may have put a hook there: accelerate's brings offloaded weights, pruning computes the weight.
+        """
+        return is_plainly_called(self.down) and is_plainly_called(self.up)
 
     def hidden(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return σ(W_down · z + b_down), `(..., width) -> (..., rank)`, in `dtype` (None: the weights')."""
         down = self.down  # once: finding a module's attributes takes as long as a small sum
-        weight, bias = down.weight, down.bias
-        dtype = dtype or weight.dtype
-        product = F.linear(_cast(z, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+        if is_plainly_called(down):
+            weight, bias = down.weight, down.bias
+            dtype = dtype or weight.dtype
+            product = F.linear(_cast(z, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+        else:
+            product = down(z, dtype)
         hidden = ACTIVATIONS[self.activation](product)
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
@@ -132,6 +218,9 @@ class HRes(nn.Module):
         """
         hidden = self.hidden(z if self.channels == -1 else z.movedim(self.channels, -1), dtype)
         up = self.up
+        if not is_plainly_called(up):
+            moved = up(hidden, hidden.dtype).movedim(-1, self.channels)
+            return torch.add(y, moved, alpha=self.scale * weight).to(y.dtype)
         return add_product(y, hidden, up.weight, up.bias, alpha=self.scale * weight, channels=self.channels)
 
     def extra_repr(self) -> str:

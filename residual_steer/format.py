@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .config import FieldConfig
 from .errors import SteerError
 from .identity import Identity
 from .names import plain_key, plain_keys
-from .spec import FieldSpec
 
 __all__ = ["DESCRIPTION", "FORMAT", "FORMAT_VERSION", "TENSORS", "Stored", "open_field", "pack"]
 
@@ -49,7 +49,7 @@ class Stored:
         described: the field and the backbone in JSON's words, with their SHA-256.
     """
 
-    spec: FieldSpec
+    spec: FieldConfig
     identity: Identity
     shapes: Mapping[str, tuple[int, ...]]
     described: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Stored:
         return tensors
 
 
-def pack(spec: FieldSpec, identity: Identity, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+def pack(spec: FieldConfig, identity: Identity, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Return the contents of the two files, by name. The tensors come last: whoever has that file has the field."""
     description = _describe(spec, identity)
     plain = plain_keys([*tensors]) is not None
@@ -218,7 +218,7 @@ def _refuse(path: str | Path, error: Exception) -> NoReturn:
     ) from error
 
 
-def _describe(spec: FieldSpec, identity: Identity) -> dict[str, Any]:
+def _describe(spec: FieldConfig, identity: Identity) -> dict[str, Any]:
     """Put a field in JSON's words."""
     try:
         library = version("residual-steer")
@@ -273,7 +273,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _parse(described: Any, source: str) -> tuple[FieldSpec, Identity]:
+def _parse(described: Any, source: str) -> tuple[FieldConfig, Identity]:
     """Turn JSON's words into a field, refusing whatever `_describe` would not have written.
 
     Raises:
@@ -301,7 +301,7 @@ def _parse(described: Any, source: str) -> tuple[FieldSpec, Identity]:
         raise SteerError(f"{source} has {_short(told['ranks'])} as ranks of {len(widths)} blocks.")
     if not all(isinstance(key, str) for key in told["train"]) or len(set(told["train"])) < len(told["train"]):
         raise SteerError(f"{source} has {_short(told['train'])} as names of trained tensors.")
-    spec = FieldSpec(
+    spec = FieldConfig(
         name=told["name"],
         site=told["site"],
         ranks={indices[key]: told["ranks"][key] for key in sorted(told["ranks"], key=lambda key: indices[key])},

@@ -8,9 +8,9 @@ from typing import overload
 
 from torch import nn
 
+from ._controller import steering_of
 from .errors import SteerError
-from .mix import Asked
-from .state import steering_of
+from .routing import Asked
 
 __all__ = ["FieldInfo", "Fields", "Summary", "fields", "summary"]
 

@@ -9,13 +9,14 @@ from typing import TypeVar
 
 from torch import nn
 
+from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steering_of
+from ._internals import is_compiled
 from .backbone import Backbone
+from .config import FieldConfig, check_name, check_ranks, check_site, match_train
 from .errors import SteerError
 from .injector import Injector
-from .mix import Asked, Mix
 from .registry import find_backbone, own_backbone, same_blocks
-from .spec import FieldSpec, check_name, check_ranks, check_site, match_train
-from .state import ATTRIBUTE, Steering, base_tensors, plain_name, steering_of
+from .routing import Asked, Mix
 
 __all__ = ["Selection", "begin", "freeze", "install", "parameters", "steer", "thaw", "unsteer", "use"]
 
@@ -46,11 +47,12 @@ class Selection:
         Raises:
             SteerError: the model was changed, so that this cannot be; after an exception that is a warning.
         """
-        state = self._model.__dict__.get(ATTRIBUTE)
-        if not isinstance(state, Steering) or not all(name in state.specs for name in self._before.names):
+        base = steered_part(self._model)
+        state = None if base is None else base.__dict__[ATTRIBUTE]
+        if base is None or state is None or not all(name in state.specs for name in self._before.names):
             return
         try:
-            state.select(self._model, self._before)
+            state.select(base, self._before)
         except SteerError as failed:
             if error is None:
                 raise
@@ -102,9 +104,9 @@ def steer(
         SteerError: a rank outside 1 … width, an unknown site, activation, layer or backbone, a name in use, a `train`
             pattern that matches nothing, no known backbone or several, a compiled or wrapped model. Nothing changed.
     """
-    state = begin(model, arch)
+    base, state = begin(model, arch)
     check_name(name, state.specs)
-    spec = FieldSpec(
+    spec = FieldConfig(
         name=name,
         site=check_site(site, state.backbone),
         ranks=check_ranks(rank, layers, len(state.backbone.blocks)),
@@ -112,13 +114,13 @@ def steer(
         activation=activation,
         bias=bias,
         dropout=dropout,
-        train=match_train(base_tensors(model), train),
+        train=match_train(base_tensors(base), train),
     )
-    install(model, state, spec)
+    install(base, state, spec)
     return model
 
 
-def install(model: nn.Module, state: Steering, spec: FieldSpec) -> None:
+def install(model: nn.Module, state: Steering, spec: FieldConfig) -> None:
     """Check the field of `spec` against the model, then add it.
 
     Raises:
@@ -259,28 +261,29 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     return found + [tensor for tensor in opened.values() if isinstance(tensor, nn.Parameter)]
 
 
-def begin(model: nn.Module, arch: str | Backbone | None = None) -> Steering:
-    """Return the steering a model has, or a fresh one that is not installed yet.
+def begin(model: nn.Module, arch: str | Backbone | None = None) -> tuple[nn.Module, Steering]:
+    """Return the module that is or will be steered, and the steering that it has, or a fresh one, not installed yet.
 
     Raises:
         SteerError: the model cannot be steered, or is as another backbone.
     """
     _refuse_wrapped(model)
-    state = model.__dict__.get(ATTRIBUTE)
-    if isinstance(state, Steering):
+    base = steered_part(model)
+    if base is not None:
+        state: Steering = base.__dict__[ATTRIBUTE]
         mine = state.backbone
         same = same_blocks(mine, arch) if isinstance(arch, Backbone) else arch in (None, mine.name)
         if not same:
             told = f"a Backbone of {len(arch.blocks)} blocks" if isinstance(arch, Backbone) else f"arch={arch!r}"
             raise SteerError(f"this model is steered as {mine.name!r}; received {told}. Leave `arch` out.")
-        return state
+        return base, state
     backbone = own_backbone(model, arch) if isinstance(arch, Backbone) else find_backbone(model, arch)
     for path, module in model.named_modules():
         if ATTRIBUTE in module.__dict__:
             raise SteerError(f"a part of this model, {path!r}, is steered already; unsteer it first.")
     if any(isinstance(module, Injector) for block in backbone.blocks for module in block.modules()):
         raise SteerError("this model is part of a steered one; work on the model that was given to `steer`.")
-    return Steering(backbone, {plain_name(name): p.requires_grad for name, p in model.named_parameters()})
+    return model, Steering(backbone)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -288,7 +291,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             raise SteerError(
                 f"a compiled model cannot be steered, since hooks added now would be ignored: {path or 'the model'} is "
                 "compiled. Steer first, compile after."

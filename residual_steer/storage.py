@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbone import ATTRIBUTE, Backbone, bulk_dtype
+from ._controller import Steering, base_tensors, steered_part, steering_of
+from ._frozen import unsaved
+from .backbone import Backbone, compute_dtype, execution_device
 from .card import model_card
+from .config import FieldConfig, check_name, check_site
 from .errors import SteerError
 from .files import as_path, make_folder, write_whole
 from .format import DESCRIPTION, TENSORS, open_field, pack
@@ -21,9 +25,8 @@ from .hub import check_repo, fetch, is_repo, upload
 from .identity import Identity
 from .names import find_names, plain_keys
 from .registry import AUTO
-from .spec import FieldSpec, check_name, check_site
-from .state import Steering, base_tensors, steering_of
 from .steering import begin, install
+from .trained_modules import master_dtype
 
 __all__ = ["load", "push", "save"]
 
@@ -40,18 +43,23 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         folder: where `steering.safetensors` and `steering.json` go; made if it is not there.
         name: which field; None is the selected one.
 
+    Sharded tensors (FSDP2) are gathered: every process calls `save`, and the first one writes. What trains and belongs
+    to no field is not stored, and a warning names it.
+
     Returns:
         The folder.
 
     Raises:
-        SteerError: no such field, none selected, or the folder cannot be written; what it held before is untouched.
+        SteerError: no such field, none selected, a tensor that `load` would refuse, or the folder cannot be written;
+            what it held before is untouched.
     """
     base, state = steering_of(model)
-    spec, tensors = _gather(base, state, name)
+    spec, tensors, first = _gather(base, state, name)
     folder = as_path(folder)
-    make_folder(folder)
-    contents = pack(spec, Identity.of(base, state.backbone), tensors)
-    write_whole({folder / file: content for file, content in contents.items()})
+    if first:
+        make_folder(folder)
+        contents = pack(spec, Identity.of(base, state.backbone), tensors)
+        write_whole({folder / file: content for file, content in contents.items()})
     return folder
 
 
@@ -77,7 +85,7 @@ def push(
             the message says what to do. Nothing was uploaded.
     """
     base, state = steering_of(model)
-    spec, tensors = _gather(base, state, name)
+    spec, tensors, _ = _gather(base, state, name)
     repo = check_repo(repo)
     contents = pack(spec, Identity.of(base, state.backbone), tensors)
     card = model_card(repo, base, state, spec, tensors, len(contents[TENSORS]))
@@ -119,19 +127,18 @@ def load(
             refuses or cannot be reached. The model is as it was.
     """
     with open_field(_find(folder, revision)) as stored:
-        state = begin(model, _arch(model, arch, stored.identity))
+        base_model, state = begin(model, _arch(model, arch, stored.identity))
         spec = stored.spec if name is None else replace(stored.spec, name=name)
         check_name(spec.name, state.specs)
-        here = Identity.of(model, state.backbone)
+        here = Identity.of(base_model, state.backbone)
         if here.widths != stored.identity.widths or here.name != stored.identity.name:
             raise SteerError(
                 f"the field was trained on {_shape(stored.identity)}; this model has {_shape(here)}. "
                 "A field fits a backbone of its own kind, with as many blocks of the same widths."
             )
         check_site(spec.site, state.backbone)
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
-        base = base_tensors(model)
+        base = base_tensors(base_model)
+        _check_device(state, spec, base)
         spec, wanted = _needs(base, state, spec)
         keys = _match(wanted, stored.shapes)
         tensors = stored.read()  # now that what the header says is what this model holds, and no more
@@ -144,28 +151,76 @@ def load(
             "It runs; whether it does here what it did there is for you to see.",
             stacklevel=2,
         )
-    install(model, state, spec)
+    install(base_model, state, spec)
     with torch.no_grad():
-        for key, tensor in state.tensors(model, spec.name).items():
+        for key, tensor in state.tensors(base_model, spec.name).items():
             tensor.copy_(values[key])
     return model
 
 
 def _arch(model: nn.Module, arch: str | Backbone | None, stored: Identity) -> str | Backbone | None:
     """Return how to look for a field's backbone: a family may have been registered since "auto" found its stream."""
-    fresh = ATTRIBUTE not in model.__dict__
+    fresh = steered_part(model) is None
     return AUTO if arch is None and fresh and stored.name == AUTO else arch
 
 
-def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldSpec, dict[str, Tensor]]:
-    """Return a field and copies of all that is stored of it.
+def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldConfig, dict[str, Tensor], bool]:
+    """Return a field, copies of all that is stored of it, and whether this process is the one that stores them.
+
+    What is returned is what `load` takes: nothing is missing, left over, of another shape or kind, or not finite.
 
     Raises:
-        SteerError: no such field, or none selected.
+        SteerError: it is not, or has no values.
     """
     name = state.name_of(name)
-    tensors = state.tensors(base, name)
-    return state.specs[name], {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    spec, tensors, sharded = state.specs[name], {}, False
+    with contextlib.ExitStack() as stack:
+        for module in state.fields(name).values():
+            stack.enter_context(_in_place(module.down))
+            stack.enter_context(_in_place(module.up))
+        for key, part in state.tensors(base, name).items():
+            sharded = sharded or hasattr(part, "full_tensor")
+            value: Tensor = part.full_tensor() if hasattr(part, "full_tensor") else part
+            if value.is_meta:
+                raise SteerError(
+                    f"tensor {key} has no value: it is on the meta device. Materialise the model, then save."
+                )
+            tensors[key] = value.detach().cpu().contiguous().clone()
+    _, wanted = _needs(base_tensors(base), state, spec)
+    _match(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    for key, tensor in tensors.items():
+        _as_type(key, tensor, wanted[key])
+    stored = {id(p) for each in state.specs for f in state.fields(each).values() for p in f.parameters()}
+    stored |= {id(tensor) for own in state.heads.own.values() for tensor in own.values()}
+    lost = unsaved(base, stored)
+    if lost:
+        warnings.warn(
+            f"{_some(lost)} require a gradient and belong to no field, so they are not stored with it. Steer with "
+            "`train=[...]` to train them along, or save them yourself.",
+            stacklevel=3,
+        )
+    return spec, tensors, not sharded or torch.distributed.get_rank() == 0
+
+
+@contextlib.contextmanager
+def _in_place(module: nn.Module) -> Iterator[None]:
+    """Bring a module's tensors from where accelerate offloaded them."""
+    if hasattr(module, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module, execution_device="cpu"):
+            yield
+    else:
+        yield
+
+
+def _check_device(state: Steering, spec: FieldConfig, base: Mapping[str, Tensor]) -> None:
+    """Raise if the model has no values where a field would stand, or offloaded ones where it trains the base's."""
+    if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
+        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
+    away = [key for key in spec.train if key in base and base[key].is_meta]
+    if away:
+        raise SteerError(f"{_some(away)}, trained along with the field, is offloaded here. Keep it on a device.")
 
 
 def _find(folder: str | Path, revision: str | None) -> Path:
@@ -186,7 +241,7 @@ def _find(folder: str | Path, revision: str | None) -> Path:
     return path
 
 
-def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldSpec) -> tuple[FieldSpec, dict[str, Tensor]]:
+def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldConfig) -> tuple[FieldConfig, dict[str, Tensor]]:
     """Return a stored field with the names of this model, and the tensors that it has here, its own on no device.
 
     Raises:
@@ -201,12 +256,16 @@ def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldSpec) -> tupl
             "Give the model the same head before loading."
         )
     spec = replace(spec, train=tuple(names[key] for key in spec.train))
-    wanted = {f"train.{key}": base[key] for key in spec.train}
+    wanted = {f"train.{key}": base[key].to("meta", _trained_dtype(base[key])) for key in spec.train}
     for index in spec.ranks:
-        dtype = torch.promote_types(bulk_dtype(state.backbone.blocks[index]), torch.float32)
+        dtype = torch.promote_types(compute_dtype(state.backbone.blocks[index]), torch.float32)
         field = spec.build(index, state.backbone, device="meta", dtype=dtype)
         wanted |= {f"blocks.{index}.{key}": value for key, value in field.state_dict().items()}
     return spec, wanted
+
+
+def _trained_dtype(tensor: Tensor) -> torch.dtype:
+    return master_dtype(tensor.dtype) if isinstance(tensor, nn.Parameter) else tensor.dtype
 
 
 def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:

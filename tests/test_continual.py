@@ -14,8 +14,8 @@ import residual_steer as rs
 from cases import CASES
 from fields import assert_as, shake, snapshot
 from pooled import pooled_vit
+from residual_steer._controller import steering_of
 from residual_steer.continual import NullSpace
-from residual_steer.state import steering_of
 from streams import InPlace, Model
 
 MODELS = {case.name: case for case in CASES}

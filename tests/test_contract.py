@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import residual_steer as rs
 from cases import CASES, DEVICES, RANK, closed_form, first_output, first_tensor, randomise
+from residual_steer._controller import Steering
 from residual_steer.injector import Injector
-from residual_steer.state import Steering
 
 SCALE = 0.7
 POINTS = [pytest.param(case, site, id=f"{case.name}-{site}") for case in CASES for site in case.points]

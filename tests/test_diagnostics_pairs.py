@@ -9,11 +9,11 @@ from torch import nn
 import residual_steer as rs
 from cases import randomise
 from fields import IMAGES, shake, vit
+from residual_steer._controller import steering_of
 from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.effort import control_effort
 from residual_steer.diagnostics.pairs import SIDES, compared
 from residual_steer.diagnostics.plane import plane
-from residual_steer.state import steering_of
 
 
 @pytest.fixture

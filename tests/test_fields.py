@@ -8,7 +8,7 @@ from torch import nn
 
 import residual_steer as rs
 from cases import CASES, WIDTH, randomise
-from residual_steer.state import steering_of
+from residual_steer._controller import steering_of
 from runs import fit
 from test_steering import fingerprint, same
 

@@ -12,9 +12,9 @@ import torch
 import residual_steer as rs
 from fields import assert_as, shake, snapshot, vit
 from hub_server import TOKEN, HubServer
+from residual_steer._controller import steering_of
 from residual_steer.card import model_card
 from residual_steer.format import DESCRIPTION, TENSORS
-from residual_steer.state import steering_of
 
 PROGRAM = Path(__file__).parent / "programs" / "hub_session.py"
 

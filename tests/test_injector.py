@@ -228,9 +228,8 @@ def test_a_block_that_is_a_sequence_is_steered():
 def test_the_watch_over_a_block_ends_with_its_first_call():
     model = rs.steer(TABLE["gpt2"].build(), rank=4)
     block = TABLE["gpt2"].modules(model, "block")[0]
-    before = len(block._forward_pre_hooks)
     TABLE["gpt2"].run(model)
-    assert len(block._forward_pre_hooks) == before - 1
+    assert block.steering_block._trusted
     rs.unsteer(model)
     assert not block._forward_pre_hooks
 

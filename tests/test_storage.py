@@ -13,8 +13,8 @@ from torch import nn
 
 import residual_steer as rs
 from fields import IMAGES, assert_as, rewrite, save_one, shake, snapshot, vit
+from residual_steer._controller import steering_of
 from residual_steer.format import DESCRIPTION, TENSORS
-from residual_steer.state import steering_of
 
 PACKAGE = Path(rs.__file__).parent
 

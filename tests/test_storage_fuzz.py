@@ -13,8 +13,8 @@ import torch
 
 import residual_steer as rs
 from fields import assert_as, rewrite, save_one, shake, snapshot, vit
+from residual_steer._controller import steering_of
 from residual_steer.format import DESCRIPTION, TENSORS, digest, open_field
-from residual_steer.state import steering_of
 
 CASES = 1000
 KEY = "residual_steer"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.backbone import bulk_dtype
+from residual_steer.backbone import compute_dtype
 from residual_steer.errors import SteerError
 
 __all__ = ["Example", "examples", "given"]
@@ -257,4 +257,4 @@ def kind_of(model: nn.Module) -> tuple[Tensor, torch.dtype]:
         raise SteerError(f"{type(model).__name__} has no parameters, and so no residual stream to probe.")
     if any(tensor.is_meta for tensor in tensors):
         raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
-    return tensors[0], bulk_dtype(model)
+    return tensors[0], compute_dtype(model)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from residual_steer._controller import ATTRIBUTE, base_tensors
 from residual_steer.backbone import Handle
+from residual_steer.config import match_train
 from residual_steer.errors import SteerError
-from residual_steer.spec import match_train
-from residual_steer.state import ATTRIBUTE, base_tensors
 from residual_steer.steering import begin, steer
 
 from .bitfit import bitfit
@@ -103,7 +103,7 @@ def apply(
     """
     function = _find(method)
     _check_options(method, function, options)
-    state = begin(model, arch)
+    _, state = begin(model, arch)
     _refuse_second(model)
     tensors = base_tensors(model)
     opened = [tensors[name] for name in match_train(tensors, train)]

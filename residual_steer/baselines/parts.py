@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from residual_steer.backbone import Backbone, bulk_dtype
+from residual_steer.backbone import Backbone, compute_dtype
+from residual_steer.config import check_ranks
 from residual_steer.errors import SteerError
-from residual_steer.spec import check_ranks
 
 __all__ = ["Subject", "Trained", "add_child", "count", "place_of", "require_free"]
 
@@ -60,7 +60,7 @@ class Trained:
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return the device of a module, and the type that trains beside it: fp32 where its weights have less."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    return device, torch.promote_types(bulk_dtype(module), torch.float32)
+    return device, torch.promote_types(compute_dtype(module), torch.float32)
 
 
 def require_free(hosts: Iterable[nn.Module], name: str) -> None:

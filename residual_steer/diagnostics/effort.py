@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from residual_steer._controller import Steering, steering_of
 from residual_steer.backbone import read_stream
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
 from residual_steer.passes import Batch, batches, reading, require_finite, tokens_of
 from residual_steer.report import Axis, Column, Plot, Series, Table
-from residual_steer.state import Steering, steering_of
 from residual_steer.steering import use
 
 from .moments import exact

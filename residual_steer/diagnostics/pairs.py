@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from residual_steer._controller import steering_of
 from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
 from residual_steer.passes import Batch, batches, reading, uncompiled
 from residual_steer.registry import find_backbone
-from residual_steer.state import steering_of
 from residual_steer.steering import use
 
 __all__ = ["SIDES", "Pair", "compared"]

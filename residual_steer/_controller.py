@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -12,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import ATTRIBUTE, Backbone, Handle, bulk_dtype
-from .blend import Tables
+from ._frozen import Frozen, Moving, plain_name, unsaved
+from ._internals import has_hook, owned_tensors, parts
+from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
+from .config import FieldConfig
 from .errors import SteerError
 from .field import HRes
-from .heads import Entry, Heads
 from .injector import Injector
-from .mix import OFF, Mix
-from .spec import FieldSpec
-from .switch import Switch
+from .routing import OFF, Mix, Tables
+from .rows import Repeats, batch_of, rows_in_order
+from .selection import Call, Selection, enter_call, leave_call, remember
+from .trained_modules import Entry, Heads, Switch
 
-__all__ = ["ATTRIBUTE", "Steering", "base_tensors", "plain_name", "steering_of"]
+__all__ = ["ATTRIBUTE", "Steering", "base_tensors", "steered_part", "steering_of"]
 
 
 @dataclass
@@ -31,30 +32,40 @@ class Steering:
 
     Attributes:
         backbone: where the stream is.
-        required: `requires_grad` of every base parameter before steering, by name.
+        frozen: what was closed and held still in the base.
         specs: the fields, by name.
         mix: which fields act.
         wish: by field, whether it was asked to train (`thaw`) or not to (`freeze`).
         injectors: the module at each steered point, by site and block index.
         heads: the base tensors that fields train along.
         handles: hooks on the model itself, and those that the family needs while it is steered.
+        selection: what is selected, as the outputs of a forward pass remember it.
+        repeats: sequences whose rows `generate` repeated.
+        moving: buffers that are watched during a call.
+        unchecked: whether no call in training mode was watched since the selection was made.
     """
 
     backbone: Backbone
-    required: dict[str, bool]
-    specs: dict[str, FieldSpec] = field(default_factory=dict)
+    frozen: Frozen = field(default_factory=Frozen)
+    specs: dict[str, FieldConfig] = field(default_factory=dict)
     mix: Mix = OFF
     wish: dict[str, bool] = field(default_factory=dict)
     injectors: dict[tuple[str, int], Injector] = field(default_factory=dict)
     heads: Heads = field(default_factory=Heads)
     handles: list[Handle] = field(default_factory=list)
+    selection: Selection = field(default_factory=Selection)
+    repeats: Repeats = field(default_factory=Repeats)
+    unchecked: bool = True
+    moving: Moving | None = None
 
     def install(self, model: nn.Module) -> None:
         """Attach to a model that is about to get its first field."""
         if self.backbone.prepare is not None:  # first, since it may raise, as may a warning
             self.handles.extend(self.backbone.prepare(self.backbone.blocks))
+        self.frozen.close(model, self.backbone.blocks)
         self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._leave, always_call=True))
+        self.handles += rows_in_order(model, self)
         setattr(model, ATTRIBUTE, self)
 
     def name_of(self, name: str | None) -> str:
@@ -106,13 +117,13 @@ class Steering:
         return own | {f"train.{key}": tensor for key, tensor in self.values(model, name).items()}
 
     @torch.inference_mode(False)  # what is made here is to be trained, whatever mode the caller is in
-    def add(self, model: nn.Module, spec: FieldSpec) -> None:
+    def add(self, model: nn.Module, spec: FieldConfig) -> None:
         """Make the field of `spec` and select it; if that fails, all is as it was."""
         made = {}
         for index in spec.ranks:
             block = self.backbone.blocks[index]
-            dtype = torch.promote_types(bulk_dtype(block), torch.float32)
-            made[index] = spec.build(index, self.backbone, device=_device(block), dtype=dtype)
+            dtype = torch.promote_types(compute_dtype(block), torch.float32)
+            made[index] = spec.build(index, self.backbone, device=execution_device(block), dtype=dtype)
         before = self.mix
         self.select(model, OFF)  # so that what the field begins with, and what is kept as the base's, is the base's
         try:
@@ -141,23 +152,35 @@ class Steering:
             SteerError: a base tensor that a field trains was removed or resized since, or cannot be mixed as asked.
                 Nothing has changed.
         """
-        entries = _base_entries(model)
-        lost = self.heads.lost(dict.fromkeys((*self.mix.names, *mix.names)), entries)
-        if lost:
-            raise SteerError(
-                f"the model was changed since it was steered: {', '.join(lost)}, which a field trains, is gone or has "
-                "another shape. Undo that change first, or `unsteer` and steer again."
-            )
-        for key, _, _, tensor in entries:
-            if key in self.required and key not in self.heads.there and tensor.requires_grad:
-                tensor.requires_grad_(False)
-        self.heads.select(mix, entries, lambda name: self._trains_in(mix, name))
+        if self.heads.base:
+            entries = _base_entries(model)
+            lost = self.heads.lost(dict.fromkeys((*self.mix.names, *mix.names)), entries)
+            if lost:
+                raise SteerError(
+                    f"the model was changed since it was steered: {', '.join(lost)}, which a field trains, is gone or "
+                    "has another shape. Undo that change first, or `unsteer` and steer again."
+                )
+            self.heads.select(mix, entries, lambda name: self._trains_in(mix, name))
         self.mix = mix
         tables: Tables = {}
         for injector in self.injectors.values():
             injector.select(mix, tables)
-            for name, module in injector.fields.items():
-                _let_train(module, name, self.trains(name))
+            for name, module in injector.held.items():
+                self._let_train(module, name, self.trains(name))
+        points = {
+            (name, *key) for key, injector in self.injectors.items() for name in injector.fields if name in mix.names
+        }
+        self.selection = Selection(mix, frozenset(filter(self.trains, mix.names)), frozenset(points))
+        self.repeats, self.unchecked = Repeats(), True
+
+    def _let_train(self, module: HRes, name: str, on: bool) -> None:
+        """Open or close a field's parameters; the last of them notices a backward pass after it was closed."""
+        last = module.up.weight
+        if last.requires_grad and not on and not has_hook(last, _Watch):
+            last.register_hook(_Watch(name, last))  # type: ignore[no-untyped-call]
+        for parameter in module.parameters():
+            if parameter.requires_grad is not on:
+                parameter.requires_grad_(on)
 
     def discard(self, model: nn.Module, name: str) -> None:
         """Take one of several fields away; a mix in which it acts ends."""
@@ -189,57 +212,90 @@ class Steering:
             switch.detach()
         for handle in self.handles:
             handle.remove()
-        tensors = base_tensors(model)
-        for name in self.required.keys() & tensors.keys():
-            tensors[name].requires_grad_(self.required[name])
+        self.frozen.reopen(model)
         delattr(model, ATTRIBUTE)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Hold the rows of a mix against the batch that the model is called with.
-
-        `generate` calls it with every row repeated; what a model does to its rows inside, each point finds out itself.
+        """Check the rows of a mix against the batch that the model is called with.
 
         Raises:
             SteerError: the batch has another number of rows.
         """
-        if torch.compiler.is_compiling() or self.mix.rows is None:
+        if torch.compiler.is_compiling():
             return
-        given = (*args, *(value for key, value in kwargs.items() if key != "position_ids"))  # which may be one for all
-        batch = next((x.shape[0] for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
-        rows = self.mix.rows
-        if batch is None:
-            return
-        if batch != rows and (batch % rows or not _generating()):
-            raise SteerError(
-                f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every "
-                "row; only `generate` may repeat rows, for beams and several sequences."
-            )
-        for switch in self.heads.switches:
-            switch.batch = batch
+        if self.unchecked and model.training and torch.is_grad_enabled():
+            self._check_what_trains(model)
+        if self.mix.rows is not None:
+            batch = batch_of(model.get_submodule(self.backbone.path), args, kwargs)
+            enter_call(Call(batch))
+            if batch is not None and batch != self.mix.rows:
+                self.repeats.check(self.mix.rows, batch, args, kwargs)
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forget the batch, and hear from the switches if the call has finished."""
-        if torch.compiler.is_compiling() or self.mix.rows is None:
+        """Let the output remember what was selected, and end what `_enter` began."""
+        if torch.compiler.is_compiling():
             return
-        for switch in self.heads.switches:
-            switch.batch = None
+        if torch.is_grad_enabled():
+            remember(output, self.selection)
+        if self.moving is not None:
+            moving, self.moving = self.moving, None
+            own = {id(tensor) for tensors in self.heads.own.values() for tensor in tensors.values()}
             if output is not None:
-                switch.settle()
+                moving.warn(own)
+        call = leave_call() if self.mix.rows is not None else None
+        if call is not None and output is not None:
+            self.repeats.go_on(call.batch, output)
+            for switch in self.heads.switches:
+                switch.settle(call.met)
+
+    def _check_what_trains(self, model: nn.Module) -> None:
+        """In the first call in training mode after a selection, warn of what is not saved, and watch buffers."""
+        self.unchecked = False
+        stored = {id(p) for name in self.specs for f in self.fields(name).values() for p in f.parameters()}
+        stored |= {id(tensor) for own in self.heads.own.values() for tensor in own.values()}
+        lost = unsaved(model, stored)
+        if lost and self.mix.names:
+            warnings.warn(
+                f"{_some(lost)} train too, and `save` does not store what no field opened: they would be lost. Steer "
+                "with `train=[...]` to train them along with a field, or save them yourself.",
+                stacklevel=4,
+            )
+        owners = {id(module) for module, _, _ in self.frozen.statistics}
+        self.moving = Moving.of(
+            (key, tensor)
+            for key, module, _, tensor in _base_entries(model)
+            if not isinstance(tensor, nn.Parameter) and id(module) not in owners
+        )
+
+
+def steered_part(model: nn.Module) -> nn.Module | None:
+    """Return the module that is steered: the model, or what stands in the wrappers around it. None if there is none.
+
+    Seen through are `torch.compile`, data parallelism and PEFT's models.
+    """
+    waiting: list[object] = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, nn.Module):
+            if isinstance(module.__dict__.get(ATTRIBUTE), Steering):
+                return module
+            names = ["_orig_mod", "module"]
+            if type(module).__module__.partition(".")[0] == "peft":
+                names += ["base_model", "model"]
+            waiting += [getattr(module, name, None) for name in names]
+    return None
 
 
 def steering_of(model: nn.Module) -> tuple[nn.Module, Steering]:
-    """Return the steered module and its steering, through the wrappers of `torch.compile` and data parallelism.
+    """Return the steered module and its steering, through the wrappers around it.
 
     Raises:
         SteerError: the model is not steered.
     """
-    base: object = model
-    while isinstance(base, nn.Module):
-        state = base.__dict__.get(ATTRIBUTE)
-        if isinstance(state, Steering):
-            return base, state
-        base = getattr(base, "_orig_mod", None) or getattr(base, "module", None)
-    raise SteerError(f"this {type(model).__name__} is not steered; call residual_steer.steer(model) first.")
+    base = steered_part(model)
+    if base is None:
+        raise SteerError(f"this {type(model).__name__} is not steered; call residual_steer.steer(model) first.")
+    return base, base.__dict__[ATTRIBUTE]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -252,31 +308,14 @@ def _base_entries(model: nn.Module) -> list[Entry]:
     found: list[Entry] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                found.append((plain_name(prefix + name), module, name, tensor))
-        for name, child in module._modules.items():
-            if child is not None and not isinstance(child, (Injector, Switch)):
+        for name, tensor in owned_tensors(module):
+            found.append((plain_name(prefix + name), module, name, tensor))
+        for name, child in parts(module):
+            if not isinstance(child, (Injector, Switch)):
                 visit(child, f"{prefix}{name}.")
 
     visit(model, "")
     return found
-
-
-def plain_name(name: str) -> str:
-    """Drop what `torch.compile` puts into the name of a tensor of a compiled part: `_orig_mod.`."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
-
-
-def _let_train(module: nn.Module, name: str, on: bool) -> None:
-    """Open or close a field's parameters; the last of them notices a backward pass after it was closed."""
-    last: Any = getattr(module.get_submodule("up"), "weight", None)
-    for linear in module._modules.values():
-        for parameter in linear._parameters.values() if linear is not None else ():
-            if parameter is not None and parameter.requires_grad is not on:
-                parameter.requires_grad_(on)
-                if on and parameter is last and not parameter._backward_hooks:
-                    parameter.register_hook(_Watch(name, parameter))
 
 
 class _Watch:
@@ -294,17 +333,6 @@ class _Watch:
             )
 
 
-def _generating() -> bool:
-    """Say whether some `generate` is running: it repeats the rows that it was called with."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "generate":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def _device(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+def _some(names: list[str]) -> str:
+    """Return the first of many names."""
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

@@ -14,11 +14,11 @@ from .backbone import SITES, Backbone
 from .errors import SteerError
 from .field import HRes
 
-__all__ = ["FieldSpec", "check_name", "check_ranks", "check_site", "match_train"]
+__all__ = ["FieldConfig", "check_name", "check_ranks", "check_site", "match_train"]
 
 
 @dataclass(frozen=True)
-class FieldSpec:
+class FieldConfig:
     """One field as it was asked for: everything needed to build it again.
 
     Attributes:

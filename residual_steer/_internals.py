@@ -1,0 +1,161 @@
+"""Private attributes of torch, in one place. Tried on torch 2.6 to 2.14; tests/test_internals.py names each of them."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "backward_pass",
+    "cast_dtypes",
+    "compute_in",
+    "has_hook",
+    "is_compiled",
+    "is_plainly_called",
+    "owned_tensors",
+    "parts",
+    "twin",
+    "version",
+]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def backward_pass() -> int:
+    """Return the number of the backward pass that is running in this thread, -1 outside of one."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return tensor._version
+
+
+def has_hook(tensor: Tensor, kind: type) -> bool:
+    """Return whether a hook of a kind waits for the gradient of a tensor."""
+    hooks: Mapping[int, Any] = tensor._backward_hooks or {}
+    return any(isinstance(hook, kind) for hook in hooks.values())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is `torch.compile`d, around it or in place."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_plainly_called(module: nn.Module) -> bool:
+    """Return whether calling a module does no more than its class's `forward`: no hook, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def owned_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and stored buffers that a module itself owns, by their names in it."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield name, tensor
+
+
+def parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module by every name that they have, where `named_children` takes one of each."""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield name, child
+
+
+def cast_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    """Return in which types a module computes with parameters that are kept in another one, by their names in it."""
+    found: dict[str, torch.dtype] = module.__dict__.get("_steering_dtypes", {})
+    return found
+
+
+def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Let a module compute with some of its parameters in another type than they are kept in.
+
+    They are fp32 masters of weights that a bf16 module computes with. The class of the module becomes one whose
+    `forward` sees them cast; whoever else looks sees the parameters themselves, under their own names.
+
+    Args:
+        module: the module that owns the parameters.
+        dtypes: by name; what is not there is computed with as it is kept. Empty brings the class back.
+    """
+    base: Any = getattr(type(module), "_steering_base", type(module))
+    module.__dict__.pop("_steering_seen", None)
+    if dtypes:
+        module.__dict__["_steering_dtypes"] = dict(dtypes)
+        module.__class__ = _mastered(base, frozenset(dtypes))
+        _look(module)
+    else:
+        module.__dict__.pop("_steering_dtypes", None)
+        module.__class__ = base
+
+
+def _look(module: nn.Module) -> None:
+    """Make what `forward` sees of a module: an object with its attributes, but for parameters that are cast."""
+    kind: Any = type(module)
+    seen = object.__new__(kind._steering_seen_as)
+    seen.__dict__ = module.__dict__
+    module.__dict__["_steering_seen"] = (seen,)
+
+
+@cache
+def _mastered(base: Any, names: frozenset[str]) -> Any:
+    def read(name: str, module: nn.Module) -> Tensor:
+        tensor: Any = module._parameters[name]
+        return tensor.to(cast_dtypes(module)[name])  # type: ignore[no-any-return]
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(module.__dict__["_steering_seen"][0], *args, **kwargs)
+
+    def apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        base._apply(module, fn, recurse)
+        dtypes = cast_dtypes(module)
+        for name, dtype in dtypes.items():
+            dtypes[name] = fn(torch.empty(0, dtype=dtype)).dtype
+        return module
+
+    def reduce(module: nn.Module, protocol: int) -> Any:
+        return _rebuild, (base, names), {k: v for k, v in module.__dict__.items() if k != "_steering_seen"}
+
+    def set_state(module: nn.Module, state: dict[str, Any]) -> None:
+        base.__setstate__(module, state)
+        _look(module)
+
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    seen = type(base.__name__, (base,), {**{name: property(partial(read, name)) for name in names}, **named})
+    members = {"forward": forward, "_apply": apply, "__reduce_ex__": reduce, "__setstate__": set_state}
+    return type(base.__name__, (base,), {**members, **named, "_steering_base": base, "_steering_seen_as": seen})
+
+
+def _rebuild(base: Any, names: frozenset[str]) -> nn.Module:
+    made = _mastered(base, names)
+    return made.__new__(made)  # type: ignore[no-any-return]
+
+
+def twin(host: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """Return a module that computes what `host` does, with other tensors and without anybody's hooks.
+
+    `torch.func.functional_call` does the same by putting the tensors into `host` for the time of the call, which
+    another thread that runs the model would see. Buffers are copied: running statistics of rows that several fields
+    share belong to none of them. What is not in `tensors` is shared.
+
+    Args:
+        host: a module without children.
+        tensors: its parameters and buffers that differ, by their names in it.
+        dtypes: in which types it computes with those of them that are kept in another one.
+    """
+    other = copy.copy(host)
+    hooks: dict[str, Any] = {name: OrderedDict() for name in _HOOKS}
+    buffers = {name: None if buffer is None else buffer.clone() for name, buffer in host._buffers.items()}
+    other.__dict__.update(hooks, _parameters=dict(host._parameters), _buffers=buffers, _modules={})
+    other.__dict__.pop("forward", None)
+    for name, value in tensors.items():
+        place: dict[str, Any] = other._buffers if name in buffers else other._parameters
+        place[name] = value
+    compute_in(other, {name: dtype for name, dtype in dtypes.items() if tensors[name].dtype != dtype})
+    return other
