@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import residual_steer as rs
+from residual_steer._caches import cache_of, cache_parameter
 
 __all__ = ["SHAPES", "Shape", "scan_linearly", "scanning", "twin"]
 
@@ -26,7 +27,7 @@ class Shape:
         about: what it is.
         make: builds it, tiny if asked to, with changes to its configuration.
         length: default number of tokens of a row; None for a model of images, whose size is fixed.
-        cache: the keyword under which the model takes and returns its cache; None if it has none.
+        cache: what it holds, "keys and values" or "states"; None if the model has none.
     """
 
     about: str
@@ -77,11 +78,11 @@ class Shape:
 
     def cached(self, call: Call, inputs: Tensor, **more: Any) -> Any:
         """Return the cache that reading `inputs` leaves."""
-        return call(input_ids=inputs, use_cache=True, logits_to_keep=1, **more)[self.cache]
+        return cache_of(call(input_ids=inputs, use_cache=True, logits_to_keep=1, **more))
 
     def decode(self, call: Call, token: Tensor, cache: Any, **more: Any) -> Tensor:
         """Return the logits after one more token, `(rows, 1)`, which is written into `cache`."""
-        return call(input_ids=token, use_cache=True, **{self.cache: cache}, **more).logits
+        return call(input_ids=token, use_cache=True, **{_keyword(call): cache}, **more).logits
 
     def static(self, model: nn.Module, room: int) -> dict[str, Any]:
         """Return the keyword of a cache of a fixed size, for `cached`; an SSM's has one anyway.
@@ -90,16 +91,21 @@ class Shape:
             model: whose cache.
             room: tokens that it holds.
         """
-        if self.cache != "past_key_values":
+        if self.cache != "keys and values":
             return {}
         from transformers import StaticCache
 
-        return {self.cache: StaticCache(config=model.config, max_cache_len=room)}
+        return {_keyword(model): StaticCache(config=model.config, max_cache_len=room)}
 
     @staticmethod
     def fresh(cache: Any) -> Any:
         """Return a copy of a cache, since decoding writes into it."""
         return copy.deepcopy(cache)
+
+
+def _keyword(model: nn.Module) -> str:
+    """Return the keyword by which a model, or the one inside a wrapper of PEFT or torch.compile, takes its cache."""
+    return next(filter(None, map(cache_parameter, model.modules())))
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -147,7 +153,7 @@ def _vit(tiny: bool, changes: Mapping[str, Any]) -> nn.Module:
 
 
 SHAPES = {
-    "gpt2": Shape("GPT-2-small's shape (transformers)", _gpt2, length=64, cache="past_key_values"),
-    "mamba": Shape("mamba-130m's shape (transformers)", _mamba, length=64, cache="cache_params"),
+    "gpt2": Shape("GPT-2-small's shape (transformers)", _gpt2, length=64, cache="keys and values"),
+    "mamba": Shape("mamba-130m's shape (transformers)", _mamba, length=64, cache="states"),
     "vit": Shape("ViT-B/16's shape, 224 × 224 pixels (timm)", _vit, length=None, cache=None),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_steer._caches import cache_of, cache_parameter
 from residual_steer.study.rounds import Rounds, Variant, play
 
 PHASES = ("prefill", "decode")
@@ -52,19 +53,12 @@ def time_phases(
 
 def read(model: nn.Module, ids: Tensor) -> Any:
     """Read a text; return the cache that this leaves."""
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    return output[cache_name(model)]
+    return cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
 
 
 def write(model: nn.Module, token: Tensor, cache: Any) -> Any:
     """Go on by one token of every row; return the cache."""
-    name = cache_name(model)
-    return model(input_ids=token, use_cache=True, **{name: cache})[name]
-
-
-def cache_name(model: nn.Module) -> str:
-    """Return the keyword under which a model of transformers takes and returns its cache."""
-    return "cache_params" if "mamba" in model.config.model_type else "past_key_values"
+    return cache_of(model(input_ids=token, use_cache=True, **{cache_parameter(model): cache}))
 
 
 def relative(times: Mapping[str, list[float]], name: str, reference: str) -> tuple[float, float, float]:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._caches import cache_of
+
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "act", "A_log", "D", "time_step_rank", "ssm_state_size")
 _FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who sets one wants mambapy's scan
-_CACHES = ("cache_params", "past_key_values")
 _MARK = "_scans_linearly"  # on a mixer that is to scan so
 
 
@@ -79,7 +80,7 @@ def _scans(mixer: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dic
     """Say whether a call is one of training on a CPU, without anything that the linear scan has no place for."""
     if not mixer.training or _MARK not in mixer.__dict__ or hidden_states.device.type != "cpu":
         return False
-    if any(kwargs.get(name) is not None for name in _CACHES):
+    if cache_of(kwargs) is not None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 f"this {type(mixer).__name__} trains with a cache, step by step and in time that grows with the square "

@@ -291,12 +291,13 @@ def _as_type(key: str, stored: Tensor, like: Tensor) -> Tensor:
     Raises:
         SteerError: that would be another kind of number, or some of them are not finite, or too large for it.
     """
-    if stored.is_floating_point() and not stored.isfinite().all():
+    if stored.dtype != like.dtype and not {stored.dtype, like.dtype} <= set(_FLOATS):
+        raise SteerError(f"tensor {key} is stored as {stored.dtype}; this model needs {like.dtype}.")
+    numbers = stored.float() if stored.is_floating_point() and stored.itemsize == 1 else stored  # torch: no float8
+    if not numbers.isfinite().all():
         raise SteerError(f"tensor {key} holds NaN or infinite numbers, which would spoil every batch. Train it again.")
     if stored.dtype == like.dtype:
         return stored
-    if stored.dtype not in _FLOATS or like.dtype not in _FLOATS:
-        raise SteerError(f"tensor {key} is stored as {stored.dtype}; this model needs {like.dtype}.")
     value = stored.to(like.dtype)
     if not value.isfinite().all():
         raise SteerError(f"tensor {key} holds numbers too large for {like.dtype}, which this model needs.")

@@ -5,6 +5,7 @@ import torch
 
 import residual_steer as rs
 from cases import CASES, LENGTH, RANK, randomise
+from residual_steer._caches import cache_of, cache_parameter
 
 TABLE = {case.name: case for case in CASES}
 
@@ -77,6 +78,6 @@ def test_a_prompt_and_then_single_tokens_give_what_the_whole_sequence_gives(name
     state = model(ids[:, :4], use_cache=True)
     parts = [state.logits]
     for position in range(4, LENGTH):
-        state = model(ids[:, position : position + 1], past_key_values=state.past_key_values, use_cache=True)
+        state = model(ids[:, position : position + 1], use_cache=True, **{cache_parameter(model): cache_of(state)})
         parts.append(state.logits)
     torch.testing.assert_close(torch.cat(parts, 1), case.run(model), rtol=0, atol=2e-5)

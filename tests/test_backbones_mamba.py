@@ -9,6 +9,7 @@ import torch
 import residual_steer as rs
 from cases import CASES, randomise
 from residual_steer import scan
+from residual_steer._caches import cache_of
 
 TABLE = {case.name: case for case in CASES}
 SCANNING = [pytest.param(TABLE[name], id=name) for name in ("mamba", "falcon-mamba", "jamba")]
@@ -104,7 +105,7 @@ def test_with_a_cache_the_models_own_forward_runs_and_a_warning_says_what_to_set
     ids = case.batch()["input_ids"]
     with pytest.warns(UserWarning, match=r"trains with a cache.*model.config.use_cache = False"):
         output = model(ids, use_cache=True)
-    assert (output["past_key_values"] if case.name == "jamba" else output["cache_params"]) is not None
+    assert cache_of(output) is not None
     assert not scans
     model.config.use_cache = False
     model(ids)

@@ -214,7 +214,7 @@ class Bare(nn.Module):
         ("parallel-adapter", "'bare' names neither. Use 'hres'"),
         ("vpt-deep", "is a map of features or changes its width"),
         ("prompt", "'bare' has no such embeddings"),
-        ("prefix", "takes no `past_key_values`"),
+        ("prefix", "cache of a language model"),
     ],
 )
 def test_a_model_without_what_a_method_needs(method, words):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import residual_steer as rs
 from cases import VOCABULARY, WIDTH
 from held import HELD
+from residual_steer._caches import cache_of, cache_parameter
 from residual_steer.baselines.places import behind_padding, insert, take_out
 
 BY_NAME = {case.name: case for case in HELD}
@@ -125,7 +126,8 @@ def test_a_prefix_is_keys_and_values_in_the_cache():
             for part in (model.transformer.prefix.keys, model.transformer.prefix.values)
         )
         cache.update(key, value, layer)
-    expected = BY_NAME["gpt2"].build()(ids, past_key_values=cache).logits
+    frozen = BY_NAME["gpt2"].build()
+    expected = frozen(ids, **{cache_parameter(frozen): cache}).logits
     close(model(ids).logits, expected)
     close(model(ids, attention_mask=torch.ones_like(ids)).logits, expected)
     close(model(ids, position_ids=torch.arange(6)[None]).logits, expected)
@@ -181,9 +183,9 @@ def test_a_language_model_of_another_family_works_too(llama, method):
     for p in tokens(model):
         p.normal_()
     compare_generation(model, frozen)
-    assert model(ids, use_cache=False).past_key_values is None
+    assert cache_of(model(ids, use_cache=False)) is None
     assert not any(isinstance(part, DynamicCache) for part in model.model(ids, use_cache=False, return_dict=False))
-    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 6 + P
+    assert cache_of(model(ids, use_cache=True)).get_seq_length() == 6 + P
 
 
 @pytest.mark.parametrize("name", ["mamba_ssm-1", "mamba_ssm-2"])
@@ -316,7 +318,7 @@ def test_a_text_that_does_not_fit_is_an_error():
 def test_what_has_no_place_for_tokens_is_refused(method):
     model = ready("gpt2", method)
     with pytest.raises(rs.SteerError, match="static cache"):
-        model(words(), past_key_values=StaticCache(config=model.config, max_cache_len=12))
+        model(words(), **{cache_parameter(model): StaticCache(config=model.config, max_cache_len=12)})
     with pytest.raises(rs.SteerError, match="another kind of mask"):
         model(words(), attention_mask=torch.ones(2, 1, 6, 6))
 

@@ -63,7 +63,7 @@ def test_every_row_of_the_table_is_there_or_says_why_not(built):
     assert {"LoRA, usual targets", "full fine-tuning"} <= set(names)
     others = {"LoRA, all linear layers", "prompt tuning", "ShadowPEFT"}
     assert others <= {*names, *refused}
-    works = {"past_key_values": others, "cache_params": {"prompt tuning"}, None: {"LoRA, all linear layers"}}
+    works = {"keys and values": others, "states": {"prompt tuning"}, None: {"LoRA, all linear layers"}}
     assert set(refused) == others - works[shape.cache]
     assert all(len(reason) > 20 for reason in refused.values())
 

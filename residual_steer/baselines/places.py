@@ -7,12 +7,10 @@ forget in a long padding what stood before it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-__all__ = ["Place", "behind_padding", "insert", "is_first_call", "take_out"]
+__all__ = ["Place", "behind_padding", "insert", "take_out"]
 
 Place = int | Tensor
 
@@ -50,21 +48,3 @@ def take_out(y: Tensor, tokens: int, place: Place) -> Tensor:
         return torch.cat([y[:, :place], y[:, place + tokens :]], dim=1) if place else y[:, tokens:]
     before = torch.arange(y.shape[1] - tokens, device=y.device) < place[:, None]
     return torch.where(before.view(*before.shape, *[1] * (y.dim() - 2)), y[:, :-tokens], y[:, tokens:])
-
-
-def is_first_call(call: dict[str, Any], layer: int | None = None) -> bool:
-    """Say whether a call begins a sequence, rather than going on with what a cache holds.
-
-    Args:
-        call: its arguments by name. A cache is `past_key_values`, `cache_params` or `state` in transformers, and
-            `inference_params` in `mamba_ssm`.
-        layer: in a block, which layer of a cache of states to ask; None asks for the whole model.
-    """
-    running = call.get("inference_params")
-    if running is not None:
-        return bool(running.seqlen_offset == 0)
-    cache = call.get("cache_params")
-    if cache is not None:
-        return not cache.has_previous_state(layer)
-    cache = call.get("past_key_values")
-    return call.get("state") is None if cache is None else bool(cache.get_seq_length() == 0)

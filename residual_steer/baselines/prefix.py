@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_steer._caches import begins_text, cache_of, cache_parameter
 from residual_steer.errors import SteerError, UnsuitableError
 
 from .parts import Subject, Trained, add_child, count, place_of
-from .places import insert, is_first_call
+from .places import insert
 from .prompt import call_by_name, embedding_of, refuse_cache
 from .vpt import is_ssm
 
@@ -26,7 +27,7 @@ def prefix(subject: Subject, *, length: int = 10) -> Trained:
     gets a cache that holds them; masks and positions are counted on from there.
 
     Args:
-        subject: a language model of transformers with attention, which takes `past_key_values`.
+        subject: a language model of transformers with attention, which takes a cache.
         length: p.
 
     Raises:
@@ -39,16 +40,16 @@ def prefix(subject: Subject, *, length: int = 10) -> Trained:
             f"'prefix' extends the keys and values of attention, and {subject.backbone.name!r} has a state instead: "
             "there are no keys and values to extend. Choose 'prompt' or 'vpt-deep'."
         )
-    names = tuple(inspect.signature(inner.forward).parameters)
-    if embedding is None or "past_key_values" not in names:
+    keyword = cache_parameter(inner)
+    if embedding is None or keyword is None:
         raise UnsuitableError(
-            f"'prefix' goes through the cache of a language model, and {type(inner).__name__} takes no "
-            "`past_key_values`. For images there is 'vpt-deep'."
+            f"'prefix' goes through the cache of a language model, and {type(inner).__name__} takes none. For images "
+            "there is 'vpt-deep'."
         )
     if getattr(getattr(inner, "config", None), "add_cross_attention", False):
         raise UnsuitableError("'prefix' does not know caches of cross-attention. Build the model without it.")
     keys, values = _computed(inner, embedding, length)
-    return Trained(list(Prefix(inner, names, keys, values).parameters()), called=[subject.backbone.path])
+    return Trained(list(Prefix(inner, keyword, keys, values).parameters()), called=[subject.backbone.path])
 
 
 class Prefix(nn.Module):
@@ -56,16 +57,17 @@ class Prefix(nn.Module):
 
     Args:
         inner: the model without its head.
-        names: of the parameters of its `forward`.
+        cache: the keyword by which it takes a cache.
         keys: of every layer, `(heads, length, head width)` each.
         values: of every layer.
     """
 
-    def __init__(self, inner: nn.Module, names: tuple[str, ...], keys: list[Tensor], values: list[Tensor]) -> None:
+    def __init__(self, inner: nn.Module, cache: str, keys: list[Tensor], values: list[Tensor]) -> None:
         super().__init__()
         self.keys = nn.ParameterList(keys)
         self.values = nn.ParameterList(values)
-        self._names = names
+        self._names = tuple(inspect.signature(inner.forward).parameters)
+        self._cache = cache
         self._lent: Any = None
         add_child(inner, "prefix", self)
         inner.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -94,11 +96,13 @@ class Prefix(nn.Module):
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + length
         self._lent = None
-        if is_first_call(call):
-            asked, given = call.get("use_cache"), call.get("past_key_values")
-            call["past_key_values"] = self._fill(inner, call)
-            if given is None and not (inner.config.use_cache if asked is None else asked):
-                self._lent = call["past_key_values"]
+        if begins_text(call):
+            asked, given = call.get("use_cache"), cache_of(call)
+            cache = self._fill(inner, call, given)
+            if given is None:
+                call[self._cache] = cache
+                if not (inner.config.use_cache if asked is None else asked):
+                    self._lent = cache
         return (), call
 
     def _after(self, inner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -114,9 +118,8 @@ class Prefix(nn.Module):
         """Leave out of copies what belongs to a call, or was left by one that failed."""
         return {**self.__dict__, "_lent": None}
 
-    def _fill(self, inner: Any, call: dict[str, Any]) -> Any:
+    def _fill(self, inner: Any, call: dict[str, Any], cache: Any) -> Any:
         given: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
-        cache = call.get("past_key_values")
         if cache is None:
             from transformers import DynamicCache
 
@@ -139,7 +142,7 @@ def _computed(inner: Any, embedding: nn.Embedding, length: int) -> tuple[list[Te
     words = torch.randint(embedding.num_embeddings, (1, length)).to(device)
     training = inner.training
     try:
-        cache = inner.eval()(input_ids=words, use_cache=True).past_key_values
+        cache = cache_of(inner.eval()(input_ids=words, use_cache=True))
     finally:
         inner.train(training)
     layers: list[Any] = getattr(cache, "layers", [])

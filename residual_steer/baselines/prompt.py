@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_steer._caches import begins_text, cache_of
 from residual_steer.errors import SteerError, UnsuitableError
 
 from .parts import Subject, Trained, add_child, count, place_of
-from .places import Place, behind_padding, insert, is_first_call, take_out
+from .places import Place, behind_padding, insert, take_out
 from .vpt import is_ssm, stand_before
 
 __all__ = ["SoftPrompt", "call_by_name", "embedding_of", "from_vocabulary", "prompt", "refuse_cache"]
@@ -82,7 +83,7 @@ def refuse_cache(call: dict[str, Any], what: str) -> None:
     Raises:
         SteerError: the cache was made for the length of the text.
     """
-    if getattr(call.get("past_key_values"), "is_compileable", False):
+    if getattr(cache_of(call), "is_compileable", False):
         raise SteerError(f"a static cache has no room for the {what}, whose length it was not told. Use a dynamic one.")
 
 
@@ -124,7 +125,7 @@ class SoftPrompt(nn.Module):
         place: Place = 0 if mask is None else behind_padding(mask)
         if mask is not None:
             call["attention_mask"] = insert(mask, mask.new_ones(length), place)
-        first = is_first_call(call)
+        first = begins_text(call)
         self._place = place if first else None
         if not first:
             call["position_ids"] = None if positions is None else positions + length
@@ -145,7 +146,7 @@ class SoftPrompt(nn.Module):
 
     def _check_room(self, call: dict[str, Any], added: int) -> None:
         given = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
-        cache = call.get("past_key_values")
+        cache = cache_of(call)
         if self._room is None or not isinstance(given, Tensor):
             return
         past = 0 if cache is None else int(cache.get_seq_length())

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_steer._caches import begins_text
 from residual_steer.errors import SteerError, UnsuitableError
 from residual_steer.tokens import prefix_tokens
 
 from .parts import Subject, Trained, add_child, count, place_of, require_free
-from .places import Place, behind_padding, insert, is_first_call, take_out
+from .places import Place, behind_padding, insert, take_out
 
 __all__ = ["Gate", "is_ssm", "stand_before", "vpt_deep", "vpt_shallow"]
 
@@ -112,7 +113,7 @@ class Gate(nn.Module):
             SteerError: the stream is no sequence, or a mask is given that has no place for them.
         """
         self._place = None
-        if not is_first_call(kwargs, self._layer):
+        if not begins_text(kwargs, self._layer):
             return args, kwargs
         mask = kwargs.get("attention_mask")
         by_row = isinstance(mask, Tensor) and mask.dim() == 2
