@@ -8,7 +8,6 @@ last bit.
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,48 +18,52 @@ from ._caches import cache_of
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "act", "A_log", "D", "time_step_rank", "ssm_state_size")
 _FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who sets one wants mambapy's scan
-_MARK = "_scans_linearly"  # on a mixer that is to scan so
 
 
-class _Replaced:
-    """A forward pass that stands in the place of a mixer's own, until `remove`."""
+class _LinearScan:
+    """A mixer's `forward` until `remove`: the linear scan where it can be, else the forward pass of its class.
+
+    It is an attribute of the mixer, as accelerate's hooks are, and not one of its class: so it follows copies and
+    pickles. On the class it would reach every Mamba of the process, and be lost where a pickle is read elsewhere.
+    """
 
     def __init__(self, mixer: nn.Module) -> None:
-        self._mixer = mixer
-        # a partial, whose copies and pickles follow those of the mixer
-        self._forward = mixer.__dict__["forward"] = partial(_forward, mixer)
-        mixer.__dict__[_MARK] = True
+        self._mixer: Any = mixer
+        self._on = True
+        self._mixer.forward = self
 
     def remove(self) -> None:
-        """Let the mixer's own forward pass run again, even where another library has wrapped ours."""
-        self._mixer.__dict__.pop(_MARK, None)
-        if self._mixer.__dict__.get("forward") is self._forward:
-            del self._mixer.__dict__["forward"]
+        """Let the forward pass of the mixer's class run again, even where another library has wrapped this one."""
+        self._on = False
+        if vars(self._mixer).get("forward") is self:
+            del self._mixer.forward
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mixer = self._mixer
+        if self._on and not args and _can_scan(mixer, hidden_states, kwargs):
+            return _scan(mixer, hidden_states, kwargs.get("attention_mask"))
+        own: Tensor = type(mixer).forward(mixer, hidden_states, *args, **kwargs)
+        return own
 
 
-def scan_linearly(blocks: Sequence[nn.Module]) -> list[_Replaced]:
+def scan_linearly(blocks: Sequence[nn.Module]) -> list[_LinearScan]:
     """Let the mixers of blocks train through the linear scan; those that compute something else stay as they are."""
-    return [_Replaced(module) for block in blocks for module in block.modules() if _is_known(module)]
+    return [_LinearScan(module) for block in blocks for module in block.modules() if _is_known(module)]
 
 
 def _is_known(mixer: Any) -> bool:
-    """Say whether `_forward` computes what a mixer does: not Mamba2's, and not a quantized one's."""
+    """Return whether `_scan` computes what a mixer does: not Mamba2's, nor one whose forward is replaced already."""
     theirs = type(mixer).__module__.startswith("transformers.") and all(hasattr(mixer, part) for part in _PARTS)
-    if not theirs or "forward" in mixer.__dict__ or mixer.dt_proj.bias is None:
-        return False
-    if hasattr(getattr(mixer, "config", None), "_is_quantized"):
+    if not theirs or "forward" in vars(mixer) or mixer.dt_proj.bias is None:
         return False
     return hasattr(mixer, "dt_layernorm") or not hasattr(mixer, "rms_eps")  # an older FalconMamba normalises otherwise
 
 
-def _forward(mixer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _scan(mixer: Any, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     """Return what leaves a mixer, `(batch, length, width)`: Mamba's block (figure 3 of the paper)."""
-    if not _scans(mixer, hidden_states, args, kwargs):
-        own: Tensor = type(mixer).forward(mixer, hidden_states, *args, **kwargs)
-        return own
     from .scan import selective_scan  # whose registration with torch takes as long as all families together
 
-    length, dtype, mask = hidden_states.shape[1], hidden_states.dtype, kwargs.get("attention_mask")
+    length, dtype = hidden_states.shape[1], hidden_states.dtype
     x, gate = mixer.in_proj(_without_padding(hidden_states, mask)).chunk(2, dim=-1)
     kernel, width = mixer.conv1d.weight, mixer.conv1d.kernel_size[0]  # not called, as in transformers
     x = x.transpose(1, 2).to(kernel.dtype)
@@ -76,9 +79,9 @@ def _forward(mixer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Te
     return left
 
 
-def _scans(mixer: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Say whether a call is one of training on a CPU, without anything that the linear scan has no place for."""
-    if not mixer.training or _MARK not in mixer.__dict__ or hidden_states.device.type != "cpu":
+def _can_scan(mixer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Return whether a call is one of training on a CPU, with nothing that the linear scan has no place for."""
+    if not mixer.training or hidden_states.device.type != "cpu":
         return False
     if cache_of(kwargs) is not None:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -89,8 +92,11 @@ def _scans(mixer: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dic
             )
         return False
     others = any(value is not None for name, value in kwargs.items() if name != "attention_mask")
-    wrapped = hasattr(mixer.conv1d, "_hf_hook") or hasattr(mixer.dt_proj, "_hf_hook")  # whose weights are elsewhere
-    return not (args or others or wrapped or any(getattr(mixer, flag, False) for flag in _FLAGS))
+    read = ((mixer.conv1d, nn.Conv1d), (mixer.dt_proj, nn.Linear))  # whose weights `_scan` reads without calling them
+    plain = all(
+        type(part) is kind and "forward" not in vars(part) for part, kind in read
+    )  # not quantised nor offloaded
+    return plain and not others and not any(getattr(mixer, flag, False) for flag in _FLAGS)
 
 
 def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
