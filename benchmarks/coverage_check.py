@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import residual_steer as rs
-from residual_steer.auto.example import examples
+from residual_steer.discovery.example import examples
 from residual_steer.state import steering_of
 
 NEW_TOKENS = 4
