@@ -54,7 +54,7 @@ test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
 
 # torch 2.6 cannot trace a model of transformers.
 test-oldest: $(OLDEST)/installed  ## Run the contract with the oldest releases that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_auto*.py
+	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_discovery*.py
 
 check: $(VENV)/installed  ## Lint, format and types, without changing anything
 	$(BIN)/ruff check .

@@ -1,14 +1,9 @@
 """The built-in families, one file each; a family is a layout of blocks, not a model name.
 
-Installed as `residual_steer.backbones`. Every family registers itself with the call that anybody uses. The package can
-be called: `residual_steer.backbones()` lists every registered backbone, those of installed packages included, and
-`residual_steer.backbones("llama")` the classes of one.
+Installed as `residual_steer.backbones`. Every family registers itself with the call that anybody uses.
+`residual_steer.list_backbones()` lists every registered backbone, those of installed packages included.
 """
 
-import sys
-import types
-
-from residual_steer import registry
 from residual_steer.backbones import (
     bert,
     encoder_decoder,
@@ -38,13 +33,3 @@ __all__ = [
     "vit",
     "wav2vec2",
 ]
-
-
-class _Families(types.ModuleType):
-    """A module that is also the public function `residual_steer.backbones()`."""
-
-    def __call__(self, name: str | None = None) -> tuple[str, ...]:
-        return registry.backbones(name)
-
-
-sys.modules[__name__].__class__ = _Families

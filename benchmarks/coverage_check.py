@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import residual_steer as rs
-from residual_steer.auto.example import examples
 from residual_steer._controller import steering_of
+from residual_steer.discovery.example import examples
 
 NEW_TOKENS = 4
 RANK = 8  # of fewer hidden units all may be off at once, where the stream is large

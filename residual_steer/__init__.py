@@ -7,22 +7,20 @@ from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
 from .overview import fields, summary
-from .registry import find_backbone, register_backbone
+from .registry import find_backbone, list_backbones, register_backbone
 from .steering import freeze, parameters, steer, thaw, unsteer, use
 from .storage import load, push, save
 from .training import fit
 
 if TYPE_CHECKING:
     from . import baselines, continual, data, diagnostics
-    from .registry import backbones
-else:
-    from . import backbones  # the package of families, which can be called: backbones()
+
+importlib.import_module(".backbones", __name__)  # the built-in families register themselves
 
 __all__ = [
     "Backbone",
     "HRes",
     "SteerError",
-    "backbones",
     "baselines",
     "continual",
     "data",
@@ -31,6 +29,7 @@ __all__ = [
     "find_backbone",
     "fit",
     "freeze",
+    "list_backbones",
     "load",
     "parameters",
     "push",

@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SteerError
+from .nested import dense, moved
 
 __all__ = [
     "ATTRIBUTE",
     "SITES",
     "Backbone",
+    "LayoutError",
     "blocks_at",
     "can_train",
     "compute_dtype",
@@ -50,6 +52,10 @@ Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
 Leave = Callable[[Any], Tensor]
 
 
+class LayoutError(SteerError):
+    """A model is not laid out as its description has it: blocks elsewhere, or none, or of other widths."""
+
+
 class Handle(Protocol):
     """What was changed in a model, until `remove`; the handle of a hook is one."""
 
@@ -60,17 +66,11 @@ class Handle(Protocol):
 Prepare = Callable[[Sequence[nn.Module]], Sequence[Handle]]
 
 
-def _locate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
-    """Say where the stream stands in a call: a position, or the keyword `hidden_states`.
-
-    Raises:
-        SteerError: it has no tensor in either place.
-    """
-    for position, value in enumerate(args):
+def _stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the stream in a call as it stands there, maybe nested."""
+    for value in (*args, kwargs.get("hidden_states")):
         if isinstance(value, Tensor):
-            return position
-    if isinstance(kwargs.get("hidden_states"), Tensor):
-        return "hidden_states"
+            return value
     if any(type(value).__name__ == "Proxy" for value in (*args, *kwargs.values())):  # of torch.fx, unimported
         raise SteerError(
             "torch.fx cannot trace a field, which runs from a hook. Use torch.export.export or torch.jit.trace, which "
@@ -84,22 +84,25 @@ def _locate(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
 
 
 def read_stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the stream that enters a module: its first positional tensor, or `hidden_states`."""
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    where = _locate(args, kwargs)
-    stream: Tensor = args[where] if isinstance(where, int) else kwargs[where]
-    return stream
+    """Return the stream that enters a module: its first positional tensor, or `hidden_states`; padded if nested.
+
+    Raises:
+        SteerError: the call has no tensor in either place.
+    """
+    return dense(args[0] if args and isinstance(args[0], Tensor) else _stream(args, kwargs))
 
 
 def replace_stream(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], f: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the same call with its stream z replaced by f(z)."""
-    where = _locate(args, kwargs)
-    if isinstance(where, int):
-        return (*args[:where], f(args[where]), *args[where + 1 :]), dict(kwargs)
-    return args, {**kwargs, where: f(kwargs[where])}
+    """Return the same call with its stream z replaced by f(z), as query, key and value too where it is all three.
+
+    Raises:
+        SteerError: as `read_stream`.
+    """
+    z = _stream(args, kwargs)
+    new = moved(z, f)
+    return tuple(new if x is z else x for x in args), {key: new if x is z else x for key, x in kwargs.items()}
 
 
 def write_stream(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
@@ -109,9 +112,9 @@ def write_stream(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
         SteerError: the output is neither.
     """
     if isinstance(output, Tensor):
-        return f(output)
+        return moved(output, f)
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        rest = (f(output[0]), *output[1:])
+        rest = (moved(output[0], f), *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
     raise SteerError(
         f"a block returns its stream as a tensor or first in a tuple; this one returned {type(output).__name__}. "
@@ -134,11 +137,11 @@ def blocks_at(model: nn.Module, *paths: str) -> Sequence[nn.Module]:
     """Return the list of blocks that stands at the first of several attribute paths of `model`.
 
     Raises:
-        SteerError: there is none; releases of a library move such lists.
+        LayoutError: there is none; releases of a library move such lists.
     """
     found: Sequence[nn.Module] | None = first_of(model, *paths)
     if found is None:
-        raise SteerError(
+        raise LayoutError(
             f"the blocks of a {type(model).__name__} were looked for at {', '.join(paths)}, and are elsewhere in this "
             "release of its library. Describe the model yourself, with residual_steer.register_backbone."
         )
@@ -180,7 +183,7 @@ class Backbone:
         origin: how it was found, where that was not by name.
 
     Raises:
-        SteerError: no blocks, a width below 1, one width or path too few or too many, or another `channels`.
+        LayoutError: no blocks, a width below 1, one width or path too few or too many, or another `channels`.
     """
 
     blocks: Sequence[nn.Module]
@@ -199,26 +202,26 @@ class Backbone:
 
     def __post_init__(self) -> None:
         if not len(self.blocks):
-            raise SteerError("a Backbone has at least one block; `blocks` is empty.")
+            raise LayoutError("a Backbone has at least one block; `blocks` is empty.")
         for index, block in enumerate(self.blocks):
             if not isinstance(block, nn.Module):
-                raise SteerError(f"every block is a torch.nn.Module; block {index} is a {type(block).__name__}.")
+                raise LayoutError(f"every block is a torch.nn.Module; block {index} is a {type(block).__name__}.")
         if not isinstance(self.width, (int, Sequence)) or isinstance(self.width, (bool, str)):
-            raise SteerError(f"`width` is a positive integer, or one per block; received {self.width!r}.")
+            raise LayoutError(f"`width` is a positive integer, or one per block; received {self.width!r}.")
         widths = self.widths
         if len(widths) != len(self.blocks) or any(not isinstance(d, int) or d < 1 for d in widths):
-            raise SteerError(
+            raise LayoutError(
                 f"`width` is a positive integer, or one per block ({len(self.blocks)} blocks); received {self.width!r}."
             )
         for site, given in (("mixer", self.mixer), ("mlp", self.mlp)):
             paths = self._paths(site) if isinstance(given, (str, Sequence, type(None))) else ()
             if len(paths) != len(self.blocks) or any(not isinstance(path, (str, type(None))) for path in paths):
-                raise SteerError(
+                raise LayoutError(
                     f"`{site}` is an attribute path or None, or one per block ({len(self.blocks)} blocks); received "
                     f"{given!r}."
                 )
         if self.channels not in (-1, 1):
-            raise SteerError(f"`channels` is -1 (width last) or 1 (ConvNets); received {self.channels!r}.")
+            raise LayoutError(f"`channels` is -1 (width last) or 1 (ConvNets); received {self.channels!r}.")
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ A family is registered by one call, the built-in ones too:
         return Backbone(blocks=model.blocks, width=model.config.hidden_size, mixer="attention", mlp="feed_forward")
 
 An installed package registers by naming its module under the entry point group `residual_steer.backbones`. A model that
-nobody describes goes to `residual_steer.auto`, which proves where its stream is.
+nobody describes goes to `residual_steer.discovery`, which proves where its stream is.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from .auto import discover, is_marked
-from .backbone import ATTRIBUTE, Backbone
+from .backbone import ATTRIBUTE, Backbone, LayoutError
+from .discovery import discover, is_marked
 from .errors import SteerError
+from .nested import prepared
 
-__all__ = ["backbones", "find_backbone", "register_backbone"]
+__all__ = ["find_backbone", "list_backbones", "own_backbone", "register_backbone", "same_blocks"]
 
 ENTRY_POINTS = "residual_steer.backbones"
 AUTO, CUSTOM = "auto", "custom"
@@ -45,6 +46,7 @@ class _Family:
     describe: Describe
 
 
+_Found = tuple[str, nn.Module, _Family]
 _families: dict[str, _Family] = {}
 _plugins_loaded = False
 
@@ -82,11 +84,8 @@ def register_backbone(name: str, *, matches: Iterable[str]) -> Callable[[Describ
     return register
 
 
-def backbones(name: str | None = None) -> tuple[str, ...]:
-    """Return the names of all registered backbones, built-in ones and those of installed packages.
-
-    Args:
-        name: one of them; then the classes are returned that it describes, as `"package.Class"`.
+def list_backbones(name: str | None = None) -> tuple[str, ...]:
+    """Return the names of all registered backbones, or the classes that one of them describes, as `"package.Class"`.
 
     Raises:
         SteerError: `name` is unknown.
@@ -120,55 +119,54 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
     if steered is not None and arch in (None, steered.name) and arch != AUTO:
         return steered
     _load_plugins()
-    if arch == AUTO:
-        return discover(model, example)
+    return prepared(model, discover(model, example) if arch == AUTO else _registered(model, arch, example))
+
+
+def _registered(model: nn.Module, arch: str | None, example: Any) -> Backbone:
+    """Return what the families say of a model, and what a run shows where they say nothing, or too much."""
     families = [_family(arch)] if arch is not None else list(_families.values())
     found = _search(model, {match: family for family in families for match in family.matches})
-    if not found:
-        told = (
-            f"no known backbone in {type(model).__module__}.{type(model).__qualname__}: looked along the classes of "
-            f"the model and its submodules for those of {', '.join(sorted(family.name for family in families))} "
-            f"(residual_steer.backbones({families[0].name!r}) lists a family's classes)."
-        )
-        if arch is not None:
-            raise SteerError(f"{told} {_BY_HAND}")
-        try:
-            return discover(model, example)
-        except SteerError as refused:
-            raise SteerError(f"{refused} Before that, {told} {_BY_HAND}") from refused
     if len(found) > 1:
-        return _of_several(model, found, arch, example)
-    path, module, family = found[0]
-    described = replace(family.describe(module), name=family.name, path=path)
-    return described if arch is not None else _of_whole(model, module, described, example)
-
-
-def _of_whole(model: nn.Module, module: nn.Module, described: Backbone, example: Any) -> Backbone:
-    """Return the backbone of a module inside a model, unless a run shows that the model's stream is another one.
-
-    A registered tower that reads images may stand in a language model that no family describes, and its layers, marked
-    as such by transformers, beside it.
-    """
-    inside = {id(part) for part in module.modules()}
-    if not any(is_marked(part) and id(part) not in inside for part in model.modules()):
-        return described
+        return _of_several(model, found, None, arch, example)
+    if found:
+        path, module, family = found[0]
+        try:
+            described = replace(family.describe(module), name=family.name, path=path)
+        except SteerError as error:
+            if not isinstance(error, LayoutError):  # the family refuses this very model
+                raise
+            why = str(error).rstrip(".")
+        except Exception as error:  # releases and options of a library rename and remove parts, in any way
+            why = f"{type(error).__name__}: {error}"
+        else:
+            inside = {id(part) for part in module.modules()}
+            whole = not any(is_marked(part) and id(part) not in inside for part in model.modules())
+            return described if whole or arch is not None else _of_several(model, found, described, arch, example)
+        refusal = f"{family.name!r} describes {_qualified(module)}, and this one is laid out otherwise ({why})."
+    else:
+        refusal = (
+            f"no known backbone in {_qualified(model)}: looked along the classes of the model and its submodules for "
+            f"those of {', '.join(sorted(family.name for family in families))} "
+            f"(residual_steer.list_backbones({families[0].name!r}) lists a family's classes)."
+        )
+    if arch is not None:
+        raise SteerError(f"{refusal} {_BY_HAND}")
     try:
-        proved = discover(model, example, dominant=False)
-    except SteerError:
-        return described
-    blocks = {id(block) for block in described.blocks}
-    return described if any(id(block) in blocks for block in proved.blocks) else proved
+        return discover(model, example)
+    except SteerError as refused:
+        raise SteerError(f"{refused} Before that, {refusal} {_BY_HAND}") from refused
 
 
 def _of_several(
-    model: nn.Module, found: list[tuple[str, nn.Module, _Family]], arch: str | None, example: Any
+    model: nn.Module, found: list[_Found], described: Backbone | None, arch: str | None, example: Any
 ) -> Backbone:
     """Return the stream on which the output of a model with several backbones depends, where a run shows only one.
 
-    So a language model is found beside the tower that reads its images, and an encoder with the decoder behind it.
+    So a language model is found beside the tower that reads its images, whether both are registered or only the tower
+    (then `described`), and an encoder with the decoder behind it.
 
     Raises:
-        SteerError: there are several, or `arch` asked for more than one of them.
+        SteerError: a run shows no single stream, or `arch` asked for more than one of them.
     """
     listed = [f"model.{path} ({family.name})" for path, _, family in found]
     refusal = (
@@ -178,33 +176,33 @@ def _of_several(
     if arch is not None:
         raise SteerError(refusal)
     try:
-        backbone = discover(model, example, dominant=False)
+        proved = discover(model, example, dominant=False)
     except SteerError as refused:
+        if described is not None:
+            return described
         raise SteerError(refusal) from refused
-    blocks = {id(block) for block in backbone.blocks}
+    blocks = {id(block) for block in proved.blocks}
     beside = [
-        told for told, (_, module, _) in zip(listed, found, strict=True) if blocks.isdisjoint(map(id, module.modules()))
+        name for name, (_, module, _) in zip(listed, found, strict=True) if blocks.isdisjoint(map(id, module.modules()))
     ]
-    return replace(backbone, origin=f"{backbone.origin}; not part of it: {', '.join(beside)}") if beside else backbone
+    if not beside:
+        return described or proved
+    return replace(proved, origin=f"{proved.origin}; not part of it: {', '.join(beside)}")
 
 
 def _family(name: str) -> _Family:
-    """Return a registered family.
-
-    Raises:
-        SteerError: there is none of this name.
-    """
     if not isinstance(name, str) or name not in _families:
         known = ", ".join(sorted(_families))
         raise SteerError(f"unknown backbone {name!r}; registered are: {known}; 'auto' looks for itself.")
     return _families[name]
 
 
-def own_backbone(model: nn.Module, backbone: Backbone) -> Backbone:
-    """Take a description that was made by hand, or by an earlier call, and hold it against the model.
+def _qualified(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
-    Returns:
-        The same, with a name: "custom" for one that has none.
+
+def own_backbone(model: nn.Module, backbone: Backbone) -> Backbone:
+    """Return a description that was made by hand, or by an earlier call, with a name: "custom" if it has none.
 
     Raises:
         SteerError: it describes blocks of another model, or a path that the model does not have.
@@ -216,13 +214,13 @@ def own_backbone(model: nn.Module, backbone: Backbone) -> Backbone:
                 f"a Backbone's blocks are modules of the model that is steered; block {index}, a "
                 f"{type(block).__name__}, is none of this {type(model).__name__}. Describe this very model."
             )
-    if backbone.path and backbone.path not in dict(model.named_modules()):
+    if backbone.path and backbone.path not in modules.values():
         raise SteerError(f"a Backbone's `path` leads to a module of the model; received {backbone.path!r}.")
-    return replace(backbone, name=backbone.name or CUSTOM)
+    return prepared(model, replace(backbone, name=backbone.name or CUSTOM))
 
 
 def same_blocks(one: Backbone, other: Backbone) -> bool:
-    """Say whether two descriptions are of the same blocks."""
+    """Return whether two descriptions are of the same blocks."""
     return [id(block) for block in one.blocks] == [id(block) for block in other.blocks]
 
 
@@ -235,9 +233,9 @@ def _steered(model: nn.Module) -> Backbone | None:
     return None
 
 
-def _search(model: nn.Module, matches: dict[str, _Family]) -> list[tuple[str, nn.Module, _Family]]:
+def _search(model: nn.Module, matches: dict[str, _Family]) -> list[_Found]:
     """Return the outermost matching modules as (path, module, family)."""
-    found: list[tuple[str, nn.Module, _Family]] = []
+    found: list[_Found] = []
     seen: set[int] = set()
 
     def visit(module: nn.Module, path: str) -> None:
@@ -270,8 +268,6 @@ def _load_plugins() -> None:
         except Exception as error:  # a plugin may fail in any way; ours must go on working
             _families.clear()
             _families.update(before)
-            distribution = entry.dist.name if entry.dist else "an unknown distribution"
-            warnings.warn(
-                f"the backbone plugin {entry.name!r} of {distribution} was skipped: {type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+            plugin = f"{entry.name!r} of {entry.dist.name if entry.dist else 'an unknown distribution'}"
+            message = f"the backbone plugin {plugin} was skipped: {type(error).__name__}: {error}"
+            warnings.warn(message, stacklevel=4)

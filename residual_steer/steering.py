@@ -81,8 +81,8 @@ def steer(
 
     Args:
         model: a model of any size around one backbone; it is changed in place.
-        arch: a registered backbone's name (`residual_steer.backbones()` lists them), "auto" to have the stream of any
-            model found and proved, or a Backbone: one made by hand, or what `find_backbone(model, example=batch)`
+        arch: a registered backbone's name (`residual_steer.list_backbones()` lists them), "auto" to have the stream of
+            any model found and proved, or a Backbone: one made by hand, or what `find_backbone(model, example=batch)`
             returned. None looks for a registered one, and falls back on "auto".
         rank: r, for all blocks, or `{block index: rank}`, which then says which blocks are steered.
         scale: λ.

@@ -55,7 +55,7 @@ def test_every_class_that_is_named_is_there(package):
     for path in Path(spec.origin).parent.glob("models/**/*.py"):
         if package != "transformers" or path.name.startswith("modeling_"):
             names.update(re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE))
-    rs.backbones()
+    rs.list_backbones()
     matches = [match for family in registry._families.values() for match in family.matches]
     named = [match for match in matches if match.partition(".")[0] == package]
     assert len(named) == len(set(named))
@@ -64,7 +64,7 @@ def test_every_class_that_is_named_is_there(package):
 
 def test_every_family_has_a_case():
     found = {rs.find_backbone(case.build()).name for case in CASES}
-    assert found == set(rs.backbones())
+    assert found == set(rs.list_backbones())
 
 
 @every_case

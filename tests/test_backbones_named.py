@@ -11,7 +11,7 @@ import residual_steer as rs
 from residual_steer import registry
 
 transformers = pytest.importorskip("transformers")
-rs.backbones()
+rs.list_backbones()
 MODULES = {
     name: f"transformers.models.{path.parent.name}.{path.stem}"
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")

@@ -34,7 +34,9 @@ print(rs.find_backbone(model))
 """
 
 
-@pytest.mark.parametrize("first", ["", "import whole_plugin.steering", "import residual_steer as rs; rs.backbones()"])
+@pytest.mark.parametrize(
+    "first", ["", "import whole_plugin.steering", "import residual_steer as rs; rs.list_backbones()"]
+)
 def test_an_installed_package_is_steered_whoever_is_imported_first(first):
     script = STEER.format(plugin=str(PLUGIN), first=first)
     command = [sys.executable, "-W", "error::UserWarning", "-c", script]

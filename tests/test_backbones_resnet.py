@@ -139,8 +139,10 @@ def test_the_width_of_blocks_whose_convolutions_read_half_of_the_stream():
 def test_a_convnet_without_skips_has_nothing_to_steer():
     from timm.models.resnet import BasicBlock, ResNet
 
-    with pytest.raises(rs.SteerError, match="at least one block"):
-        rs.steer(ResNet(BasicBlock, (1, 1), channels=(8, 16), num_classes=3))
+    with pytest.raises(
+        rs.SteerError, match=r"no residual stream was found.*'resnet' describes timm.*`blocks` is empty"
+    ):
+        rs.steer(ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 16, 24, 32), num_classes=3))
 
 
 def test_a_field_beside_a_block_is_a_pair_of_one_by_one_convolutions():

@@ -90,7 +90,7 @@ def test_the_public_names_are_there():
     assert {"steer", "unsteer", "use", "summary", "parameters", "save", "load", "fit", "Backbone", "HRes"} <= set(
         residual_steer.__all__
     )
-    assert {"push", "register_backbone", "find_backbone", "backbones", "SteerError"} <= set(residual_steer.__all__)
+    assert {"push", "register_backbone", "find_backbone", "list_backbones", "SteerError"} <= set(residual_steer.__all__)
     assert {"baselines", "continual", "data", "diagnostics", "fields", "freeze", "thaw"} <= set(residual_steer.__all__)
 
 

@@ -26,7 +26,7 @@ def example():
 @pytest.fixture
 def registered(example):
     """Registered anew for a test, since a test's registry is its own."""
-    if "s4d" not in rs.backbones():
+    if "s4d" not in rs.list_backbones():
         rs.register_backbone("s4d", matches=["register_s4d.S4DClassifier"])(example.s4d)
     return example
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from residual_steer.backbone import read_stream, write_stream
 from residual_steer.errors import SteerError
+from residual_steer.nested import dense, moved
 
-__all__ = ["Enter", "Layout", "Leave", "Path", "at", "tensors"]
+__all__ = ["Enter", "Layout", "Leave", "Path", "tensors"]
 
 Path = tuple[int | str, ...]
 
@@ -66,13 +67,8 @@ class Enter:
         if not self.path:
             return self.layout.read(read_stream(args, kwargs))
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        z = at(given[self.keyword] if self.keyword in given else given.get(self.path[0]), self.path[1:])
-        if not isinstance(z, Tensor):
-            raise SteerError(
-                f"the stream entered these blocks as {_told(self.path)} when they were probed; this call has no tensor "
-                "there."
-            )
-        return self.layout.read(z)
+        key = self.keyword if self.keyword is not None and self.keyword in given else self.path[0]
+        return self.layout.read(dense(_at(given, (key, *self.path[1:]), "entered")))
 
 
 @dataclass(frozen=True)
@@ -99,22 +95,7 @@ class Leave:
 
         if not self.path:
             return write_stream(output, turned)
-        if not isinstance(at(output, self.path), Tensor):
-            raise SteerError(
-                f"the stream left these blocks as {_told(self.path)} when they were probed; this output, "
-                f"{type(output).__name__}, has none there."
-            )
-        return _replaced(output, self.path, turned)
-
-
-def at(tree: Any, path: Path) -> Any:
-    """Return what stands at a place, None where there is no such place."""
-    for key in path:
-        try:
-            tree = tree[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return tree
+        return _replaced(output, self.path, moved(_at(output, self.path, "left"), turned))
 
 
 def tensors(tree: Any, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, Tensor]]:
@@ -122,27 +103,37 @@ def tensors(tree: Any, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, 
     if isinstance(tree, Tensor):
         if tree.is_floating_point() and tree.dim() > 1:
             yield path, tree
-    elif depth and isinstance(tree, (tuple, list)):
-        for index, value in enumerate(tree):
-            yield from tensors(value, (*path, index), depth - 1)
-    elif depth and isinstance(tree, Mapping):
-        for key, value in tree.items():
+    elif depth and isinstance(tree, (tuple, list, Mapping)):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             if isinstance(key, (int, str)):
                 yield from tensors(value, (*path, key), depth - 1)
 
 
-def _replaced(tree: Any, path: Path, f: Callable[[Tensor], Tensor]) -> Any:
+def _at(tree: Any, path: Path, went: str) -> Tensor:
+    """Return the stream at a place, or refuse a call that is not like the one of the probe."""
+    found = tree
+    for key in path:
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            found = None
+    if not isinstance(found, Tensor):
+        raise SteerError(
+            f"the stream {went} these blocks as {''.join(f'[{key!r}]' for key in path)} when they were probed; this "
+            f"call has no tensor there, in a {type(tree).__name__}. Call the model as it was probed, or give "
+            "find_backbone(model, example=batch) such a batch."
+        )
+    return found
+
+
+def _replaced(tree: Any, path: Path, value: Tensor) -> Any:
     if not path:
-        return f(tree)
-    key, value = path[0], _replaced(tree[path[0]], path[1:], f)
+        return value
+    key, new = path[0], _replaced(tree[path[0]], path[1:], value)
     if isinstance(tree, Mapping):
         changed = copy.copy(tree)
-        changed[key] = value  # type: ignore[index]
+        changed[key] = new  # type: ignore[index]
         return changed
     items = list(tree)
-    items[int(key)] = value
+    items[int(key)] = new
     return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-
-
-def _told(path: Path) -> str:
-    return "".join(f"[{key!r}]" for key in path)

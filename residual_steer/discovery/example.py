@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from residual_steer.backbone import compute_dtype
 from residual_steer.errors import SteerError
 
-__all__ = ["Example", "examples", "given"]
+__all__ = ["Example", "examples", "given", "kind_of"]
 
 ROWS, LENGTHS = 2, (7, 16, 64)
 IMAGES = (32, 64, 224, 28)
 SAMPLES = (4000, 16000)
 _NAMES = ("input_ids", "pixel_values", "input_values", "input_features")
+_BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "feat_dim")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Example:
     rows: int
 
     def __str__(self) -> str:
-        """Tell names and shapes."""
+        """Return names and shapes."""
         named = [("", value) for value in self.args] + [(f"{key} ", value) for key, value in self.kwargs.items()]
         return ", ".join(f"{name}{tuple(x.shape)}" for name, x in named if isinstance(x, Tensor)) or "no tensors"
 
@@ -64,14 +65,8 @@ def given(example: Any) -> Example:
     Raises:
         SteerError: it is none of them, or holds no tensor.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example, Tensor):
-        args = (example,)
-    elif isinstance(example, (tuple, list)):
-        args = tuple(example)
-    elif isinstance(example, Mapping):
-        kwargs = dict(example)
+    args = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, (tuple, list)) else ()
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
     rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
     if not rows:
         raise SteerError(
@@ -88,39 +83,40 @@ def examples(model: nn.Module) -> Iterator[Example]:
     if isinstance(name, str) and config is not None:
         yield from _of_transformers(model, name, config)
         return
-    parameters = list(inspect.signature(model.forward).parameters)
-    first = _first_layer(model)
+    parameters = inspect.signature(model.forward).parameters
+    leaves = [m for m in model.modules() if not list(m.children()) and next(m.parameters(), None) is not None]
+    first = next(iter(leaves), None)
     if "input_ids" in parameters and (ids := _vocabulary(model)):
         yield from (_named(input_ids=_ids(ids, length)) for length in LENGTHS)
     if "pixel_values" in parameters:
         yield from (_named(pixel_values=image) for image in _images(model))
     if isinstance(first, nn.Embedding):
-        yield from (_plain(_ids(first.num_embeddings, length)) for length in LENGTHS)
+        yield from (given(_ids(first.num_embeddings, length)) for length in LENGTHS)
     elif isinstance(first, nn.Conv2d):
-        yield from map(_plain, _images(model))
+        yield from map(given, _images(model))
     elif isinstance(first, nn.Conv1d):
-        yield from (_plain(torch.randn(ROWS, first.in_channels, length)) for length in (64, *SAMPLES))
+        yield from (given(torch.randn(ROWS, first.in_channels, length)) for length in (64, *SAMPLES))
     elif isinstance(first, nn.Conv3d):
-        yield from (_plain(torch.randn(ROWS, first.in_channels, 8, size, size)) for size in IMAGES)
+        yield from (given(torch.randn(ROWS, first.in_channels, 8, size, size)) for size in IMAGES)
     elif first is not None:
-        width = first.in_features if isinstance(first, nn.Linear) else _size_of(first)
-        yield from (_plain(torch.randn(ROWS, *shape)) for shape in ((LENGTHS[0], width), (width,)))
-        yield from map(_plain, _images(model))
+        width = first.in_features if isinstance(first, nn.Linear) else next(first.parameters()).shape[-1]
+        yield from (given(torch.randn(ROWS, *shape)) for shape in ((LENGTHS[0], width), (width,)))
+        yield from map(given, _images(model))
     for other in model.modules():  # whatever comes first, a model with an embedding may take ids
         if isinstance(other, nn.Embedding) and other is not first:
-            yield _plain(_ids(other.num_embeddings, LENGTHS[0]))
+            yield given(_ids(other.num_embeddings, LENGTHS[0]))
             return
 
 
 def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Example]:
-    """Yield inputs of a model of transformers, which tells the name of its main input."""
+    """Yield inputs of a model of transformers, which names its main input."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    more: dict[str, Tensor] = {}
     vocabulary = _vocabulary(model) or getattr(text, "vocab_size", 0)
-    if getattr(config, "is_encoder_decoder", False) and isinstance(vocabulary, int) and vocabulary:
-        more["decoder_input_ids"] = _ids(getattr(text, "vocab_size", vocabulary), LENGTHS[0], config)
     accepted = inspect.signature(model.forward).parameters
-    more = {key: value for key, value in more.items() if key in accepted}
+    more: dict[str, Tensor] = {}
+    both = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted
+    if both and isinstance(vocabulary, int) and vocabulary:
+        more["decoder_input_ids"] = _ids(getattr(text, "vocab_size", vocabulary), LENGTHS[0], config)
     if "cross_attention_states" in accepted and getattr(text, "cross_attention_layers", None):
         # of images, as in Mllama, which leaves out the layers that read them where there are none
         more["cross_attention_states"] = torch.randn(ROWS, LENGTHS[0], text.hidden_size)
@@ -141,14 +137,13 @@ def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Examp
 def _texts(vocabulary: int, config: Any, more: Mapping[str, Tensor]) -> Iterator[Example]:
     for length in LENGTHS:
         yield _named(input_ids=_ids(vocabulary, length, config), **more)
+    ids = _ids(vocabulary, LENGTHS[0], config)
     if hasattr(config, "use_cache"):
-        uncached = _named(input_ids=_ids(vocabulary, LENGTHS[0], config), **more)
-        yield replace(uncached, kwargs={**uncached.kwargs, "use_cache": False})
+        yield Example((), {"input_ids": ids, **more, "use_cache": False}, ROWS)
     books = getattr(config, "num_codebooks", None)
-    if isinstance(books, int):  # as in MusicGen, whose rows are split over codebooks
-        yield Example((), {"input_ids": _ids(vocabulary, LENGTHS[0], config).repeat(books, 1), **more}, ROWS)
-        columns = _ids(vocabulary, LENGTHS[0], config)[:, :, None].repeat(1, 1, books + 1)  # as in Kyutai's, with text
-        yield _named(input_ids=columns, **more)
+    if isinstance(books, int):  # as in MusicGen, whose rows are split over codebooks; and as in Kyutai's, with text
+        yield replace(_named(input_ids=ids.repeat(books, 1), **more), rows=ROWS)
+        yield _named(input_ids=ids[:, :, None].repeat(1, 1, books + 1), **more)
 
 
 def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
@@ -164,82 +159,65 @@ def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """Return how many ids a model has embeddings for, 0 where it does not tell."""
-    tell: Any = getattr(model, "get_input_embeddings", lambda: None)
+    """Return how many ids a model has embeddings for, 0 where it does not say."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
     try:
-        size = getattr(tell(), "num_embeddings", None)
+        size = getattr(embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):
         return 0
     return size if isinstance(size, int) else 0
 
 
+def _numbers(parts: list[Any], *names: str) -> list[int]:
+    """Return the whole numbers that stand under these names in some configs."""
+    return [n for part in parts for name in names if isinstance(n := getattr(part, name, None), int)]
+
+
 def _images(model: nn.Module) -> Iterator[Tensor]:
     """Yield batches of images of the sizes that the model names, and of some that ConvNets take."""
-    channels, sizes = 3, list[tuple[int, ...]]()
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-    if first is not None:
-        channels = first.in_channels
-    patches = getattr(model, "patch_embed", None)
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     shape = settings.get("input_size") if isinstance(settings, Mapping) else None
-    channels = shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 3 else channels
     config: Any = getattr(model, "config", None)
     parts = [config, *(getattr(config, key, None) for key in ("vision_config", "backbone_config", "encoder"))]
-    channels = next((n for part in parts if isinstance(n := getattr(part, "num_channels", None), int)), channels)
-    told = [getattr(patches, "img_size", None), shape]
-    for value in (*told, *(getattr(part, "image_size", None) for part in parts)):
+    channels = 3 if first is None else first.in_channels
+    channels = shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 3 else channels
+    channels = next(iter(_numbers(parts, "num_channels")), channels)
+    sizes: list[tuple[int, ...]] = []
+    named = [getattr(getattr(model, "patch_embed", None), "img_size", None), shape]
+    for value in (*named, *(getattr(part, "image_size", None) for part in parts)):
         pair = (value.get("height"), value.get("width")) if isinstance(value, Mapping) else value
         pair = (pair, pair) if isinstance(pair, int) else pair
         if isinstance(pair, (tuple, list)) and len(pair) >= 2 and all(isinstance(n, int) for n in pair):
             sizes.append(tuple(pair[-2:]))
     for size in dict.fromkeys((*sizes, *((n, n) for n in IMAGES))):
         yield torch.randn(ROWS, channels, *size)
-    frames = next((n for part in parts if isinstance(n := getattr(part, "num_frames", None), int)), None)
-    if frames is not None:
-        for size in dict.fromkeys((*sizes, (32, 32))):
-            yield torch.randn(ROWS, frames, channels, *size)
+    for frames in _numbers(parts, "num_frames")[:1]:
+        yield from (torch.randn(ROWS, frames, channels, *size) for size in dict.fromkeys((*sizes, (32, 32))))
 
 
 def _patches(model: nn.Module) -> Example:
     """Return pictures as SigLIP 2 takes them: patches in a row, which of them are there, and how many each way."""
     first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
     width = first.in_features if first is not None else 0
-    shapes = torch.full((ROWS, 2), 4)
+    there = torch.ones(ROWS, 16, dtype=torch.long)
     return _named(
         pixel_values=torch.randn(ROWS, 16, width),
-        pixel_attention_mask=torch.ones(ROWS, 16, dtype=torch.long),
-        spatial_shapes=shapes,
+        pixel_attention_mask=there,
+        spatial_shapes=torch.full((ROWS, 2), 4),
     )
 
 
 def _sounds(config: Any) -> Iterator[Tensor]:
     """Yield batches of sound: features `(rows, bins, frames)` or `(rows, frames, bins)`, or samples."""
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "feat_dim")
     parts = [config, *(getattr(config, key, None) for key in ("encoder_config", "audio_config", "encoder"))]
-    bins = [n for part in parts for key in names if isinstance(n := getattr(part, key, None), int)]
-    positions = [n for part in parts if isinstance(n := getattr(part, "max_source_positions", None), int)]
-    frames = [n for part in parts if isinstance(n := getattr(part, "max_length", None), int)]
-    for number in bins:
+    positions, frames = _numbers(parts, "max_source_positions"), _numbers(parts, "max_length")
+    for bins in _numbers(parts, *_BINS):
         for length in (*(2 * n for n in positions), *frames, 64, 160):
-            yield torch.randn(ROWS, number, length)
-            yield torch.randn(ROWS, length, number)
+            yield torch.randn(ROWS, bins, length)
+            yield torch.randn(ROWS, length, bins)
     yield from (torch.randn(ROWS, samples) for samples in SAMPLES)
     yield from (torch.randn(ROWS, 1, samples) for samples in SAMPLES)
-
-
-def _first_layer(model: nn.Module) -> nn.Module | None:
-    """Return the first module, in the order in which they were made, that holds parameters of its own."""
-    leaves = (module for module in model.modules() if not list(module.children()))
-    return next((module for module in leaves if next(module.parameters(), None) is not None), None)
-
-
-def _size_of(layer: nn.Module) -> int:
-    parameter = next(iter(layer.parameters()))
-    return int(parameter.shape[-1])
-
-
-def _plain(value: Tensor) -> Example:
-    return Example((value,), {}, value.shape[0])
 
 
 def _named(**values: Tensor) -> Example:

@@ -8,7 +8,7 @@ from torch import nn
 
 from .trace import Call
 
-__all__ = ["MIXERS", "MLPS", "leaves_and_parts", "part_of", "width_dimension"]
+__all__ = ["MIXERS", "MLPS", "leaves_and_parts", "part_of", "width_dimension", "within"]
 
 MIXERS = ("attn", "attention", "self_attn", "self_attention", "mixer", "mamba", "token_mixer", "linear_attn")
 MLPS = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe", "moe", "channel_mixer")
@@ -19,9 +19,14 @@ def leaves_and_parts(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, block in blocks.items():
         for path, module in block.named_modules():
-            if module._parameters or path in MIXERS or path in MLPS:
+            if _sizes(module) or _typed(module) is not None or path in MIXERS or path in MLPS:
                 found[f"{name}.{path}" if path else name] = module
     return found
+
+
+def within(name: str, calls: Sequence[Call]) -> list[Call]:
+    """Return the calls of a module and of what it holds."""
+    return [call for call in calls if call.path == name or call.path.startswith(f"{name}.")]
 
 
 def part_of(
@@ -36,26 +41,21 @@ def part_of(
         channels: which dimension is the width.
         rows: of the batch, which stand in front.
     """
-    by_name: dict[str, list[Call]] = {}
-    for call in calls:
-        by_name.setdefault(call.path, []).append(call)
 
     def maps(part: str, width: int) -> bool:
-        made = by_name.get(part, [])
-        shapes = {_shape_through(call) for call in made}
-        within = [call for call in calls if call.path == part or call.path.startswith(f"{part}.")]
-        return bool(made) and all(
+        inside = within(part, calls)
+        shapes = {_shape_through(call) for call in inside if call.path == part}
+        return bool(shapes) and all(
             shape is not None
             and shape[0] % rows == 0
             and shape[channels] == width
-            and width_dimension(shape, within) == channels
+            and width_dimension(shape, inside) == channels
             for shape in shapes
         )
 
-    for name in names:
-        if all(maps(f"{block}.{name}", width) for block, width in blocks.items()):
-            return name
-    return None
+    return next(
+        (name for name in names if all(maps(f"{block}.{name}", width) for block, width in blocks.items())), None
+    )
 
 
 def _shape_through(call: Call) -> tuple[int, ...] | None:
@@ -67,14 +67,11 @@ def _shape_through(call: Call) -> tuple[int, ...] | None:
 
 
 def width_dimension(shape: tuple[int, ...], calls: Sequence[Call]) -> int | None:
-    """Say which dimension of a stream is its width, -1 or 1: the one that the first layers that read it count.
+    """Return which dimension of a stream is its width, -1, 1 or None: the one that the first layers to read it count.
 
     Args:
         shape: of the stream.
         calls: of modules with parameters of their own, inside the block.
-
-    Returns:
-        None if that cannot be told.
     """
     if len(shape) == 2:
         return -1
@@ -83,37 +80,40 @@ def width_dimension(shape: tuple[int, ...], calls: Sequence[Call]) -> int | None
         if (dimension := _typed(call.module)) is not None:
             return dimension
     for call in readers:
-        counted = _counted(call.module, shape)
-        if len(counted) == 1 and not list(call.module.children()):
+        if not list(call.module.children()) and len(counted := _counted(call.module, shape)) == 1:
             return counted.pop()
-    votes: set[int] = set()  # nothing reads the stream as it is; then what reads one of its dimensions
-    for call in calls:
-        entered = {value.shape for value in call.entered}
-        dimension = _typed(call.module)
-        for d in _counted(call.module, shape) if dimension is None else {dimension}:
-            if not list(call.module.children()) and any(len(other) > 1 and other[d] == shape[d] for other in entered):
-                votes.add(d)
-    if not votes:
-        votes = {d for call in calls if _is_norm(call.module) for d in _counted(call.module, shape)}
-    if not votes:
-        votes = {d for call in calls if _typed(call.module) is not None for d in _counted(call.module, shape)}
+    # nothing reads the stream as it is; then what reads one of its dimensions, then norms, then layers of torch
+    votes = {
+        d
+        for call in calls
+        if not list(call.module.children())
+        for d in (_counted(call.module, shape) if _typed(call.module) is None else {_typed(call.module)})
+        if d is not None and any(len(value.shape) > 1 and value.shape[d] == shape[d] for value in call.entered)
+    }
+    votes = votes or {d for call in calls if _is_norm(call.module) for d in _counted(call.module, shape)}
+    votes = votes or {d for call in calls if _typed(call.module) is not None for d in _counted(call.module, shape)}
     return votes.pop() if len(votes) == 1 else None
 
 
+def _sizes(module: nn.Module) -> list[tuple[int, ...]]:
+    """Return the shapes of a module's own parameters."""
+    return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+
+
 def _is_norm(module: nn.Module) -> bool:
-    return bool(module._parameters) and all(p is None or p.dim() == 1 for p in module._parameters.values())
+    return bool(_sizes(module)) and all(len(size) == 1 for size in _sizes(module))
 
 
 def _typed(module: nn.Module) -> int | None:
     """Return the dimension that a layer of torch counts features in."""
     if isinstance(module, nn.Linear):
         return -1
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
-        return 1
-    return None
+    channels_first = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    return 1 if isinstance(module, (*channels_first, *norms, nn.SyncBatchNorm, nn.GroupNorm)) else None
 
 
 def _counted(module: nn.Module, shape: tuple[int, ...]) -> set[int]:
     """Return the dimensions of a stream that a layer's own parameters have the size of."""
-    sizes = {size for parameter in module._parameters.values() if parameter is not None for size in parameter.shape}
+    sizes = {size for sizes in _sizes(module) for size in sizes}
     return {dimension for dimension in (-1, 1) if shape[dimension] in sizes and shape[-1] != shape[1]}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from residual_steer.auto.graph import Paths, depends, edge_of, paths
+from residual_steer.discovery.graph import Paths, depends, edge_of, paths
 
 torch.manual_seed(0)
 LINEAR, CONV, WEIGHT = nn.Linear(8, 8), nn.Conv2d(8, 8, 3, padding=1), nn.Parameter(torch.ones(8))

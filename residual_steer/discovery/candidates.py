@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import cast
 
 from torch import nn
 
 from .graph import Edge, depends, paths
 from .place import Path
-from .trace import Call, Value, is_marked
+from .trace import LISTS, Call, Value, is_marked
 
-__all__ = ["Stack", "Step", "blocks_of", "stacks_of", "steps_of"]
-
-LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+__all__ = ["Stack", "Step", "blocks_of", "folder", "stacks_of", "steps_of"]
 
 
 @dataclass(frozen=True)
@@ -59,22 +57,19 @@ class Stack:
         return {step.call.path: step.call.module for step in self.steps}
 
     def __str__(self) -> str:
-        """Tell where the blocks are, and how many of what."""
-        names, kinds = list(self.blocks), dict.fromkeys(type(block).__name__ for block in self.blocks.values())
-        return f"{folder(names) or 'the model'} ({len(names)} × {', '.join(kinds)})"
+        """Return where the blocks are, and how many of what."""
+        kinds = dict.fromkeys(type(block).__name__ for block in self.blocks.values())
+        return f"{folder(self.blocks) or 'the model'} ({len(self.blocks)} × {', '.join(kinds)})"
 
 
-def folder(names: Sequence[str]) -> str:
+def folder(names: Iterable[str]) -> str:
     """Return the module that holds all of these."""
-    parts = [name.split(".")[:-1] for name in names]
-    common = parts[0]
-    for other in parts[1:]:
-        common = [a for a, b in zip(common, other, strict=False) if a == b][: _agree(common, other)]
-    return ".".join(common)
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
-def _agree(one: Sequence[str], other: Sequence[str]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _ordered(steps: Iterable[Step]) -> list[Step]:
+    return sorted(steps, key=lambda step: step.call.span)
 
 
 def steps_of(calls: Sequence[Call]) -> tuple[dict[str, list[Step]], dict[str, str]]:
@@ -90,15 +85,15 @@ def steps_of(calls: Sequence[Call]) -> tuple[dict[str, list[Step]], dict[str, st
     reasons: dict[str, str] = {}
     for name, made in by_module.items():
         first, reason = _step(made[0])
-        if first is None:
-            if reason:
-                reasons[name] = reason
-            continue
-        steps = [_step(call, (first.enter.path, first.leave.path))[0] for call in made]
-        if None in steps:
-            reasons[name] = "some of its calls are residual and others are not"
-        else:
-            found[name] = [step for step in steps if step is not None]
+        if first is not None:
+            places = first.enter.path, first.leave.path
+            steps = [step for call in made if (step := _step(call, places)[0]) is not None]
+            if len(steps) == len(made):
+                found[name] = steps
+                continue
+            reason = "some of its calls are residual and others are not"
+        if reason:
+            reasons[name] = reason
     return found, reasons
 
 
@@ -132,54 +127,52 @@ def blocks_of(found: Mapping[str, list[Step]], refused: Iterable[str], model: nn
         refused: names of modules that keep a shape and are not residual.
         model: holds them.
     """
-    chosen: dict[str, list[Step]] = {}
+    chosen: list[Step] = []
 
     def pick(names: list[str]) -> None:
         for name in names:
-            if any(name.startswith(f"{other}.") for other in names if other != name) or _is_lent(name, names):
+            if any(name.startswith(f"{other}.") for other in names) or is_lent(name, names):
                 continue
             inner = [other for other in found if other.startswith(f"{name}.")]
-            if inner and _is_stage(found[name][0], [found[other] for other in inner]) and not _is_layer(name):
+            steps = [step for other in inner for step in found[other]]
+            if steps and _is_stage(found[name][0], steps) and not is_layer(name):
                 pick(inner)
             else:
-                chosen[name] = found[name]
+                chosen.extend(found[name])
 
-    def _is_lent(name: str, names: list[str]) -> bool:
-        """Say whether a module stands outside of the others, and is called by them alone, as a part that they share."""
+    def is_lent(name: str, names: list[str]) -> bool:
+        """Return whether a module stands outside of the others, and is called by them alone, as a part they share."""
         others = [step.call for other in names if other != name for step in found[other]]
         return all(any(call.holds(step.call) for call in others) for step in found[name])
 
-    def _is_layer(name: str) -> bool:
-        if type(model.get_submodule(name)) is nn.Sequential:
-            return False
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(parent, LISTS) or len(parent) < 2:
-            return False
+    def is_layer(name: str) -> bool:
+        """Return whether a module stands in a list of residual ones that hand one stream of one shape on."""
         prefix = name.rpartition(".")[0]
+        parent = model.get_submodule(prefix)
         siblings = [f"{prefix}.{key}" if prefix else key for key, _ in parent.named_children()]
+        if type(model.get_submodule(name)) is nn.Sequential or not isinstance(parent, LISTS) or len(parent) < 2:
+            return False
         if not all(other in found for other in siblings):
             return False
-        steps = sorted((step for other in siblings for step in found[other]), key=lambda step: step.call.span)
+        steps = _ordered(step for other in siblings for step in found[other])
         return len({step.enter.shape for step in steps}) == 1 and _in_turn(steps)
 
     closed = [name for name in refused if is_marked(model.get_submodule(name))]
     pick([name for name in found if not any(name.startswith(f"{other}.") for other in closed)])
-    return sorted((step for steps in chosen.values() for step in steps), key=lambda step: step.call.span)
+    return _ordered(chosen)
 
 
-def _is_stage(outer: Step, inner: list[list[Step]]) -> bool:
-    """Say whether a module adds nothing to the stream but what residual modules inside it add."""
-    inside = [step for steps in inner for step in steps if outer.call.holds(step.call)]
-    tops = [step for step in inside if not any(other.call.holds(step.call) for other in inside)]
-    tops.sort(key=lambda step: step.call.span)
-    if not tops:
+def _is_stage(outer: Step, inner: Iterable[Step]) -> bool:
+    """Return whether a module adds nothing to the stream but what residual modules inside it add."""
+    inside = [step for step in inner if outer.call.holds(step.call)]
+    tops = _ordered(step for step in inside if not any(other.call.holds(step.call) for other in inside))
+    if not tops or not _in_turn(tops):
         return False
-    whole = _in_turn(tops) and paths(outer.end, tops[-1].end).plain
-    return whole and paths(tops[0].source, outer.source).plain
+    return paths(outer.end, tops[-1].end).plain and paths(tops[0].source, outer.source).plain
 
 
 def _in_turn(steps: list[Step]) -> bool:
-    """Say whether each one reads what the one before it left, at most normalised."""
+    """Return whether each one reads what the one before it left, at most normalised."""
     return all(paths(later.source, earlier.end).plain for earlier, later in pairwise(steps))
 
 
@@ -191,20 +184,17 @@ def stacks_of(steps: Sequence[Step]) -> list[Stack]:
     """
     stacks: list[Stack] = []
     for step in steps:
-        for stack in reversed(stacks):
-            if depends(step.source, stack.steps[-1].end):
-                stack.steps.append(step)
-                break
-        else:
-            stacks.append(Stack([step]))
+        before = next((stack for stack in reversed(stacks) if depends(step.source, stack.steps[-1].end)), None)
+        if before is None:
+            stacks.append(before := Stack())
+        before.steps.append(step)
     whole: list[Stack] = []
     for stack in stacks:
-        for other in whole:
-            if _leaves_and_meets(stack, other):
-                other.steps = sorted(other.steps + stack.steps, key=lambda step: step.call.span)
-                break
-        else:
+        other = next((other for other in whole if _leaves_and_meets(stack, other)), None)
+        if other is None:
             whole.append(stack)
+        else:
+            other.steps = _ordered(other.steps + stack.steps)
     merged: dict[tuple[str, ...], Stack] = {}
     for stack in whole:  # one stack that is called for several inputs is one
         merged.setdefault(tuple(stack.blocks), Stack()).steps.extend(stack.steps)
@@ -212,7 +202,7 @@ def stacks_of(steps: Sequence[Step]) -> list[Stack]:
 
 
 def _leaves_and_meets(stack: Stack, other: Stack) -> bool:
-    """Say whether a stream begins at a block of another one, and ends with what the other's end leads to."""
+    """Return whether a stream begins at a block of another one, and ends with what the other's end leads to."""
     if not depends(stack.steps[-1].end, other.steps[-1].end):
         return False
     return any(depends(stack.steps[0].source, step.end) for step in other.steps)

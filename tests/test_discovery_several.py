@@ -42,7 +42,7 @@ class Marked(Model):
 
 
 def register(name="tower", kind="Tower"):
-    @rs.register_backbone(name, matches=[f"test_auto_several.{kind}"])
+    @rs.register_backbone(name, matches=[f"test_discovery_several.{kind}"])
     def describe(model):
         return rs.Backbone(blocks=model.body, width=WIDTH)
 
