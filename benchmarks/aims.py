@@ -8,7 +8,7 @@ from typing import Any
 
 from closer import interval
 from methods import CHEAPEST, FLOOR, FROZEN, OURS
-from residual_steer.study.rounds import Rounds, Spread, spread
+from rounds import Rounds, Spread, spread
 from shapes import SHAPES
 from startup import AIMS as START
 from startup import WHAT as STARTED

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
+from environment import read_json, versions
 from options import DTYPES, RESULTS, SCRATCH
 from output import exit_status
 from page import PAGE, write
 from residual_steer import SteerError
-from residual_steer.report import versions
-from residual_steer.report.result import read_json
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 FRESH = datetime.timedelta(days=1)
 
 
@@ -78,7 +78,7 @@ PARTS = (
     Part("ssm", ("ssm.py",), ("ssm-cpu",), 1.5),
     Part(
         "last_blocks",
-        ("last_blocks.py", "--threads", "1"),  # small models gain nothing from a second thread
+        ("experiments.last_blocks", "--threads", "1"),  # small models gain nothing from a second thread
         ("last_blocks-digits-cpu", "last_blocks-retrieval-cpu"),
         4,
     ),
@@ -127,8 +127,8 @@ def run(options: argparse.Namespace) -> None:
     for index, part in enumerate(parts):
         left = sum(one.minutes for one in parts[index:]) * pace
         print(f"\n{index + 1} of {len(parts)}: {part.name}; about {left:.0f} minutes left", flush=True)
-        command = command_of(part, options, folder, cpu)
-        if subprocess.run(command, check=False).returncode:
+        command = command_of(part, options, folder.resolve(), cpu)
+        if subprocess.run(command, check=False, cwd=ROOT).returncode:
             failed.append(part.name)
         pace = (time.perf_counter() - started) / 60 / sum(one.minutes for one in parts[: index + 1])
     write(folder, folder / PAGE.name if folder != RESULTS else PAGE)
@@ -139,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
 def command_of(part: Part, options: argparse.Namespace, folder: Path, cpu: bool) -> list[str]:
     """Return the command of a part."""
     script, *more = part.command
-    command = [sys.executable, str(HERE / script), *more, "--output", str(folder)]
+    called = [str(HERE / script)] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *called, *more, "--output", str(folder)]
     if options.quick:
         command += ["--quick", "--rounds", "1", *_smaller(script)]
     if not cpu:

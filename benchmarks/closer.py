@@ -23,7 +23,7 @@ from cost import LENGTHS, parse, reference_of, timed
 from methods import CHEAPEST, FLOOR, FROZEN, OURS, build
 from options import DTYPES
 from output import exit_status, markdown, save_json
-from residual_steer.study.rounds import Spread
+from rounds import Spread
 from shapes import SHAPES
 
 SURE = 0.95  # how often such an interval holds the median

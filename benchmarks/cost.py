@@ -6,7 +6,7 @@
 
 The floor of a training step is the forward pass of the frozen model, and the backward pass to what leaves its first
 block: whatever learns beside that block needs as much. Steering, PEFT's methods and full fine-tuning take turns with it
-(see residual_steer.study), with random weights of well-known shapes. Beside the times stand counts, which no clock
+(see rounds.py), with random weights of well-known shapes. Beside the times stand counts, which no clock
 disturbs. A method that fails is a row with its reason.
 """
 
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 import residual_steer as rs
+from counters import Counts, count, operations
 from methods import FLOOR, FROZEN, FULL, OURS, Method, build, why
 from options import DTYPES, add_backbone, add_device, parser_of, read
 from output import exit_status, markdown, save_json
-from residual_steer.study.counters import Counts, count, operations
-from residual_steer.study.rounds import Rounds, Variant, play
+from rounds import Rounds, Variant, play
 from shapes import SHAPES, Shape
 
 DECODED = (1, 16)  # rows

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 import residual_steer as rs
+from charts import Axis, Measured, Plot, Series
 from contenders import has_peft
+from counters import count
 from methods import CHEAPEST, FLOOR, FROZEN, OURS, USUAL, floor, lora, mixed, randomise, steered, why
 from options import parser_of, read
 from output import exit_status, markdown, save_json
-from residual_steer.report import Axis, Measured, Plot, Series
-from residual_steer.study.counters import count
-from residual_steer.study.rounds import Variant, play
+from rounds import Variant, play
 from shapes import SHAPES, Shape, twin
 
 VOCABULARY = 1024

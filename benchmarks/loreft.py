@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import residual_steer as rs
+from counters import count
 from methods import FLOOR, FROZEN, OURS, floor, steered
 from options import parser_of, read
 from output import exit_status, markdown, save_json
-from residual_steer.study.counters import count
-from residual_steer.study.rounds import Variant, play
+from rounds import Variant, play
 from shapes import SHAPES, twin
 
 ENDS = 7  # positions at either end, as in the paper's runs on text

@@ -6,7 +6,7 @@
 A frozen backbone of a well-known shape, with random weights, holds 16 fields with random weights. A batch of 32 rows is
 run under none, under one, and under 1 to 16 of them with the rows dealt round robin, or all rows under a weighted sum:
 once as prefill, once as one cached step of decoding, every time from a copy of the same cache. All variants take turns
-(see residual_steer.study), and are checked once before: what is timed is what it is called. On GPT-2, PEFT's LoRA with
+(see rounds.py), and are checked once before: what is timed is what it is called. On GPT-2, PEFT's LoRA with
 one adapter per row (`adapter_names`) is timed in the same rounds, if PEFT is installed.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import residual_steer as rs
 from contenders import Contender, adapters, fields, has_peft
 from output import exit_status, markdown, save_json
-from residual_steer.study.rounds import Rounds, Variant, play
+from rounds import Rounds, Variant, play
 from shapes import SHAPES, Shape
 
 COUNTS, PEER_COUNTS = (1, 2, 4, 8, 16), (1, 8, 16)

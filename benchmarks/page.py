@@ -13,20 +13,17 @@ from typing import Any
 
 import cost
 import growth
-import last_blocks
 import loreft
 import ssm
 import startup
 from aims import against_lora, aims_of, closer
+from charts import Axis, Measured, Plot, Series, draw, svg, words
+from environment import hardware, read_json
 from options import RESULTS
 from output import exit_status, markdown
 from residual_steer import SteerError
 from residual_steer.files import make_folder, write_whole
-from residual_steer.report import Plot
-from residual_steer.report.facts import hardware
-from residual_steer.report.plots import alt_text, svg
-from residual_steer.report.result import read_json
-from residual_steer.study.rounds import spread
+from rounds import spread
 from shapes import SHAPES
 
 PAGE = Path(__file__).parents[1] / "BENCHMARKS.md"
@@ -95,12 +92,12 @@ def write(results: Path, page: Path) -> None:
 
     def picture(plot: Plot, stem: str) -> str:
         path = results / "pictures" / f"{stem}.svg"
-        pictures[path] = svg(plot).encode()
+        pictures[path] = svg(draw(plot), plot.title).encode()
         try:
             shown = path.resolve().relative_to(page.resolve().parent)
         except ValueError:
             shown = path
-        return f"![{alt_text(plot)}]({shown.as_posix()})"
+        return f"![{words(plot)}]({shown.as_posix()})"
 
     text = "\n\n".join([part for section in SECTIONS for part in section(records, picture)]) + "\n"
     for place in (page.parent, results / "pictures"):
@@ -187,11 +184,43 @@ def below(records: Records, picture: Picture) -> list[str]:
             least = {"first": "1", "later": f"{record['bound']:.3f}" if "bound" in record else "–"}
             rows = [[epoch, f"{spread(record[epoch]):.3f}", least[epoch]] for epoch in least]
             parts += [record["about"], markdown(["epoch", "with the cache ÷ without", "by count of blocks"], rows)]
-    for name in last_blocks.TASKS:
+    for name in ("digits", "retrieval"):  # experiments/last_blocks.py
         if record := records.get(f"last_blocks-{name}-cpu"):
-            drawn = picture(last_blocks.plot(record), f"last_blocks-{name}")
-            parts += [f"### The last k blocks: {name}", f"{record['about']}.", drawn, last_blocks.table(record)]
+            drawn = picture(plot_of_last_blocks(record), f"last_blocks-{name}")
+            parts += [f"### The last k blocks: {name}", f"{record['about']}.", drawn, table_of_last_blocks(record)]
     return parts
+
+
+def plot_of_last_blocks(record: Mapping[str, Any]) -> Plot:
+    """Draw accuracy against the cost of a step, for H-Res and LoRA on the last k blocks."""
+    methods: dict[str, list[str]] = {}
+    for name in record["points"]:
+        methods.setdefault(name.split(", ")[0], []).append(name)
+    series = []
+    for method, names in methods.items():
+        x = tuple(record["cost"]["times"][name]["ratio"]["median"] for name in names)
+        y = tuple(Measured.of(record["points"][name]) if record["points"][name] else None for name in names)
+        series.append(Series(method, x, y, tuple(name.removeprefix(f"{method}, ") for name in names)))
+    axes = Axis("training step ÷ floor of all blocks"), Axis(metric_of_last_blocks(record))
+    return Plot(f"{record['task']}: the last k blocks", "scatter", *axes, tuple(series))
+
+
+def table_of_last_blocks(record: Mapping[str, Any]) -> str:
+    """Return accuracy and cost of every method and k as a Markdown table."""
+    cost, rows = record["cost"], []
+    for name, values in record["points"].items():
+        ratio = cost["times"][name]["ratio"]
+        step = f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
+        counts = [f"{cost[what][name]:.3f}" for what in ("flops", "saved")]
+        rows.append([name, str(Measured.of(values)) if values else "–", step, *counts])
+    heads = ["method", metric_of_last_blocks(record), "step ÷ floor", "FLOPs ÷ floor", "saved ÷ floor"]
+    return markdown(heads, rows)
+
+
+def metric_of_last_blocks(record: Mapping[str, Any]) -> str:
+    """Return what a record measures, which it says behind the backbone's name."""
+    about: str = record["about"]
+    return about.split(": ", 1)[1].split(";")[0]
 
 
 def small(records: Records, picture: Picture) -> list[str]:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import residual_steer as rs
 from output import exit_status, markdown, save_json
-from residual_steer.study.rounds import spread
+from rounds import spread
 from shapes import SHAPES, Shape
 
 EPOCHS, BATCHES = 3, 3

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import residual_steer as rs
 from options import parser_of, read
 from output import exit_status, markdown, save_json
-from residual_steer.study.rounds import Variant, play
+from rounds import Variant, play
 from shapes import SHAPES
 
 LENGTHS, TINY_LENGTHS = (128, 256, 512, 1024), (4, 8)

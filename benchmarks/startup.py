@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import residual_steer as rs
 from options import parser_of, read
 from output import exit_status, markdown, save_json
-from residual_steer.study.rounds import spread
+from rounds import spread
 
 AIMS = {"import": 0.2, "steer": 0.05, "load": 0.1}  # seconds
 WHAT = {

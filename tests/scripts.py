@@ -1,25 +1,15 @@
-"""Running examples as scripts: fixtures and helpers of the tests of experiments on Hub data."""
+"""Running experiments: fixtures and helpers of the tests of those on Hub data."""
 
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 
-from residual_steer.study import Arm, Entry
-from residual_steer.study.sweep import Run
+from experiments.problem import Arm
+from experiments.sweep import Entry, Run
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = "the fox of a hen eats corn at dawn in red barns and sleeps near old wells while dogs bark".split()  # noqa: SIM905
 LENGTH = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts():
-    """The scripts import their siblings as if they had been run."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +23,7 @@ def _prepared(tmp_path_factory):
 
 
 def script(name, *arguments):
-    return importlib.import_module(name).main([*map(str, arguments)])
+    return importlib.import_module(f"experiments.{name}").main([*map(str, arguments)])
 
 
 @pytest.fixture
@@ -43,7 +33,7 @@ def no_training(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a finished run was made again")
 
-    monkeypatch.setattr(sys.modules["residual_steer.study.sweep"], "fit", refuse)
+    monkeypatch.setattr(sys.modules["experiments.sweep"], "fit", refuse)
 
 
 def rows_of(table):

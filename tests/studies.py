@@ -7,7 +7,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 
 from cases import CASES
-from residual_steer.study import Arm, Problem
+from experiments.problem import Arm, Problem
 from residual_steer.training import evaluate
 
 TABLE = {case.name: case for case in CASES}

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings, strategies
 
 import residual_steer as rs
-from residual_steer.study import Arm, Entry
-from residual_steer.study.rounds import Spread
-from residual_steer.study.sweep import Run
+from benchmarks.rounds import Spread
+from experiments.problem import Arm
+from experiments.sweep import Entry, Run
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")

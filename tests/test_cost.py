@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import residual_steer as rs
+from benchmarks.counters import operations
 from residual_steer import field
-from residual_steer.study.counters import operations
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")

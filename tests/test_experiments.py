@@ -4,30 +4,27 @@ import importlib
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import residual_steer
-from residual_steer.report import Result
+from experiments.results import Result
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytest.importorskip("peft")
 
-ROOT = Path(__file__).parents[1]
 QUICK = ["--quick", "--seeds", "1", "--rates", "1"]
 
 
 @pytest.fixture
-def examples(monkeypatch):
-    """Import a script of examples as if it had been run; what it registers, it registers for every test."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def experiment():
+    """Import an experiment; the backbone that it registers, it registers for every test."""
 
     def script(name):
-        known = name in sys.modules
-        module = importlib.import_module(name)
+        known = f"experiments.{name}" in sys.modules
+        module = importlib.import_module(f"experiments.{name}")
         return importlib.reload(module) if known and name == "latent_ablation" else module
 
     return script
@@ -40,7 +37,7 @@ def out(tmp_path_factory):
 
 def rerun(script, arguments, monkeypatch, pretrained=True):
     """Run a script again; nothing may be trained, but for a backbone that is kept in no cache."""
-    from residual_steer.study import sweep
+    from experiments.sweep import sweep
 
     def refuse(*_, **__):
         raise AssertionError("a finished run was done again")
@@ -56,8 +53,8 @@ def rows_of(result, title=None):
     return {row[table.columns[0].key]: row for row in table.rows}
 
 
-def test_the_latent_ablation_has_the_papers_parameter_counts(examples, out, monkeypatch):
-    script = examples("latent_ablation")
+def test_the_latent_ablation_has_the_papers_parameter_counts(experiment, out, monkeypatch):
+    script = experiment("latent_ablation")
     arguments = [*QUICK, "--out", str(out)]
     assert script.main(arguments) == 0
     rows = rows_of(Result.load(out / "latent-ablation.json"))
@@ -70,15 +67,15 @@ def test_the_latent_ablation_has_the_papers_parameter_counts(examples, out, monk
     assert rerun(script, arguments, monkeypatch, pretrained=False) == 0
 
 
-def test_a_count_that_is_not_the_papers_is_an_error(examples, out, monkeypatch, capsys):
-    script = examples("latent_ablation")
+def test_a_count_that_is_not_the_papers_is_an_error(experiment, out, monkeypatch, capsys):
+    script = experiment("latent_ablation")
     monkeypatch.setitem(script.COUNTS, "H-Res, rank 8", 1225)
     assert script.main([*QUICK, "--out", str(out)]) == 1
     assert "trains 1226 parameters; table 2 has 1225" in capsys.readouterr().err
 
 
-def test_retrieval_compares_methods_of_one_size(examples, out, tmp_path, monkeypatch):
-    script = examples("retrieval")
+def test_retrieval_compares_methods_of_one_size(experiment, out, tmp_path, monkeypatch):
+    script = experiment("retrieval")
     arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
     assert script.main(arguments) == 0
     result = Result.load(out / "retrieval.json")
@@ -95,8 +92,8 @@ def test_retrieval_compares_methods_of_one_size(examples, out, tmp_path, monkeyp
     assert rerun(script, arguments, monkeypatch) == 0
 
 
-def test_the_lessons_of_the_recalling_backbones_say_nothing_of_the_new_associations(examples):
-    script = examples("retrieval")
+def test_the_lessons_of_the_recalling_backbones_say_nothing_of_the_new_associations(experiment):
+    script = experiment("retrieval")
     new = {*script.TARGET["keys"], *script.TARGET["values"]}
     unseen = script.lessons(64, 0.0)[:]["input_ids"]
     assert not new & set(unseen.unique().tolist())
@@ -106,9 +103,9 @@ def test_the_lessons_of_the_recalling_backbones_say_nothing_of_the_new_associati
     assert int(met.max()) <= max(new)
 
 
-def test_every_method_on_a_transformer_a_mamba_and_a_vit(examples, out, tmp_path, monkeypatch):
-    script = examples("compare_transformer_mamba")
-    arguments = ["--baselines", *QUICK, "--out", str(out), "--cache", str(tmp_path)]
+def test_every_method_on_a_transformer_a_mamba_and_a_vit(experiment, out, tmp_path, monkeypatch):
+    script = experiment("compare_methods")
+    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
     assert script.main(arguments) == 0
     result = Result.load(out / "compare-transformer-mamba.json")
     methods = {name: set(rows_of(result, name)) for name in ("GPT-2", "Mamba", "ViT")}
@@ -123,8 +120,8 @@ def test_every_method_on_a_transformer_a_mamba_and_a_vit(examples, out, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:no room is left")
-def test_one_task_after_another_is_forgotten_unless_it_is_protected(examples, out, tmp_path, monkeypatch):
-    script = examples("continual")
+def test_one_task_after_another_is_forgotten_unless_it_is_protected(experiment, out, tmp_path, monkeypatch):
+    script = experiment("continual")
     arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
     assert script.main(arguments) == 0
     result = Result.load(out / "continual.json")
@@ -142,8 +139,8 @@ def test_one_task_after_another_is_forgotten_unless_it_is_protected(examples, ou
     assert rerun(script, arguments, monkeypatch) == 0
 
 
-def test_forgetting_is_what_was_lost_since_it_was_learned(examples):
-    script = examples("continual")
+def test_forgetting_is_what_was_lost_since_it_was_learned(experiment):
+    script = experiment("continual")
     up, down = (script.Course("", None, (), (), "", better, 0.0, 1, 1) for better in ("up", "down"))
     matrix = [[90.0], [80.0, 70.0], [60.0, 75.0, 99.0]]
     assert script.forgotten(up, matrix) == pytest.approx((30 - 5) / 2)
@@ -151,8 +148,8 @@ def test_forgetting_is_what_was_lost_since_it_was_learned(examples):
     assert script.learned(matrix) == pytest.approx((70 + 99) / 2)
 
 
-def test_the_verdict_on_null_spaces_wants_a_tenth(examples):
-    script = examples("continual")
+def test_the_verdict_on_null_spaces_wants_a_tenth(experiment):
+    script = experiment("continual")
     course = script.Course("ViT", None, (), (), "", "up", 0.0, 1, 1)
 
     def runs(kept, bare=(20.0, 22.0, 21.0)):
@@ -166,10 +163,11 @@ def test_the_verdict_on_null_spaces_wants_a_tenth(examples):
         assert script.verdict([(course, runs(kept, bare))]).verdict == "can't be tested here"
 
 
-def test_the_verdicts_on_what_is_inside_follow_the_numbers(examples):
-    from residual_steer.study import Arm, Entry, Run
+def test_the_verdicts_on_what_is_inside_follow_the_numbers(experiment):
+    from experiments.problem import Arm
+    from experiments.sweep import Entry, Run
 
-    script = examples("inspect_steering")
+    script = experiment("inspect_steering")
 
     def entry(name, **scores):
         values = {"entropy": 0.0, "untouched": 1.0, "bound": 0.4, "order": 0.3, "contraction": 0.8}
@@ -208,8 +206,8 @@ def test_the_verdicts_on_what_is_inside_follow_the_numbers(examples):
     assert script.on_fields(results(contraction=1.5)).verdict == "does not hold"
 
 
-def test_what_is_inside_adapted_models(examples, out, tmp_path, monkeypatch):
-    script = examples("inspect_steering")
+def test_what_is_inside_adapted_models(experiment, out, tmp_path, monkeypatch):
+    script = experiment("inspect_steering")
     arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
     assert script.main(arguments) == 0
     result = Result.load(out / "inspect-steering.json")
@@ -223,8 +221,8 @@ def test_what_is_inside_adapted_models(examples, out, tmp_path, monkeypatch):
     assert rerun(script, arguments, monkeypatch) == 0
 
 
-def test_speed_and_counts(examples, out):
-    script = examples("wikitext_speed")
+def test_speed_and_counts(experiment, out):
+    script = experiment("wikitext_speed")
     arguments = ["--random-weights", *QUICK, "--rounds", "1", "--rows", "2", "--length", "8", "--out", str(out)]
     assert script.main(arguments) == 0
     result = Result.load(out / "wikitext-speed.json")
@@ -245,7 +243,7 @@ def test_speed_and_counts(examples, out):
         assert longer[length] == pytest.approx(closed_form(length + 100), rel=1e-12)
 
 
-def test_a_model_is_adapted_and_then_timed(examples, tmp_path):
+def test_a_model_is_adapted_and_then_timed(experiment, tmp_path):
     pytest.importorskip("datasets")
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -262,7 +260,7 @@ def test_a_model_is_adapted_and_then_timed(examples, tmp_path):
     for split, part in (("train", text[:200]), ("validation", text[200:250]), ("test", text[250:])):
         lines = "\n".join(json.dumps({"text": line}) for line in part)
         (tmp_path / "text" / f"{split}.jsonl").write_text(lines + "\n")
-    script = examples("wikitext_speed")
+    script = experiment("wikitext_speed")
     given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text"), "--length", "16", "--rounds", "1"]
     assert script.main([*QUICK, *given, "--out", str(tmp_path / "out")]) == 0
     result = Result.load(tmp_path / "out" / "wikitext-speed.json")
@@ -273,7 +271,7 @@ def test_a_model_is_adapted_and_then_timed(examples, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "wikitext-speed.json").read_text()
 
 
-def test_a_model_that_cannot_be_had_is_one_line(examples, tmp_path, capsys):
-    script = examples("wikitext_speed")
+def test_a_model_that_cannot_be_had_is_one_line(experiment, tmp_path, capsys):
+    script = experiment("wikitext_speed")
     assert script.main(["--model", "nobody/nothing", "--out", str(tmp_path)]) == 1
     assert "cannot be had" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import residual_steer as rs
+from experiments.results import Measured, Result
 from residual_steer import SteerError
-from residual_steer.report import Measured, Result
-from scripts import LENGTH, WORDS, _prepared, _scripts, entry, fail, no_training, rows_of, script  # noqa: F401
+from scripts import LENGTH, WORDS, _prepared, entry, fail, no_training, rows_of, script  # noqa: F401
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -141,7 +141,7 @@ def test_other_sizes_are_other_runs(squad_run, change):
 
 
 def test_no_paragraph_is_on_both_sides():
-    from squad_task import hold_out
+    from experiments.squad_task import hold_out
 
     rows = datasets.Dataset.from_list([question(i) for i in range(40)])
     train, valid = hold_out(rows, 9)
@@ -157,7 +157,7 @@ def test_no_paragraph_is_on_both_sides():
 def test_questions_come_from_where_they_should(squad_data):
     from argparse import Namespace
 
-    from squad_task import questions_of
+    from experiments.squad_task import questions_of
 
     words = tokenizer()
     sizes = Namespace(data=squad_data, valid=8, limit=5, steps=3, batch=4, length=LENGTH)
@@ -175,8 +175,8 @@ def test_questions_come_from_where_they_should(squad_data):
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-mamba"])
 @pytest.mark.parametrize(("method", "size"), [("hres", {"rank": 4}), ("prompt", {"length": 4})])
 def test_answers_are_those_of_one_question_at_a_time(language_models, name, method, size):
-    from pretrained import language_model
-    from squad_task import ROOM, answers
+    from experiments.hub import language_model
+    from experiments.squad_task import ROOM, answers
 
     model, words = language_model(str(language_models[name]))
     rs.baselines.apply(model, method, **size)
@@ -201,8 +201,8 @@ def test_answers_are_those_of_one_question_at_a_time(language_models, name, meth
 
 
 def test_answers_end_with_the_line_and_with_the_text(language_models):
-    from pretrained import language_model
-    from squad_task import answers
+    from experiments.hub import language_model
+    from experiments.squad_task import answers
 
     model, words = language_model(str(language_models["tiny-gpt2"]))
     rows = {"the fox": " hen\n dogs<end>", "corn at": " dawn<end> dogs bark dogs"}
@@ -239,7 +239,7 @@ def test_models_of_one_name(capsys, tmp_path):
 def subject(name, *, recurrent=False, frozen=5.0):
     from types import SimpleNamespace
 
-    from squad import Subject
+    from experiments.squad import Subject
 
     return Subject(SimpleNamespace(name=name), recurrent, None, {"loss": frozen})
 
@@ -258,7 +258,7 @@ LOW, MIDDLE, HIGH = [3.0, 3.1, 2.9], [4.0, 4.1, 4.0], [5.0, 5.1, 5.05]
     ],
 )
 def test_squads_verdict_on_claim_1(lora, prompt, word):
-    from squad import verdicts
+    from experiments.squad import verdicts
 
     entries = {name: entry(name, values) for name, values in (("H-Res", LOW), ("LoRA", lora), ("prompt", prompt))}
     (found,) = verdicts([subject("gpt2")], [entries], 100)
@@ -268,11 +268,8 @@ def test_squads_verdict_on_claim_1(lora, prompt, word):
 
 @pytest.mark.parametrize(("values", "word"), [(LOW, "holds"), (HIGH, "does not hold"), ([3.0, None], "does not hold")])
 def test_squads_verdict_on_claim_9(values, word):
-    from squad import verdicts
+    from experiments.squad import verdicts
 
     entries = {name: entry(name, values) for name in ("H-Res", "LoRA", "prompt")}
     found = verdicts([subject("gpt2"), subject("mamba", recurrent=True)], [entries, entries], 100)
     assert [(v.claim, v.verdict) for v in found[1:]] == [(9, word)]
-
-
-# VTAB-1k

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from residual_steer.report import Result
-from residual_steer.study import Arm
-from scripts import LENGTH, WORDS, _prepared, _scripts, entry, fail, no_training, rows_of, script  # noqa: F401
+from experiments.problem import Arm
+from experiments.results import Result
+from scripts import LENGTH, WORDS, _prepared, entry, fail, no_training, rows_of, script  # noqa: F401
 
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -134,7 +134,7 @@ def test_vtab_says_what_is_missing(timm_folder, vtab_data, tmp_path, capsys, cha
 
 
 def test_random_weights_give_no_verdict(timm_folder, vtab_data, tmp_path, monkeypatch):
-    import vtab
+    from experiments import vtab
 
     made = []
     monkeypatch.setattr(vtab, "arms_of", lambda problem, rates: [Arm("head alone", "linear", (0.01,))])
@@ -147,7 +147,7 @@ def test_random_weights_give_no_verdict(timm_folder, vtab_data, tmp_path, monkey
 
 
 def test_classifiers_of_both_libraries(timm_folder, transformers_folder):
-    from pretrained import classifier
+    from experiments.hub import classifier
 
     ours, theirs = classifier(str(timm_folder), 7), classifier(str(transformers_folder), 7)
     assert (ours.head, theirs.head) == ("head", "classifier")
@@ -182,7 +182,7 @@ POOR, FAIR, GOOD = [0.5, 0.51, 0.5], [0.7, 0.71, 0.7], [0.7, 0.709, 0.702]
     ],
 )
 def test_vtabs_verdict(hres, shallow, deep, word):
-    from vtab import verdict
+    from experiments.vtab import verdict
 
     values = {"H-Res, rank 8": hres, "VPT-shallow": shallow, "VPT-deep": deep}
     found = verdict({"svhn": [entry(name, numbers, "accuracy") for name, numbers in values.items()]})

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import library
 
 import residual_steer as rs
+from benchmarks.counters import count
 from residual_steer import scan
 from residual_steer.scan import selective_scan
-from residual_steer.study.counters import count
 
 NAMES = ("u", "delta", "A", "B", "C")
 

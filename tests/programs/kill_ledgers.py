@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from residual_steer.study import Ledger
+from experiments.ledger import Ledger
 
 BULK = "x" * 300_000  # long enough that a line is not written in no time
 SHARED, OWN = 12, 6
