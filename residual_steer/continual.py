@@ -11,27 +11,31 @@ orthogonal to every [h, 1] leaves H(z), and so the stream enters the next block 
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._batches import batches, require_finite, tokens_of
 from ._controller import Steering, steering_of
+from ._subspace import Protected, Protection, SecondMoment, Subspace, inputs_of, listed, unwrapped
+from .diagnostics._table import Table
 from .errors import SteerError
-from .field import HRes
-from .passes import Batch, batches, reading, require_finite, tokens_of
-from .protection import Held, Protection, inputs_of, unwrapped
-from .report.table import Cell, Column, Table
-from .space_file import FORMAT, parse_space, read_space, write_space
-from .subspace import SecondMoment, Subspace
+from .files import as_path, make_folder, write_whole
+from .recording import record, undisturbed
 
 __all__ = ["NullSpace"]
+
+_KEY, _FORMAT = "residual_steer.null_space", 1
+_PARTS = ("basis", "response")
+_ORTHONORMAL = 1e-6  # how far UᵀU may be from the identity
 
 
 class NullSpace:
@@ -69,7 +73,9 @@ class NullSpace:
         self.energy, self.name = float(energy), state.name_of(name)
         self._model = model
         linears = self._linears()
-        self._held = {key: Held.of(linear, Subspace.nothing(inputs_of(linear))) for key, linear in linears.items()}
+        self._protected = {
+            key: Protected.of(linear, Subspace.nothing(inputs_of(linear))) for key, linear in linears.items()
+        }
         self._shares: dict[str, list[float]] = {key: [] for key in linears}
         self._protections: list[Protection] = []
 
@@ -81,7 +87,7 @@ class NullSpace:
     @property
     def left(self) -> dict[str, int]:
         """How many dimensions every projection has left to learn in, by its point: `{"blocks.0.down": 51, …}`."""
-        return {key: held.space.left for key, held in self._held.items()}
+        return {key: one.space.left for key, one in self._protected.items()}
 
     def observe(self, loader: Iterable[Any], *, padding: bool = False) -> None:
         """Take in a task, in one pass over its data: from now on its features are protected.
@@ -112,10 +118,7 @@ class NullSpace:
                 f"with residual_steer.use(model, {self.name!r})."
             )
         linears = self._linears()
-        moments = {
-            key: SecondMoment(inputs_of(linear), linear.bias is not None, linear.weight.device)
-            for key, linear in linears.items()
-        }
+        moments = {key: SecondMoment(linear) for key, linear in linears.items()}
         self._pass(base, state, moments, loader, padding)
         unseen = [key for key, moment in moments.items() if not moment.count]
         if unseen:
@@ -123,10 +126,10 @@ class NullSpace:
                 f"no token of this task entered {', '.join(unseen)}: all were padding, or the block was not called. "
                 "Give data with tokens that count, or `padding=True`."
             )
-        spaces = {key: self._held[key].space.extend(moment.sum, self.energy) for key, moment in moments.items()}
-        full = [key for key, space in spaces.items() if not space.left and self._held[key].space.left]
+        spaces = {key: self._protected[key].space.extend(moment.sum, self.energy) for key, moment in moments.items()}
+        full = [key for key, space in spaces.items() if not space.left and self._protected[key].space.left]
         for key, space in spaces.items():
-            self._held[key] = self._held[key].extended(linears[key], space)
+            self._protected[key] = self._protected[key].extended(linears[key], space)
             self._shares[key].append(space.share(moments[key].sum))
         self._warn(full)
 
@@ -158,37 +161,35 @@ class NullSpace:
         if any(protection.covers(inner) for protection in self._protections):
             raise SteerError("this NullSpace protects from this optimizer already. Call `remove()` of that first.")
         linears = self._optimized(inner)
-        self._warn([key for key in linears if not self._held[key].space.left])
-        protection = Protection(inner, linears, self._held)
+        self._warn([key for key in linears if not self._protected[key].space.left])
+        protection = Protection(inner, linears, self._protected)
         self._protections.append(protection)
         return protection
 
     def report(self) -> Table:
         """Return what is protected and what is left, projection by projection."""
-        rows: list[dict[str, Cell]] = []
-        for key, held in self._held.items():
-            inputs, protected = held.space.basis.shape
+        rows = []
+        for key, one in self._protected.items():
+            inputs, protected = one.space.basis.shape
             share = min(self._shares[key], default=None)
             rows.append({"point": key, "inputs": inputs, "held": protected, "left": inputs - protected, "share": share})
         spec = self._steering()[1].specs[self.name]
         notes = ["The 1 of a bias is one of the dimensions."] if spec.bias else []
         if spec.train:
-            notes.append(f"Not protected, since it trains along with the field: {_listed(list(spec.train))}.")
-        columns = (
-            Column("point", "projection"),
-            Column("inputs", "dimensions"),
-            Column("held", "protected"),
-            Column("left", "left"),
-            Column("share", "energy protected, least of all tasks", digits=6),
-        )
-        title = f"Null space of field {self.name!r} after {self._counted()}"
-        return Table(f"{title}, energy {self.energy:g}", columns, tuple(rows), tuple(notes))
+            notes.append(f"Not protected, since it trains along with the field: {listed(list(spec.train))}.")
+        columns = {
+            "point": "projection",
+            "inputs": "dimensions",
+            "held": "protected",
+            "left": "left",
+            "share": "energy protected, least of all tasks",
+        }
+        title = f"Null space of field {self.name!r} after {self._counted()}, energy {self.energy:g}"
+        return Table(title, columns, tuple(rows), tuple(notes), digits=6)
 
     def __str__(self) -> str:
         """Write the report as text."""
-        from .report.markdown import table_markdown
-
-        return "\n\n".join(table_markdown(self.report()))
+        return str(self.report())
 
     def __repr__(self) -> str:
         left = self.left.values()
@@ -200,8 +201,8 @@ class NullSpace:
     def state_dict(self) -> dict[str, Any]:
         """Return the directions that are held, and what the field makes of them, as tensors and plain values."""
         points = {
-            key: {"basis": held.space.basis, "response": held.response, "shares": list(self._shares[key])}
-            for key, held in self._held.items()
+            key: {"basis": one.space.basis, "response": one.response, "shares": list(self._shares[key])}
+            for key, one in self._protected.items()
         }
         return {**self._where(), "points": points}
 
@@ -211,10 +212,8 @@ class NullSpace:
         Raises:
             SteerError: it belongs to another backbone, site, rank, width or energy, or is damaged. Nothing has changed.
         """
-        where = self._where()
-        shapes = {key: (linear.out_features, inputs_of(linear)) for key, linear in self._linears().items()}
-        held, shares = parse_space(state, where, shapes)
-        self._held.update(held)
+        protected, shares = _parse(state, self._where(), self._linears())
+        self._protected.update(protected)
         self._shares.update(shares)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -223,7 +222,11 @@ class NullSpace:
         Raises:
             SteerError: it cannot be written; what was there before is untouched.
         """
-        write_space(path, self.state_dict())
+        place, state = as_path(path), self.state_dict()
+        parts = {(key, part): point.pop(part) for key, point in state["points"].items() for part in _PARTS}
+        tensors = {".".join(name): tensor.contiguous() for name, tensor in parts.items()}
+        make_folder(place.parent)
+        write_whole({place: safetensors.torch.save(tensors, {_KEY: json.dumps(state)})})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what `save` wrote, for a model that has the weights of the field already.
@@ -231,13 +234,25 @@ class NullSpace:
         Raises:
             SteerError: the file is missing or damaged, or belongs to another model. Nothing has changed.
         """
-        self.load_state_dict(read_space(path))
+        place = as_path(path)
+        try:
+            with safetensors.safe_open(place, framework="pt") as file:
+                state = json.loads(file.metadata()[_KEY])
+                for key, point in state["points"].items():
+                    point.update({part: file.get_tensor(f"{key}.{part}") for part in _PARTS})
+        except OSError as error:
+            raise SteerError(f"could not read {place}: {error.strerror or error}.") from error
+        except Exception as error:  # bytes from anywhere can fail in any way
+            raise SteerError(
+                f"{place} is damaged or was not written by NullSpace.save ({type(error).__name__}: {error})."
+            ) from error
+        self.load_state_dict(state)
 
     def _where(self) -> dict[str, Any]:
         """Return what a state has to agree with."""
         _, state = self._steering()
         site = state.specs[self.name].site
-        return {"format": FORMAT, "backbone": state.backbone.name, "site": site, "energy": self.energy}
+        return {"format": _FORMAT, "backbone": state.backbone.name, "site": site, "energy": self.energy}
 
     def _steering(self) -> tuple[nn.Module, Steering]:
         """Return the steered module and its steering, still with the field that this space was made for.
@@ -248,7 +263,7 @@ class NullSpace:
         base, state = steering_of(self._model)
         name = state.name_of(self.name)
         found = {key: (linear.out_features, inputs_of(linear)) for key, linear in self._linears().items()}
-        made = {key: (len(held.response), len(held.space.basis)) for key, held in self._held.items()}
+        made = {key: (len(one.response), len(one.space.basis)) for key, one in self._protected.items()}
         if found != made:
             raise SteerError(f"the field {name!r} is not the one that this NullSpace was made for. Make a new one.")
         return base, state
@@ -294,30 +309,59 @@ class NullSpace:
         padding: bool,
     ) -> None:
         """Run a loader through the model and add what enters every projection to its moment."""
-        running: list[Batch | None] = [None]  # whose padding is left out
-
-        def see(index: int, field: HRes, z: Tensor, dtype: torch.dtype) -> None:
-            x = tokens_of(z, field.channels, running[0]).to(dtype)
-            for side, features in (("down", x), ("up", field.hidden(x, dtype))):
-                require_finite(f"what enters blocks.{index}.{side}", features)
-                moments[f"blocks.{index}.{side}"].add(features)
-
-        with reading(base), contextlib.ExitStack() as stack:
-            site = state.specs[self.name].site
-            for index, field in state.fields(self.name).items():
-                stack.enter_context(state.injectors[site, index].shown(partial(see, index, field)))
+        site, fields = state.specs[self.name].site, state.fields(self.name)
+        with undisturbed(base):
             for batch in batches(base, loader):
-                running[0] = None if padding else batch
-                batch.run(base)
+                with record(state.backbone, fields, site=site) as seen:
+                    batch.run(base)
+                for index, calls in seen.calls.items():
+                    field, dtype = fields[index], state.injectors[site, index].compute_dtype
+                    for call in calls:
+                        x = tokens_of(call.entered, field.channels, None if padding else batch).to(dtype)
+                        for side, features in (("down", x), ("up", field.hidden(x, dtype))):
+                            require_finite(f"what enters blocks.{index}.{side}", features)
+                            moments[f"blocks.{index}.{side}"].add(features)
 
     def _warn(self, full: list[str]) -> None:
         if full:
             warnings.warn(
-                f"no room is left for another task at {_listed(full)} of field {self.name!r}: all directions are "
+                f"no room is left for another task at {listed(full)} of field {self.name!r}: all directions are "
                 "protected, and nothing there will learn. Lower `energy`, or steer with a larger rank.",
                 stacklevel=3,
             )
 
 
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+def _parse(
+    state: Mapping[str, Any], where: Mapping[str, Any], linears: Mapping[str, nn.Linear]
+) -> tuple[dict[str, Protected], dict[str, list[float]]]:
+    """Return what is protected at every projection, and the share of every task's energy; raise if it does not fit."""
+    if not isinstance(state, Mapping) or state.get("format") != _FORMAT or not isinstance(state.get("points"), Mapping):
+        raise SteerError("this is no state of a NullSpace, or one of another version; it comes from `state_dict()`.")
+    wrong = [f"{key} {state.get(key)!r}, here {value!r}" for key, value in where.items() if state.get(key) != value]
+    if state["points"].keys() != linears.keys():
+        there, here = (listed(list(map(str, keys))) or "none" for keys in (state["points"], linears))
+        wrong.append(f"projections {there}, here {here}")
+    if wrong:
+        raise SteerError(f"this state belongs to another NullSpace: {'; '.join(wrong)}. Make this one as that one was.")
+    protected: dict[str, Protected] = {}
+    shares: dict[str, list[float]] = {}
+    for key, linear in linears.items():
+        point, inputs, outputs = state["points"][key], inputs_of(linear), linear.out_features
+        try:
+            basis, response, shares[key] = point["basis"], point["response"], [float(s) for s in point["shares"]]
+            sizes, dimensions = (tuple(basis.shape), tuple(response.shape)), basis.shape[1]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise SteerError(f"the state of {key} is damaged ({type(error).__name__}: {error}).") from error
+        if sizes != ((inputs, dimensions), (outputs, dimensions)):
+            raise SteerError(
+                f"this state belongs to a model of other sizes: at {key} it has {sizes[0]} and {sizes[1]}, where this "
+                f"model has {inputs} inputs and {outputs} outputs. Steer with the same rank."
+            )
+        basis, response = (tensor.detach().cpu().double().clone() for tensor in (basis, response))
+        off: Tensor = basis.t() @ basis - torch.eye(basis.shape[1], dtype=basis.dtype)
+        if not bool(torch.isfinite(response).all()) or not float(off.abs().amax() if off.numel() else 0) < _ORTHONORMAL:
+            raise SteerError(f"the state of {key} is damaged: its directions are not orthonormal, or not finite.")
+        protected[key] = Protected(Subspace(basis), response)
+    if len({len(each) for each in shares.values()}) > 1:
+        raise SteerError("this state is damaged: its projections saw different numbers of tasks.")
+    return protected, shares

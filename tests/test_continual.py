@@ -156,29 +156,17 @@ def test_the_mask_of_an_encoder_does_not_hide_tokens_of_its_decoder():
     assert spaces[0].left == spaces[1].left
 
 
-def test_tasks_accumulate_and_each_is_kept():
-    model = steered()
-    tasks = [batch_of("gpt2", seed) for seed in (1, 2)]
-    space = NullSpace(model, 1.0)
-    kept = []
-    for task in tasks:
-        space.observe([task])
-        kept.append(outputs(model, task))
-        train(model, batch_of("gpt2", 9), 60, space)
-    assert space.tasks == 2
-    for task, before in zip(tasks, kept, strict=True):
-        assert (outputs(model, task) - before).abs().max() < 1e-5
-
-
-def test_it_sees_what_evaluation_sees():
-    model = steered("timm-vit", dropout=0.5)
+def test_it_sees_what_evaluation_sees_and_leaves_the_model_as_it_was():
+    model = steered("timm-vit", dropout=0.5, train="head")
+    outputs(model, batch_of("timm-vit", 1))  # a first call, after which the points trust their hosts
     spaces = [NullSpace(model, 1.0) for _ in range(2)]
-    state = torch.get_rng_state()
+    before, state = snapshot(model), torch.get_rng_state()
     for space, mode in zip(spaces, (True, False), strict=True):
         model.train(mode)
         space.observe([IMAGES])
         assert model.training == mode
     assert torch.equal(torch.get_rng_state(), state)
+    assert_as(model, before)
     points, others = (space.state_dict()["points"] for space in spaces)
     assert all(torch.equal(points[key]["basis"], others[key]["basis"]) for key in points)
 
@@ -213,19 +201,6 @@ def test_no_features_are_kept():
     assert peaks[0] > 0
     assert abs(peaks[1] - peaks[0]) < features
     assert sum(t.numel() for p in space.state_dict()["points"].values() for t in (p["basis"],)) <= 2 * (17**2 + 5**2)
-
-
-def test_observing_leaves_the_model_as_it_was():
-    model = steered("timm-vit", train="head").train()
-    outputs(model, batch_of("timm-vit", 1))  # a first call, after which the points trust their hosts
-    model.train()
-    before = snapshot(model)
-    state = torch.get_rng_state()
-    NullSpace(model).observe(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_as(model, before)
-    assert all(injector._see is None for injector in steering_of(model)[1].injectors.values())
 
 
 def test_blocks_that_work_in_place_and_fields_side_by_side():
@@ -301,7 +276,6 @@ def test_what_fails_takes_nothing_in(loader, error, match):
     assert (space.left, space.tasks) == (left, 1)
     after = space.state_dict()["points"]
     assert all(torch.equal(before["points"][key]["basis"], point["basis"]) for key, point in after.items())
-    assert all(injector._see is None for injector in steering_of(model)[1].injectors.values())
 
 
 def test_wrong_requests_are_refused():

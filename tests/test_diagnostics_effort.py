@@ -172,23 +172,6 @@ def test_the_effective_rank_of_directions_of_equal_weight(bias):
     assert one.cosine is None  # the block adds nothing
 
 
-def test_batches_may_be_cut_anywhere_and_padding_does_not_count():
-    case = case_of("gpt2")
-    model = randomise(steer(case.build(), rank=2))
-    ids = torch.randint(3, 50, (6, 7))
-    mask = torch.ones_like(ids)
-    mask[4:, 5:] = 0
-    whole = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    parts = [{**whole, "input_ids": ids[a:b], "attention_mask": mask[a:b]} for a, b in ((0, 1), (1, 6))]
-    one, other = control_effort(model, [whole]), control_effort(model, iter(parts))
-    for a, b in zip(one.layers, other.layers, strict=True):
-        assert a.tokens == b.tokens == 38
-        assert (a.effort, a.cosine, a.rank, a.share) == pytest.approx((b.effort, b.cosine, b.rank, b.share), rel=1e-6)
-    shorter = control_effort(model, [{**parts[1], "input_ids": ids[4:, :5], "attention_mask": mask[4:, :5]}])
-    padded = control_effort(model, [{**parts[1], "input_ids": ids[4:], "attention_mask": mask[4:]}])
-    assert padded.layers[0].effort == pytest.approx(shorter.layers[0].effort, rel=1e-4)
-
-
 def half_hidden():
     """As many tokens for the decoder as for the encoder, whose mask hides most of them."""
     ids, mask = torch.randint(3, 50, (1, 4)), torch.tensor([[1, 0, 0, 0]])
@@ -235,23 +218,8 @@ def test_blocks_that_work_in_place():
         assert (a.effort, a.cosine, a.rank) == pytest.approx((b.effort, b.cosine, b.rank), rel=1e-6)
 
 
-def test_hooks_and_modes_are_as_before():
-    model = shake(steer(vit(), rank=4)).train()
-    model(IMAGES)
-    count = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    control_effort(model, [IMAGES])
-    with pytest.raises(SteerError):
-        control_effort(model, [])
-    assert model.training
-    assert count == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-
-
 def test_bad_input_is_refused():
     model = shake(steer(vit(), rank=4))
-    with pytest.raises(SteerError, match="no batch"):
-        control_effort(model, [])
-    with pytest.raises(SteerError, match="NaN"):
-        control_effort(model, [IMAGES * float("nan")])
     with pytest.raises(SteerError, match="received 'law'"):
         control_effort(model, [IMAGES], name="law")
     use(model, None)

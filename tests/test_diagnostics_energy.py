@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import residual_steer as rs
-from residual_steer.diagnostics.attention import keys_of, maps_of
+from residual_steer._batches import Batch
+from residual_steer.diagnostics.attention import attentions_of
+from residual_steer.diagnostics.compare import compare
 from residual_steer.diagnostics.energy import hopfield_energy, stream_energy
-from residual_steer.diagnostics.pairs import compared
-from residual_steer.passes import Batch
-from sharp import Broken, break_at, case_of, sharp, steered, traces
+from sharp import case_of, rows_for, sharp, steered
 
 
 def written_out(state, patterns, beta):
@@ -82,25 +82,25 @@ def test_it_is_of_the_queries_and_keys_that_make_the_maps(name):
     case = case_of(name)
     model = steered(sharp(case, 6))
     inputs = case.inputs(model)
-    batch = Batch(inputs, 2)
-    with compared(model) as pair:
-        keys, maps = keys_of(pair, batch), maps_of(pair, batch)
+    batch = Batch(inputs)
+    with compare(model) as pair:
+        keys, maps = attentions_of(pair, batch, keys=True), attentions_of(pair, batch, keys=False)
     measured = stream_energy(model, [inputs])
     for side in ("frozen", "adapted"):
         each = []
         for layer, (look, told) in enumerate(zip(keys[side], maps[side], strict=True)):
-            scores = look.scale * look.query @ look.key.mT
+            scores = look.scale * look.seen[0] @ look.seen[1].mT
             visible = torch.ones_like(scores, dtype=torch.bool) if look.visible is None else look.visible
             visible = visible.expand_as(scores)
             torch.testing.assert_close(
-                scores.masked_fill(~visible, -torch.inf).softmax(-1), told.weights, atol=1e-5, rtol=0
+                scores.masked_fill(~visible, -torch.inf).softmax(-1), told.seen[0], atol=1e-5, rtol=0
             )
             rows, heads, length, _ = scores.shape
             energies = torch.tensor(
                 [
                     [
                         [
-                            written_out(look.query[r, h, t], look.key[r, h][visible[r, h, t]], look.scale)
+                            written_out(look.seen[0][r, h, t], look.seen[1][r, h][visible[r, h, t]], look.scale)
                             for t in range(length)
                         ]
                         for h in range(heads)
@@ -127,13 +127,13 @@ def test_heads_that_share_keys_are_given_their_own():
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 50}
     model = LlamaModel(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, **shape))
     steered(model.eval())
-    with compared(model) as pair:
-        batch = Batch(torch.randint(3, 50, (2, 5)), 2)
-        look, told = keys_of(pair, batch)["frozen"][0], maps_of(pair, batch)["frozen"][0]
-    scores = (look.scale * look.query @ look.key.mT).masked_fill(~look.visible, -torch.inf)
-    torch.testing.assert_close(scores.softmax(-1), told.weights, atol=1e-5, rtol=0)
-    assert torch.equal(look.key[:, 0], look.key[:, 1])
-    assert not torch.equal(look.key[:, 1], look.key[:, 2])
+    with compare(model) as pair:
+        batch = Batch(torch.randint(3, 50, (2, 5)))
+        look, told = (attentions_of(pair, batch, keys=keys)["frozen"][0] for keys in (True, False))
+    scores = (look.scale * look.seen[0] @ look.seen[1].mT).masked_fill(~look.visible, -torch.inf)
+    torch.testing.assert_close(scores.softmax(-1), told.seen[0], atol=1e-5, rtol=0)
+    assert torch.equal(look.seen[1][:, 0], look.seen[1][:, 1])
+    assert not torch.equal(look.seen[1][:, 1], look.seen[1][:, 2])
 
 
 class Causal(nn.Module):
@@ -174,29 +174,11 @@ def test_queries_and_keys_are_those_that_the_layer_projects():
         for part in parts:
             projection = case.modules(model, "mixer")[0].get_submodule(part)
             projection.register_forward_hook(lambda *x, seen=seen: seen.append(x[2]))
-        with compared(model) as pair:
-            look = keys_of(pair, Batch(case.inputs(model), 2))["frozen"][0]
+        with compare(model) as pair:
+            look = attentions_of(pair, Batch(case.inputs(model)), keys=True)["frozen"][0]
         query, key = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in seen[:2])
-        assert torch.equal(look.query, query)
-        assert torch.equal(look.key, key)
-
-
-def padded():
-    torch.manual_seed(5)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
-    return {"input_ids": torch.randint(3, 50, (3, 6)), "attention_mask": mask}
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bert", "qwen2-moe"])
-def test_batch_by_batch_is_as_all_at_once_and_padding_does_not_count(name):
-    model, whole = steered(sharp(case_of(name))), padded()
-    once = stream_energy(model, [whole])
-    twice = stream_energy(model, [{key: x[rows] for key, x in whole.items()} for rows in (slice(0, 2), slice(2, 3))])
-    for key in ("frozen", "adapted", "frozen_spread", "adapted_spread"):
-        torch.testing.assert_close(getattr(once, key), getattr(twice, key), atol=1e-6, rtol=1e-6)
-    assert once.tokens == twice.tokens == 14
-    changed = {**whole, "input_ids": torch.where(whole["attention_mask"].bool(), whole["input_ids"], 4)}
-    torch.testing.assert_close(stream_energy(model, [changed]).adapted, once.adapted, atol=1e-6, rtol=1e-6)
+        assert torch.equal(look.seen[0], query)
+        assert torch.equal(look.seen[1], key)
 
 
 def test_beta_is_the_layers_own_unless_it_is_given():
@@ -219,42 +201,14 @@ def test_a_prompts_keys_are_patterns_and_its_queries_no_states():
     torch.manual_seed(0)
     model = rs.baselines.apply(copy.deepcopy(frozen), "vpt-shallow", length=4)
     measured = stream_energy(model, [case.inputs(frozen)], reference=frozen)
-    with compared(model, frozen) as pair:
-        look = keys_of(pair, Batch(case.inputs(frozen), 2))["adapted"][0]
-    assert look.key.shape[2] == 9
-    energy = hopfield_energy(look.query, look.key, look.scale)[:, :, [0, 5, 6, 7, 8]]  # the prompt stands behind CLS
+    with compare(model, frozen) as pair:
+        look = attentions_of(pair, Batch(case.inputs(frozen)), keys=True)["adapted"][0]
+    assert look.seen[1].shape[2] == 9
+    energy = hopfield_energy(look.seen[0], look.seen[1], look.scale)[
+        :, :, [0, 5, 6, 7, 8]
+    ]  # the prompt stands behind CLS
     torch.testing.assert_close(measured.adapted[0], energy.mean((0, 2)))
     assert measured.tokens == 2 * 5
-
-
-def test_tables_and_plots_say_what_was_measured():
-    case = case_of("gpt2")
-    model = steered(sharp(case))
-    measured = stream_energy(model, [case.inputs(model)])
-    table, plot = measured.table(), measured.plot()
-    assert [row["frozen"] for row in table.rows] == measured.frozen.mean(1).tolist()
-    assert [row["adapted_spread"] for row in table.rows] == measured.adapted_spread.tolist()
-    assert [y.mean for y in plot.series[1].y] == measured.adapted.mean(1).tolist()
-    assert plot.kind == "lines"
-    from residual_steer.diagnostics.energy import StreamEnergy
-
-    lone = StreamEnergy((0,), (1.0,), torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1), torch.zeros(1), 1)
-    assert lone.plot().series[0].y[0].spread == 0
-
-
-@pytest.mark.parametrize("name", ["hf-vit", "timm-vit", "gpt2", "falcon"])
-@torch.no_grad()
-def test_everything_is_put_back_also_after_a_failure(name):
-    case = case_of(name)
-    model = steered(case.build())
-    before, quiet = case.run(model), traces(model)
-    stream_energy(model, [case.inputs(model)])
-    handle = break_at(case.modules(model, "block")[-1])
-    with pytest.raises(Broken):
-        stream_energy(model, [case.inputs(model)])
-    handle.remove()
-    assert traces(model) == quiet
-    assert torch.equal(case.run(model), before)
 
 
 @pytest.mark.parametrize(
@@ -275,18 +229,19 @@ def test_models_without_such_attention_are_refused(name, message):
 
 
 def test_what_cannot_be_measured_is_refused():
-    case = case_of("timm-vit")
-    model = steered(case.build())
-    images = case.inputs(model)["x"]
+    model = steered(case_of("bert").build())
+    batch = rows_for(case_of("bert"), model, labels=None)
     for beta in (0, -1.0, math.nan, math.inf, "1"):
         with pytest.raises(rs.SteerError, match="`beta` is a positive number"):
-            stream_energy(model, [images], beta=beta)
-    with pytest.raises(rs.SteerError, match="gave no batch"):
-        stream_energy(model, [])
-    with pytest.raises(rs.SteerError, match="not steered"):
-        stream_energy(case.build(), [images])
-    with pytest.raises(rs.SteerError, match=r"block 0 has .* NaN"):
-        stream_energy(model, [images * torch.nan])
-    text, batch = steered(case_of("bert").build()), padded()
+            stream_energy(model, [batch], beta=beta)
     with pytest.raises(rs.SteerError, match="every one is padding"):
-        stream_energy(text, [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}])
+        stream_energy(model, [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}])
+
+
+def test_a_table_and_a_plot_have_the_numbers():
+    case = case_of("gpt2")
+    model = steered(sharp(case))
+    found = stream_energy(model, [case.inputs(model)])
+    assert [row["adapted_spread"] for row in found.table().rows] == found.adapted_spread.tolist()
+    line, _ = found.plot().axes[0].lines[:2]
+    assert line.get_ydata().tolist() == found.frozen.mean(1).tolist()

@@ -9,7 +9,7 @@ from torch import nn
 
 import residual_steer as rs
 from residual_steer.diagnostics.entropy import attention_entropy
-from sharp import Broken, break_at, case_of, sharp, steered, traces
+from sharp import case_of, sharp, steered, traces
 
 
 def maps_of(case, model):
@@ -118,19 +118,6 @@ def padded():
 
 
 @pytest.mark.parametrize("query", ["all", "first", "last"])
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_batch_by_batch_is_as_all_at_once(name, query):
-    model = steered(sharp(case_of(name)))
-    whole = padded()
-    parts = [{key: x[rows] for key, x in whole.items()} for rows in (slice(0, 3), slice(3, 4))]
-    once = attention_entropy(model, [whole], query=query)
-    twice = attention_entropy(model, iter(parts), query=query)
-    for key in ("frozen", "adapted", "adapted_by_position", "adapted_keys", "adapted_bound"):
-        torch.testing.assert_close(getattr(once, key), getattr(twice, key), atol=1e-6, rtol=0, equal_nan=True)
-    assert once.queries == twice.queries == (17 if query == "all" else 4)
-
-
-@pytest.mark.parametrize("query", ["all", "first", "last"])
 @torch.no_grad()
 def test_padding_neither_asks_nor_is_looked_at(query):
     """Each text alone, without its padding, gives the same; gpt2's positions begin with the text."""
@@ -145,6 +132,37 @@ def test_padding_neither_asks_nor_is_looked_at(query):
     for key in ("frozen", "adapted", "frozen_keys", "adapted_bound"):
         total = sum(getattr(one, key) * one.queries for one in alone)
         torch.testing.assert_close(getattr(measured, key), total / measured.queries, atol=1e-6, rtol=1e-5)
+
+
+class Masked(nn.Module):
+    """A user's own block on torch's attention, whose padding sees nothing: its weights are NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, z, attention_mask):
+        return z + self.attention(z, z, z, key_padding_mask=~attention_mask)[0].nan_to_num()
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Masked()])
+
+    def forward(self, z, attention_mask):
+        return self.blocks[0](z, attention_mask)
+
+
+@torch.no_grad()
+def test_padding_that_sees_nothing_spoils_nothing():
+    model, z = Stack().eval(), torch.randn(2, 4, 8)
+    rs.steer(model, rs.Backbone(blocks=model.blocks, width=8), rank=2)
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    found = attention_entropy(model, [{"z": z, "attention_mask": mask}])
+    alone = attention_entropy(model, [{"z": z[:1], "attention_mask": mask[:1]}])
+    torch.testing.assert_close(found.frozen, alone.frozen)
+    assert found.queries == alone.queries == 4
 
 
 def method(name, frozen, **options):
@@ -258,29 +276,6 @@ def test_torchs_own_attention_is_asked_for_its_weights():
     assert asked.shape == (3, 5, 5)
 
 
-@pytest.mark.parametrize("name", ["hf-vit", "timm-vit", "gpt2", "falcon", "deberta-v2", "jamba", "hf-clip"])
-@torch.no_grad()
-def test_everything_is_put_back_also_after_a_failure(name):
-    case = case_of(name)
-    model = steered(case.build()).train()
-    model.eval() if name == "jamba" else None
-    before, quiet = case.run(model.eval()), traces(model)
-    attention_entropy(model, [case.inputs(model)])
-    assert traces(model) == quiet
-    assert torch.equal(case.run(model), before)
-    last = case.modules(model, "block")[-1]
-    handle = break_at(last)
-    with pytest.raises(Broken):
-        attention_entropy(model, [case.inputs(model)])
-    handle.remove()
-    assert traces(model) == quiet
-    assert torch.equal(case.run(model), before)
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    names = [*AttentionInterface._global_mapping, *AttentionMaskInterface._global_mapping]
-    assert not any("residual" in name for name in names)
-
-
 def test_configs_inside_configs_name_what_they_named_before():
     from transformers import CLIPConfig, CLIPModel
 
@@ -320,26 +315,17 @@ def test_a_class_token_of_another_tower_is_not_asked():
     assert measured.blocks == (0,)
 
 
-def test_a_compiled_model_is_measured_as_it_was_before():
-    case = case_of("gpt2")
-    model = steered(sharp(case))
-    expected = attention_entropy(model, [case.inputs(model)])
-    compiled = torch.compile(model, backend="eager")
-    assert torch.equal(attention_entropy(compiled, [case.inputs(model)]).adapted, expected.adapted)
-
-
-def test_tables_and_plots_say_what_was_measured():
+def test_a_table_and_a_plot_have_the_numbers():
     case = case_of("gpt2")
     model = steered(sharp(case), layers=[0])
     measured = attention_entropy(model, [case.inputs(model)])
-    table, plot = measured.table(), measured.plot()
+    table, (axes,) = measured.table(), measured.plot().axes
     assert [row["block"] for row in table.rows] == [0, 1]
     assert [row["equal"] for row in table.rows] == ["yes", "no"]
     assert [row["adapted"] for row in table.rows] == measured.adapted.mean(1).tolist()
-    assert [row["change"] for row in table.rows] == measured.change.tolist()
-    assert [series.name for series in plot.series] == ["frozen", "adapted"]
-    assert plot.series[0].y == tuple(measured.frozen.mean(1).tolist())
-    assert plot.y.unit == "nats"
+    assert [line.get_label() for line in axes.lines] == ["frozen", "adapted"]
+    assert axes.lines[0].get_ydata().tolist() == measured.frozen.mean(1).tolist()
+    assert "nats" in axes.get_ylabel()
 
 
 def fails(message, model, loader, **options):
@@ -353,12 +339,8 @@ def test_what_cannot_be_measured_is_refused():
     case = case_of("bert")
     model, batch = steered(case.build()), padded()
     model(**batch)  # steering's own hooks for the first call are gone after it
-    fails("loader gave no batch", model, [])
     fails("one of auto, first, last, all; received 'cls'", model, [batch], query="cls")
     fails("every one is padding", model, [{**batch, "attention_mask": torch.zeros(4, 6, dtype=torch.long)}])
-    fails("not steered", case.build(), [batch])
-    images = case_of("timm-vit")
-    fails("the attention of block 0 has .* NaN", steered(images.build()), [torch.full((2, 3, 16, 16), torch.nan)])
 
 
 @pytest.mark.parametrize(
@@ -394,4 +376,4 @@ def test_a_reference_must_have_the_same_heads_and_tokens():
     ids = torch.randint(3, 50, (2, 5))
     fails(r"the reference has layers of \[2\] heads, the adapted model of \[4\]", four, [ids], reference=two)
     longer = method("prompt", two, length=2)
-    fails("attends from 5 tokens where the reference attends from 7", two, [ids], reference=longer)
+    fails("5 tokens where the reference has 7", two, [ids], reference=longer)

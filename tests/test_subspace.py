@@ -1,12 +1,17 @@
-"""Second moments and the space of their leading directions, held against NumPy on features that are all there."""
+"""Second moments, the space of their leading directions, and maps that stay as they are in it, held against NumPy."""
+
+import copy
+import gc
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from residual_steer.subspace import SecondMoment, Subspace
+from residual_steer import SteerError
+from residual_steer._subspace import Protected, Protection, SecondMoment, Subspace, inputs_of, unwrapped
 
 
 def features(seed, rows, width, rank=None, scale=1.0):
@@ -17,7 +22,7 @@ def features(seed, rows, width, rank=None, scale=1.0):
 
 
 def moment(*parts, bias=False):
-    found = SecondMoment(parts[0].shape[1] + bias, bias, torch.device("cpu"))
+    found = SecondMoment(torch.nn.Linear(parts[0].shape[1], 1, bias=bias))
     for part in parts:
         found.add(part)
     return found
@@ -25,7 +30,7 @@ def moment(*parts, bias=False):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_streaming_is_the_whole_batch(bias, monkeypatch):
-    monkeypatch.setattr("residual_steer.subspace._ROWS", 16)
+    monkeypatch.setattr("residual_steer._subspace._ROWS", 16)
     x = features(0, 100, 6).float()
     streamed = moment(*x.split(37), bias=bias)
     whole = x.double().numpy()
@@ -102,3 +107,173 @@ def test_nothing_is_in_nothing_and_all_is_in_all():
     full = space.extend(torch.eye(4, dtype=torch.float64), 1.0)
     assert full.left == 0
     assert full.extend(torch.eye(4, dtype=torch.float64), 1.0) is full
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.05, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+}
+
+
+def basis(inputs, dimensions, seed=0):
+    matrix = torch.randn(inputs, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(matrix).Q
+
+
+def layer(bias=True, seed=1):
+    torch.manual_seed(seed)
+    return nn.Linear(6, 4, bias=bias)
+
+
+def matrix(linear):
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
+    return torch.cat(parts, dim=1).detach().double().numpy().copy()
+
+
+def step(linear, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(20, 6, generator=generator), torch.randn(20, 4, generator=generator)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(linear(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_update_is_the_projected_one(kind, bias):
+    free, bound = layer(bias), layer(bias)
+    u = basis(inputs_of(bound), 3)
+    outside = np.eye(len(u)) - (u @ u.t()).numpy()
+    optimizers = [OPTIMIZERS[kind](linear.parameters()) for linear in (free, bound)]
+    with Protection(optimizers[1], {"p": bound}, {"p": Protected.of(bound, Subspace(u))}):
+        before = matrix(bound)
+        step(free, optimizers[0], 0)
+        step(bound, optimizers[1], 0)
+    expected = before + (matrix(free) - before) @ outside
+    assert np.abs(matrix(free) - before).max() > 1e-3
+    np.testing.assert_allclose(matrix(bound), expected, atol=1e-6)
+    assert np.abs((matrix(bound) - before) @ u.numpy()).max() < 1e-6
+
+
+def test_rounding_does_not_add_up():
+    linear = layer()
+    u = basis(7, 5)
+    before = matrix(linear)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05, weight_decay=0.5)
+    drift = []
+    with Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace(u))}):
+        for seed in range(600):
+            step(linear, optimizer, seed)
+            drift.append(np.abs((matrix(linear) - before) @ u.numpy()).max())
+    assert max(drift[-100:]) < 2 * max(drift[:100]) < 1e-6
+
+
+def test_after_remove_it_goes_where_it_likes():
+    linear = layer()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    full = Protected.of(linear, Subspace(torch.eye(7, dtype=torch.float64)))
+    before = matrix(linear)
+    with Protection(optimizer, {"p": linear}, {"p": full}) as protection:
+        step(linear, optimizer, 0)
+        np.testing.assert_allclose(matrix(linear), before, atol=1e-6)
+        assert protection.covers(optimizer)
+    assert not protection.active
+    assert not optimizer._optimizer_step_post_hooks
+    step(linear, optimizer, 1)
+    assert np.abs(matrix(linear) - before).max() > 1e-3
+
+
+def test_nothing_held_is_the_bare_optimizer_to_the_bit():
+    free, bound = layer(), layer()
+    for linear in (free, bound):
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05)
+        if linear is bound:
+            Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace.nothing(7))})
+        for seed in range(5):
+            step(linear, optimizer, seed)
+    assert np.array_equal(matrix(free), matrix(bound))
+
+
+def test_what_is_held_may_grow_and_the_first_response_stays():
+    linear = layer()
+    u = basis(7, 6)
+    held = {"p": Protected.of(linear, Subspace(u[:, :2]))}
+    first = matrix(linear)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05)
+    Protection(optimizer, {"p": linear}, held)
+    for seed in range(20):
+        step(linear, optimizer, seed)
+    held["p"] = held["p"].extended(linear, Subspace(u[:, :4]))
+    second = matrix(linear)
+    for seed in range(20):
+        step(linear, optimizer, seed)
+    assert np.abs((matrix(linear) - first) @ u[:, :2].numpy()).max() < 1e-6
+    assert np.abs((matrix(linear) - second) @ u[:, :4].numpy()).max() < 1e-6
+    assert np.abs((matrix(linear) - second) @ u[:, 4:].numpy()).max() > 1e-3
+    assert held["p"].strayed(linear) < 1e-6
+    assert Protected.of(layer(seed=2), Subspace(u)).strayed(linear) > 0.1
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing():
+    linear = layer()
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05, weight_decay=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace(basis(7, 3)))})
+    before = matrix(linear)
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * linear(torch.ones(2, 6)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = np.abs(matrix(linear) - before)
+        assert moved.max() == 0 if factor > 1 else moved.max() > 1e-3
+    assert np.abs((matrix(linear) - before) @ basis(7, 3).numpy()).max() < 1e-6
+
+
+def test_in_bf16_rounding_is_not_taken_for_a_change():
+    linear = layer().bfloat16()
+    held = {"p": Protected.of(linear, Subspace(basis(7, 3)))}
+    first = held["p"]
+    for _ in range(2):  # the second begins with what the first has rounded
+        optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+        with Protection(optimizer, {"p": linear}, held):
+            optimizer.zero_grad()
+            linear(torch.ones(2, 6, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+    assert 0 < first.strayed(linear) < 0.01
+    assert held["p"] is first
+
+
+def test_a_copied_optimizer_and_one_that_is_gone():
+    linear = layer()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    protection = Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace.nothing(7))})
+    assert not protection.covers(copy.copy(optimizer))
+    del optimizer
+    gc.collect()
+    assert not protection.active
+
+
+def test_accelerate_wraps_and_is_unwrapped():
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    optimizer = torch.optim.SGD(layer().parameters(), lr=0.1)
+    wrapped = AcceleratedOptimizer.__new__(AcceleratedOptimizer)
+    wrapped.optimizer = optimizer
+    assert unwrapped(wrapped) is optimizer
+    assert unwrapped(optimizer) is optimizer
+    with pytest.raises(SteerError, match=r"torch\.optim\.Optimizer; received str"):
+        unwrapped("adam")

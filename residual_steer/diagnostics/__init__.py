@@ -1,6 +1,7 @@
 """What adaptation does to a model, measured: each function takes a model and a loader and returns a small result.
 
-Every result has a `.table()`, which prints as Markdown, and a `.plot()`, which a notebook shows and `.save` writes.
+Every result has a `.table()`, which prints and whose `.rows` pandas takes, and a `.plot(ax=None)`, a matplotlib Figure.
+The model comes back as it was. Under several processes each measures the batches that it is given: give all the same.
 
 ===================  =============================================================================================
 `attention_entropy`  how widely each layer and head attends (lemmas 1 and 2)
@@ -15,19 +16,20 @@ Every result has a `.table()`, which prints as Markdown, and a `.plot()`, which 
 ===================  =============================================================================================
 """
 
-from .collapse import NeuralCollapse, collapse_over_training, neural_collapse
+from ._field_measures import FieldMeasures
+from .collapse import CollapseOverTraining, NeuralCollapse, collapse_over_training, neural_collapse
 from .displacement import Displacement, MethodField, displacement
 from .drift import Drift, drift
 from .effort import ControlEffort, LayerEffort, control_effort
 from .energy import StreamEnergy, hopfield_energy, stream_energy
 from .entropy import AttentionEntropy, attention_entropy
-from .field_measures import FieldMeasures
 from .landscape import Landscape, Path, landscape
 from .memory import MemoryLength, memory_length
 from .plane import Plane, plane
 
 __all__ = [
     "AttentionEntropy",
+    "CollapseOverTraining",
     "ControlEffort",
     "Displacement",
     "Drift",

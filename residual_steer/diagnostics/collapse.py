@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from residual_steer._batches import Batch, batches, require_finite
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch, batches, reading, uncompiled
-from residual_steer.report import Axis, Column, Plot, Series, Table
+from residual_steer.recording import Call, record, uncompiled, undisturbed
 from residual_steer.training.losses import IGNORE
 
-from .classifier import Classifier, find_classifier
-from .moments import ClassMoments, exact
+from ._moments import ClassMoments, exact
+from ._plots import Axes, Figure, bars, lines
+from ._table import Table
 
-__all__ = ["NeuralCollapse", "collapse_over_training", "neural_collapse"]
+__all__ = ["CollapseOverTraining", "NeuralCollapse", "collapse_over_training", "neural_collapse"]
 
 _NAMES = {
     "nc1": "NC1: within-class variability",
@@ -72,21 +74,18 @@ class NeuralCollapse:
 
     def table(self) -> Table:
         """Return the numbers as a table, one measure a row."""
-        rows = [{"measure": label, "value": getattr(self, name)} for name, label in _NAMES.items()]
+        rows = tuple({"measure": label, "value": getattr(self, name)} for name, label in _NAMES.items())
         notes = [f"{self.rows:,} rows of {self.classes} classes, of what enters {self.head!r}; 0 is full collapse."]
         if self.absent:
             notes.append(f"Left out, as no row has them: {len(self.absent)} more classes of the classifier.")
         if self.classes == 2:
             notes.append("With two classes the NC2 of class means are 0 whatever the features are.")
-        columns = (Column("measure", "measure"), Column("value", "value", digits=4))
-        return Table("Neural collapse", columns, tuple(rows), tuple(notes))
+        return Table("Neural collapse", {"measure": "measure", "value": "value"}, rows, tuple(notes))
 
-    def plot(self) -> Plot:
-        """Return the measures as bars."""
-        values = tuple(getattr(self, name) for name in _NAMES)
-        groups = tuple(name.replace("_", " ") for name in _NAMES)
-        y = Axis("distance from collapse")
-        return Plot("Neural collapse", "bars", Axis("measure"), y, (Series("model", groups, values),))
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the measures as bars."""
+        values = {name.replace("_", " "): getattr(self, name) for name in _NAMES}
+        return bars(ax, "Neural collapse", "distance from collapse", values)
 
 
 def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None = None) -> NeuralCollapse:
@@ -122,20 +121,30 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
     if isinstance(loader, Iterator):
         raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
     model = uncompiled(model)  # so that `head` is a path in it
-    with reading(model):
-        classifier, moments = _first_pass(model, loader, head)
+    with undisturbed(model):
+        rest = batches(model, loader)
+        first = next(rest)
+        classifier = _find(model, first, head)
+        linear = classifier.linear
+        moments = ClassMoments(linear.out_features, linear.in_features, exact(linear.weight).device)
+        for batch in chain([first], rest):
+            moments.add(*_labelled(model, batch, classifier)[:2])
         present = moments.counts.nonzero().squeeze(1)
         means = moments.means[present]
-        _check(len(present), means.shape[1])
-        centred = means - means.mean(0)
-        rows = int(moments.counts.sum())
-        disagree, again = _disagreements(model, loader, classifier, present, means)
+        _require_simplex(len(present), means.shape[1])
+        centred, rows = means - means.mean(0), int(moments.counts.sum())
+        wrong = again = 0
+        for batch in batches(model, loader):
+            features, _, logits = _labelled(model, batch, classifier)
+            nearest = torch.cdist(features - means.mean(0), centred).argmin(1)
+            wrong += int((nearest != logits[:, present].argmax(1)).sum())
+            again += len(features)
         if again != rows:
             raise SteerError(
                 f"`loader` gives the same rows at each reading; it gave {rows} and then {again}. Switch off what "
                 "draws them at random."
             )
-        weight = exact(classifier.linear.weight)[present]
+        weight = exact(linear.weight)[present]
         fresh = not bool(weight.any())
         norms, spread, angles = _simplex(centred)
         weight_norms, weight_spread, weight_angles = (None, None, None) if fresh else _simplex(weight)
@@ -148,7 +157,7 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
             weight_spread=weight_spread,
             weight_angles=weight_angles,
             nc3=None if fresh else float((weight / weight.norm() - centred / centred.norm()).square().sum()),
-            nc4=disagree / rows,
+            nc4=wrong / rows,
             classes=len(present),
             rows=rows,
             absent=tuple((moments.counts == 0).nonzero().squeeze(1).tolist()),
@@ -156,14 +165,44 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
         )
 
 
-def collapse_over_training(found: Mapping[int, NeuralCollapse], *, title: str = "Collapse over training") -> Plot:
-    """Return NC1 to NC4 against steps of training, measured between calls of `fit`.
+@dataclass(frozen=True)
+class CollapseOverTraining:
+    """NC1 to NC4 against steps of training.
+
+    Attributes:
+        title: above the plot.
+        found: what was measured, by step.
+    """
+
+    title: str
+    found: Mapping[int, NeuralCollapse]
+
+    def table(self) -> Table:
+        """Return one row for every step that was measured."""
+        columns = {"step": "step", "nc1": "NC1", "nc2_angles": "NC2", "nc3": "NC3", "nc4": "NC4"}
+        found = sorted(self.found.items())
+        rows = tuple({"step": step, **{key: getattr(one, key) for key in list(columns)[1:]}} for step, one in found)
+        note = "NC2 is the distance of the class means' cosines from those of a simplex."
+        return Table(self.title, columns, rows, (note,))
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the measures against the step."""
+        table = self.table()
+        at, *series = ([row[key] for row in table.rows] for key in table.columns)
+        named = dict(zip(list(table.columns.values())[1:], series, strict=True))
+        return lines(ax, self.title, "step", "distance from collapse", named, at=at, log=True)
+
+
+def collapse_over_training(
+    found: Mapping[int, NeuralCollapse], *, title: str = "Collapse over training"
+) -> CollapseOverTraining:
+    """Put measurements between calls of `fit` side by side.
 
     >>> found = {0: neural_collapse(model, valid)}
     >>> for step in range(100, 600, 100):
     ...     fit(model, train, steps=100, warmup=0, schedule="constant")  # each call begins with a fresh optimizer
     ...     found[step] = neural_collapse(model, valid)
-    >>> plot = collapse_over_training(found)
+    >>> figure = collapse_over_training(found).plot()
 
     Args:
         found: by step.
@@ -174,39 +213,93 @@ def collapse_over_training(found: Mapping[int, NeuralCollapse], *, title: str = 
     """
     if not found:
         raise SteerError("collapse over training is made of at least one measurement; received none.")
-    steps = sorted(found)
-    names = {"nc1": "NC1", "nc2_angles": "NC2", "nc3": "NC3", "nc4": "NC4"}
-    values = {label: tuple(getattr(found[step], name) for step in steps) for name, label in names.items()}
-    lines = tuple(Series(label, tuple(steps), measured) for label, measured in values.items())
-    note = "NC2 is the distance of the class means' cosines from those of a simplex."
-    return Plot(title, "lines", Axis("step"), Axis("distance from collapse", log=True), lines, (note,))
+    return CollapseOverTraining(title, dict(found))
 
 
-def _first_pass(model: nn.Module, loader: Iterable[Any], head: str | None) -> tuple[Classifier, ClassMoments]:
-    """Find the classifier and add up its features by class.
+@dataclass(frozen=True)
+class _Classifier:
+    """The last linear layer of a model, its path, and whether it was found by its output.
 
-    Raises:
-        SteerError: the loader gives nothing.
+    That is then looked for in every batch: it may run at every token, of which the model takes one for each row.
     """
-    classifier: Classifier | None = None
-    moments: ClassMoments | None = None
-    for batch in batches(model, loader):
-        classifier = find_classifier(model, batch, head) if classifier is None else classifier
-        features, labels, _ = _labelled(model, batch, classifier)
-        if moments is None:
-            moments = ClassMoments(classifier.linear.out_features, features.shape[1], features.device)
-        moments.add(features, labels)
-    if classifier is None or moments is None:  # which `batches` has refused already
-        raise SteerError("the loader gave no batch. Give it data.")
-    return classifier, moments
+
+    path: str
+    linear: nn.Linear
+    found: bool
+
+    def features(self, model: nn.Module, batch: Batch) -> Call:
+        """Run the model and return what entered and left the classifier, one vector per row of the batch."""
+        with record({self.path: self.linear}) as seen:
+            logits = _logits(batch.run(model))
+        calls = seen.calls.get(self.path)
+        if self.found and logits is not None:
+            require_finite("the logits of a batch", logits)
+        call = _by_row(calls[-1], logits if self.found else None, batch.rows) if calls else None
+        if call is None:
+            shape = f"an input of shape {tuple(calls[-1].entered.shape)}" if calls else "no input"
+            raise SteerError(
+                f"the classifier {self.path!r} takes one vector per row; for a batch of {batch.rows} rows it was given "
+                f"{shape}. Name the right layer with `head`."
+            )
+        require_finite(f"what enters {self.path!r}", call.entered)
+        return call
 
 
-def _labelled(model: nn.Module, batch: Batch, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features in fp64, labels and logits of the rows of a batch that count.
+def _find(model: nn.Module, batch: Batch, head: str | None) -> _Classifier:
+    """Find the last `nn.Linear` whose output is what the model returns as logits, or take the one that is named."""
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if head is not None:
+        if not isinstance(head, str) or head not in linears:
+            raise SteerError(f"`head` is the path of an nn.Linear, such as {list(linears)[-1:]}; received {head!r}.")
+        return _Classifier(head, linears[head], False)
+    logits = _logits(batch.run(model))
+    if logits is None or logits.dim() != 2 or len(logits) != batch.rows:
+        shape = "none" if logits is None else str(tuple(logits.shape))
+        raise SteerError(
+            f"neural collapse is measured on a classifier, whose logits are (rows, classes); for {batch.rows} rows "
+            f"this {type(model).__name__} gave {shape}. Name a linear layer with one vector per row with `head`."
+        )
+    require_finite("the logits of a batch", logits)
+    tried = {path: linear for path, linear in linears.items() if linear.out_features == logits.shape[1]}
+    with record(tried) as seen:
+        logits = _logits(batch.run(model))
+    found = [path for path, calls in seen.calls.items() if _by_row(calls[-1], logits, batch.rows)]
+    if not found:
+        raise SteerError(
+            f"the classifier is the last nn.Linear whose output is the model's logits, and no layer of this "
+            f"{type(model).__name__} gives them (tried: {', '.join(tried) or 'none has as many outputs'}). Name the "
+            "layer with `head`."
+        )
+    return _Classifier(found[-1], linears[found[-1]], True)
 
-    Raises:
-        SteerError: the labels are not one class index per row.
+
+def _logits(output: Any) -> Tensor | None:
+    """Return the logits in a model's output: the tensor itself, or `.logits`."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _by_row(call: Call, logits: Tensor | None, rows: int) -> Call | None:
+    """Return one vector per row: all that entered, or, where every token did, the one whose output is the row's logits.
+
+    `logits` is what has to be found; None takes what entered as it is.
     """
+    left = call.left if logits is None else call.left.to(logits.dtype)
+    if len(left) != rows:
+        return None
+    if left.dim() == 2:
+        return call if logits is None or torch.equal(left, logits) else None
+    if left.dim() != 3 or logits is None:
+        return None
+    same = (left == logits[:, None]).all(-1)
+    if not bool(same.any(1).all()):
+        return None
+    at = torch.arange(rows, device=same.device), same.int().argmax(1)
+    return Call(call.entered[at], call.left[at])
+
+
+def _labelled(model: nn.Module, batch: Batch, classifier: _Classifier) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features in fp64, labels and logits of the rows that count, or raise if labels are no class indices."""
     labels, classes = batch.labels, classifier.linear.out_features
     whole = labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool
     if labels is None or not whole or labels.shape != (batch.rows,):
@@ -222,17 +315,13 @@ def _labelled(model: nn.Module, batch: Batch, classifier: Classifier) -> tuple[T
             f"the classifier {classifier.path!r} has classes 0 to {classes - 1}; a label is {int(wrong[0])}. Give the "
             "labels that it was trained on, or name another layer with `head`."
         )
-    found = classifier.features(model, batch)
-    features = exact(found.entered[counts])
-    return features, labels[counts].to(features.device), exact(found.left[counts])
+    call = classifier.features(model, batch)
+    features = exact(call.entered[counts])
+    return features, labels[counts].to(features.device), exact(call.left[counts])
 
 
-def _check(classes: int, width: int) -> None:
-    """Hold the number of classes against what a simplex needs.
-
-    Raises:
-        SteerError: fewer than two, or more than width + 1.
-    """
+def _require_simplex(classes: int, width: int) -> None:
+    """Raise if there are fewer than two classes, or more than a simplex can have corners."""
     if classes < 2:
         raise SteerError(f"neural collapse is of two classes or more; the loader has rows of {classes}.")
     if classes > width + 1:
@@ -242,29 +331,10 @@ def _check(classes: int, width: int) -> None:
         )
 
 
-def _disagreements(
-    model: nn.Module, loader: Iterable[Any], classifier: Classifier, present: Tensor, means: Tensor
-) -> tuple[int, int]:
-    """Return for how many rows the nearest mean and the classifier disagree, of how many."""
-    centre = means.mean(0)
-    wrong = rows = 0
-    for batch in batches(model, loader):
-        features, _, logits = _labelled(model, batch, classifier)
-        nearest = torch.cdist(features - centre, means - centre).argmin(1)
-        wrong += int((nearest != logits[:, present].argmax(1)).sum())
-        rows += len(features)
-    return wrong, rows
-
-
 def _within(within: Tensor, means: Tensor) -> float:
-    """Return NC1, with the pseudo-inverse of Σ_B from the singular values of the centred means, `(classes, width)`.
-
-    What rounding makes of one that is 0 is left out, as the last is wherever there are no more classes than features.
-
-    Raises:
-        SteerError: the class means are all the same.
-    """
+    """Return NC1, with the pseudo-inverse of Σ_B from the singular values of the centred means; raise if all are 0."""
     _, values, directions = torch.linalg.svd(means - means.mean(0), full_matrices=False)
+    # what rounding makes of one that is 0 is left out: the last, where there are no more classes than features
     kept = values > means.norm() * max(means.shape) * torch.finfo(values.dtype).eps
     if not bool(kept.any()):
         raise SteerError("the class means are all the same, and NC1 divides by their spread. Look at the features.")

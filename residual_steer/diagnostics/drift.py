@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from residual_steer.report import Axis, Column, Plot, Series, Table
-from residual_steer.tokens import prefix_tokens
-
-from .pairs import Pair, compared
-from .stream import beside, states_of
+from ._moments import Sums
+from ._plots import Axes, Figure, lines
+from ._table import Table
+from .compare import Pair, compare
 
 __all__ = ["Drift", "drift"]
 
@@ -45,24 +44,19 @@ class Drift:
 
     def table(self) -> Table:
         """Return one row for every block."""
-        columns = [Column("layer", "block"), Column("task", "drift on the task", digits=4)]
-        rows: list[dict[str, float | int | None]] = [
-            {"layer": layer, "task": value} for layer, value in enumerate(self.task)
-        ]
+        columns = {"layer": "block", "task": "drift on the task"}
+        rows: list[dict[str, Any]] = [{"layer": layer, "task": value} for layer, value in enumerate(self.task)]
         if self.other is not None and self.interference is not None:
-            columns += [Column("other", "drift on other data", digits=4), Column("ratio", "other / task")]
+            columns |= {"other": "drift on other data", "ratio": "other / task"}
             for row, other, ratio in zip(rows, self.other, self.interference, strict=True):
                 row.update(other=other, ratio=ratio)
         note = "Mean over tokens of ‖z_adapted − z_frozen‖ / ‖z_frozen‖ behind each block."
-        return Table("Drift from the frozen trajectory", tuple(columns), tuple(rows), (note,))
+        return Table("Drift from the frozen trajectory", columns, tuple(rows), (note,))
 
-    def plot(self) -> Plot:
-        """Return the drift against the block."""
-        blocks = tuple(range(len(self.task)))
-        lines = [Series("task", blocks, self.task)]
-        if self.other is not None:
-            lines.append(Series("other data", blocks, self.other))
-        return Plot("Drift from the frozen trajectory", "lines", Axis("block"), Axis("relative drift"), tuple(lines))
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the drift against the block."""
+        series = {"task": self.task} if self.other is None else {"task": self.task, "other data": self.other}
+        return lines(ax, "Drift from the frozen trajectory", "block", "relative drift", series)
 
 
 def drift(
@@ -85,7 +79,7 @@ def drift(
         SteerError: the model is neither steered nor given a reference, the two are not of one backbone, a loader gives
             nothing, a state is NaN or infinite.
     """
-    with compared(model, reference) as pair:
+    with compare(model, reference) as pair:
         on_task, tokens = _measure(pair, task)
         if other is None:
             return Drift(on_task, None, (tokens,))
@@ -94,21 +88,13 @@ def drift(
 
 
 def _measure(pair: Pair, loader: Iterable[Any]) -> tuple[tuple[float, ...], int]:
-    """Return the mean drift at every block, and how many tokens there were."""
-    blocks = range(len(pair.backbone("adapted").blocks))
-    prefix = prefix_tokens(pair.inner("frozen"))
-    sums, counts = [0.0 for _ in blocks], [0 for _ in blocks]
+    """Return the mean drift at every block, and how many tokens there were behind the last."""
+    sums, blocks = Sums(), range(len(pair.backbones["adapted"].blocks))
     for batch in pair.batches(loader):
-        seen = []
-        for side in ("frozen", "adapted"):
-            with pair.on(side) as model:
-                seen.append(states_of(model, pair.backbone(side), batch, blocks))
-        frozen, adapted = seen
-        for index in blocks:
-            z = frozen[index]
-            real = batch.real(z.shape[:2], z.device)
-            moved, length = (beside(adapted[index], z, prefix) - z)[real].norm(dim=-1), z[real].norm(dim=-1)
+        for index, (frozen, adapted) in pair.states(batch, blocks).items():
+            moved, length = (adapted - frozen).norm(dim=-1), frozen.norm(dim=-1)
             there = length > 0
-            sums[index] += float((moved[there] / length[there]).sum())
-            counts[index] += int(there.sum())
-    return tuple(total / max(count, 1) for total, count in zip(sums, counts, strict=True)), counts[-1]
+            sums.add(("moved", index), (moved[there] / length[there]).sum())
+            sums.add(("tokens", index), there.sum())
+    means = sums.layers("moved") / sums.layers("tokens").clamp_min(1)
+    return tuple(means.tolist()), int(sums["tokens", blocks[-1]])

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.report import Axis, Column, Measured, Plot, Series, Table
-from residual_steer.tokens import prefix_tokens
 
-from .attention import counts_of, keys_of, real
-from .looks import Keys
-from .pairs import SIDES, compared
+from ._moments import Moments, Sums, exact
+from ._plots import Axes, Figure, lines
+from ._table import Table
+from .attention import attentions_of, chosen, of_queries
+from .compare import SIDES, compare, layer_table
 
 __all__ = ["StreamEnergy", "hopfield_energy", "stream_energy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamEnergy:
     """Energies; they have no unit. A layer is an attention, in the order in which they are called.
 
@@ -54,44 +54,21 @@ class StreamEnergy:
 
     def table(self) -> Table:
         """Return a row for every layer, averaged over heads."""
-        columns = (
-            Column("layer", "layer"),
-            Column("block", "block"),
-            Column("frozen", "frozen"),
-            Column("frozen_spread", "spread, frozen"),
-            Column("adapted", "adapted"),
-            Column("adapted_spread", "spread, adapted"),
-            Column("change", "change", digits=4),
-        )
         numbers = {
-            "frozen": self.frozen.mean(1),
-            "frozen_spread": self.frozen_spread,
-            "adapted": self.adapted.mean(1),
-            "adapted_spread": self.adapted_spread,
-            "change": self.change,
+            "frozen": ("frozen", self.frozen.mean(1)),
+            "frozen_spread": ("spread, frozen", self.frozen_spread),
+            "adapted": ("adapted", self.adapted.mean(1)),
+            "adapted_spread": ("spread, adapted", self.adapted_spread),
+            "change": ("change", self.change),
         }
-        rows = [
-            {"layer": layer, "block": block, **{name: float(values[layer]) for name, values in numbers.items()}}
-            for layer, block in enumerate(self.blocks)
-        ]
-        return Table("Hopfield energy of the stream", columns, tuple(rows), (self._note(),))
+        note = f"Over {self.tokens} tokens and {self.frozen.shape[1]} heads; the spread is a standard deviation."
+        return layer_table("Hopfield energy of the stream", self.blocks, numbers, (note,))
 
-    def plot(self) -> Plot:
-        """Return lines along the layers, with the spread over tokens and heads."""
-        count = self.tokens * self.frozen.shape[1]
-        series = []
-        for name, mean, spread in (
-            ("frozen", self.frozen, self.frozen_spread),
-            ("adapted", self.adapted, self.adapted_spread),
-        ):
-            pairs = zip(mean.mean(1).tolist(), spread.tolist(), strict=True)
-            y = tuple(Measured(one, other if count > 1 else 0.0, count) for one, other in pairs)
-            series.append(Series(name, tuple(range(len(self.blocks))), y))
-        axes = (Axis("layer"), Axis("Hopfield energy"))
-        return Plot("Hopfield energy of the stream by layer", "lines", *axes, tuple(series), (self._note(),))
-
-    def _note(self) -> str:
-        return f"Over {self.tokens} tokens and {self.frozen.shape[1]} heads; the spread is a standard deviation."
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the energy along the layers, with the spread over tokens and heads."""
+        series = {"frozen": self.frozen.mean(1).tolist(), "adapted": self.adapted.mean(1).tolist()}
+        spread = {"frozen": self.frozen_spread.tolist(), "adapted": self.adapted_spread.tolist()}
+        return lines(ax, "Hopfield energy of the stream by layer", "layer", "Hopfield energy", series, spread=spread)
 
 
 def hopfield_energy(state: Tensor, patterns: Tensor, beta: float, visible: Tensor | None = None) -> Tensor:
@@ -108,14 +85,14 @@ def hopfield_energy(state: Tensor, patterns: Tensor, beta: float, visible: Tenso
     Returns:
         `(..., states)`, in fp64; infinite for a state that sees none.
     """
-    state, patterns = state.double(), patterns.double()
+    state, patterns = exact(state), exact(patterns)
     scores = beta * state @ patterns.transpose(-1, -2)
     norms = patterns.square().sum(-1).unsqueeze(-2).expand_as(scores)
     count = torch.full_like(scores[..., 0], scores.shape[-1])
     if visible is not None:
-        seen = visible.expand_as(scores)
+        seen = visible.to(scores.device).expand_as(scores)
         scores, norms = scores.masked_fill(~seen, -torch.inf), norms.masked_fill(~seen, 0.0)
-        count = seen.sum(-1).double()
+        count = exact(seen.sum(-1))
     lse = scores.logsumexp(-1) / beta
     return -lse + state.square().sum(-1) / 2 + count.clamp(min=1).log() / beta + norms.amax(-1) / 2
 
@@ -128,9 +105,9 @@ def stream_energy(
     The state of a token is its query, the stored patterns are the keys that it may attend to, a prompt's too. Both are
     what the layer hands to the attention function, behind rotary positions and norms: transformers' AttentionInterface
     or torch's scaled_dot_product_attention. A model that scales its queries itself (OPT) hands over scaled ones, with
-    β = 1. Eq. 2 knows masks, but no bias of positions, soft cap or learned sink:
-    those are not in the energy. Energies of different layers or models have different norms of queries and keys: what
-    can be compared is frozen with adapted. A batch takes `(batch, heads, length, length)` in fp64, layer by layer.
+    β = 1. Eq. 2 knows masks, but no bias of positions, soft cap or learned sink: those are not in the energy. Energies
+    of different layers or models have different norms of queries and keys: what can be compared is frozen with
+    adapted. A batch takes `(batch, heads, length, length)` in fp64, layer by layer.
 
     Args:
         model: a steered model, or any with a `reference`.
@@ -145,36 +122,26 @@ def stream_energy(
     """
     if beta is not None and not (isinstance(beta, (int, float)) and math.isfinite(beta) and beta > 0):
         raise SteerError(f"`beta` is a positive number, the inverse temperature; received {beta!r}.")
-    sums: dict[str, Tensor] = {}
-    betas: tuple[float, ...] = ()
-    blocks: tuple[int, ...] = ()
-    tokens = 0
-    with compared(model, reference) as pair:
-        prefix = prefix_tokens(pair.inner("frozen"))
+    sums, betas, blocks, tokens = Sums(), tuple[float, ...](), tuple[int, ...](), 0
+    moments: dict[tuple[str, int], Moments] = {}
+    with compare(model, reference) as pair:
         for batch in pair.batches(loader):
-            keys = keys_of(pair, batch)
-            counts = counts_of(batch, keys, "all")
-            blocks = tuple(look.block for look in keys["frozen"])
-            betas = tuple(look.scale if beta is None else float(beta) for look in keys["frozen"])
-            for side, looks in keys.items():
-                pairs = zip(looks, betas, strict=True)
-                new = torch.stack([_sums(_energy(look, counts, prefix, b), counts) for look, b in pairs])
-                sums[side] = sums[side] + new if side in sums else new
+            found = attentions_of(pair, batch, keys=True)
+            counts = chosen(batch, found, "all")
             tokens += int(counts.sum())
+            blocks = tuple(one.block for one in found["frozen"])
+            betas = tuple(one.scale if beta is None else float(beta) for one in found["frozen"])
+            for side, layers in found.items():
+                for layer, (one, warmth) in enumerate(zip(layers, betas, strict=True)):
+                    query, key = one.seen
+                    energy = hopfield_energy(query, key, warmth, one.visible)
+                    energy = of_queries(energy, counts.shape[1], pair.prefix).movedim(1, 2)[counts.to(energy.device)]
+                    sums.add((side, layer), energy.sum(0))
+                    moments.setdefault((side, layer), Moments()).add(energy.reshape(-1, 1))
     if not tokens:
         raise SteerError("no token of the data counts: every one is padding. Look at the attention mask.")
-    means = {side: sums[side][..., 0] / tokens for side in SIDES}
-    squares = {side: (sums[side][..., 1] / tokens).mean(1) for side in SIDES}
-    spread = {side: (squares[side] - means[side].mean(1).square()).clamp(min=0).sqrt() for side in SIDES}
-    return StreamEnergy(blocks, betas, means["frozen"], means["adapted"], spread["frozen"], spread["adapted"], tokens)
-
-
-def _energy(look: Keys, counts: Tensor, prefix: int, beta: float) -> Tensor:
-    """Return the energy of every token of the batch, `(rows, heads, length)`."""
-    return real(hopfield_energy(look.query, look.key, beta, look.visible), counts.shape[1], prefix)
-
-
-def _sums(energy: Tensor, counts: Tensor) -> Tensor:
-    """Return the sums of the energy and of its square over the tokens that count, `(heads, 2)`."""
-    energy = torch.where(counts[:, None], energy, 0.0)  # padding may see nothing, which is infinite
-    return torch.stack([energy.sum((0, 2)), energy.square().sum((0, 2))], dim=-1).cpu()
+    means = {side: sums.layers(side) / tokens for side in SIDES}
+    for side in SIDES:
+        each = [moments[side, layer] for layer in range(len(blocks))]
+        means[f"{side}_spread"] = torch.stack([(one.scatter / one.count).sqrt()[0, 0].cpu() for one in each])
+    return StreamEnergy(blocks, betas, tokens=tokens, **means)

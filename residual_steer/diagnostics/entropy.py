@@ -7,25 +7,24 @@ changes what block l + 1 reads, so that lemma 2 can be exact only up to the firs
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.report import Axis, Column, Plot, Series, Table
-from residual_steer.tokens import prefix_tokens
 
-from .attention import counts_of, maps_of, real
-from .looks import Map
-from .pairs import SIDES, compared
-from .queries import query_of
+from ._moments import Sums, exact
+from ._plots import Axes, Figure, lines
+from ._table import Table
+from .attention import Attention, attentions_of, chosen, of_queries, query_of
+from .compare import SIDES, compare, layer_table
 
 __all__ = ["AttentionEntropy", "attention_entropy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionEntropy:
     """Entropies in nats. A layer is an attention, in the order in which they are called.
 
@@ -66,7 +65,7 @@ class AttentionEntropy:
     @property
     def untouched(self) -> int:
         """How many layers, from the first, have exactly equal maps (lemma 2)."""
-        return self.equal.index(False) if False in self.equal else len(self.equal)
+        return [*self.equal, False].index(False)
 
     @property
     def frozen_normalised(self) -> Tensor:
@@ -80,43 +79,23 @@ class AttentionEntropy:
 
     def table(self) -> Table:
         """Return a row for every layer, averaged over heads."""
-        columns = (
-            Column("layer", "layer"),
-            Column("block", "block"),
-            *(Column(key, key, "nats", digits=4) for key in ("frozen", "adapted", "change")),
-            Column("frozen_keys", "keys, frozen", digits=1),
-            Column("adapted_keys", "keys, adapted", digits=1),
-            Column("equal", "equal maps"),
+        numbers = {
+            "frozen": ("frozen, nats", self.frozen.mean(1)),
+            "adapted": ("adapted, nats", self.adapted.mean(1)),
+            "change": ("change, nats", self.change),
+            "frozen_keys": ("keys, frozen", self.frozen_keys),
+            "adapted_keys": ("keys, adapted", self.adapted_keys),
+        }
+        notes = (
+            f"Averaged over {self.frozen.shape[1]} heads and {self.queries} queries ({self.query}).",
+            f"The maps of the first {self.untouched} of {len(self.blocks)} layers are equal, bit for bit.",
         )
-        rows = [
-            {
-                "layer": layer,
-                "block": self.blocks[layer],
-                "frozen": float(self.frozen[layer].mean()),
-                "adapted": float(self.adapted[layer].mean()),
-                "change": float(self.change[layer]),
-                "frozen_keys": float(self.frozen_keys[layer]),
-                "adapted_keys": float(self.adapted_keys[layer]),
-                "equal": "yes" if self.equal[layer] else "no",
-            }
-            for layer in range(len(self.blocks))
-        ]
-        heads = self.frozen.shape[1]
-        notes = (f"Averaged over {heads} heads and {self.queries} queries ({self.query}).", self._untouched())
-        return Table("Attention entropy", columns, tuple(rows), notes)
+        return layer_table("Attention entropy", self.blocks, numbers, notes, ("equal maps", self.equal))
 
-    def plot(self) -> Plot:
-        """Return lines over the layers, averaged over heads."""
-        layers = tuple(range(len(self.blocks)))
-        series = [
-            Series(name, layers, tuple(values.mean(1).tolist()))
-            for name, values in (("frozen", self.frozen), ("adapted", self.adapted))
-        ]
-        axes = (Axis("layer"), Axis("attention entropy", "nats"))
-        return Plot("Attention entropy by layer", "lines", *axes, tuple(series), (self._untouched(),))
-
-    def _untouched(self) -> str:
-        return f"The maps of the first {self.untouched} of {len(self.blocks)} layers are equal, bit for bit."
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the entropy over the layers, averaged over heads."""
+        series = {"frozen": self.frozen.mean(1).tolist(), "adapted": self.adapted.mean(1).tolist()}
+        return lines(ax, "Attention entropy by layer", "layer", "attention entropy, nats", series)
 
 
 def attention_entropy(
@@ -143,91 +122,42 @@ def attention_entropy(
             attention that gives no maps or maps of windows (Swin), layers of different numbers of heads, or a model
             without attention: an SSM has a memory length instead.
     """
-    tally: _Tally | None = None
-    with compared(model, reference) as pair:
-        query, prefix = query_of(query, pair.inner("frozen")), prefix_tokens(pair.inner("frozen"))
+    sums, equal, blocks = Sums(), list[bool](), tuple[int, ...]()
+    with compare(model, reference) as pair:
+        query = query_of(query, pair.inner)
         for batch in pair.batches(loader):
-            maps = maps_of(pair, batch)
-            tally = tally or _Tally.of(maps["frozen"])
-            tally.add(maps, counts_of(batch, maps, query), prefix)
-    if tally is None or not tally.queries:
+            found = attentions_of(pair, batch, keys=False)
+            counts = chosen(batch, found, query)
+            for side, layers in found.items():
+                for layer, one in enumerate(layers):
+                    _add(sums, (side, layer), one, counts, pair.prefix)
+            sums.add("counted", counts.sum(0))
+            both = zip(*found.values(), strict=True)
+            same = [torch.equal(one.seen[0], other.seen[0]) for one, other in both]
+            equal = [one and other for one, other in zip(equal or same, same, strict=True)]
+            blocks = tuple(one.block for one in found["frozen"])
+    queries = int(sums["counted"].sum())
+    if not queries:
         raise SteerError("no token of the data counts as a query: every one is padding. Look at the attention mask.")
-    return tally.result(query)
+    means: dict[str, Tensor] = {}
+    for side in SIDES:
+        means[side] = sums.layers("entropy", side) / queries
+        means[f"{side}_by_position"] = sums.layers("positions", side) / sums["counted"]
+        means[f"{side}_keys"], means[f"{side}_bound"] = (sums.layers("keys", side) / queries).unbind(1)
+    return AttentionEntropy(query, blocks, equal=tuple(equal), queries=queries, **means)
 
 
-@dataclass
-class _Side:
-    """Sums over queries, in fp64."""
-
-    entropy: Tensor  # (layers, heads)
-    keys: Tensor  # (layers, 2): their number and its logarithm
-    positions: list[Tensor]  # by layer, (positions,): over rows and heads
-
-    @classmethod
-    def of(cls, layers: int, heads: int) -> _Side:
-        """Begin with nothing."""
-        entropy, keys = (torch.zeros(shape, dtype=torch.float64) for shape in ((layers, heads), (layers, 2)))
-        return cls(entropy, keys, [torch.zeros(0, dtype=torch.float64)] * layers)
-
-    def add(self, layer: int, look: Map, counts: Tensor, prefix: int) -> None:
-        """Add the map of a layer, for the tokens that count, `(rows, length)`."""
-        length, share = counts.shape[1], counts[:, None].double()
-        entropy = real(torch.special.entr(look.weights.double()).sum(-1), length, prefix) * share
-        keys = real(_visible_keys(look), length, prefix)
-        self.entropy[layer] += entropy.sum((0, 2)).cpu()
-        self.keys[layer] += torch.stack([(x.mean(1, keepdim=True) * share).sum() for x in (keys, keys.log())]).cpu()
-        self.positions[layer] = _plus(self.positions[layer], entropy.mean(1).sum(0).cpu())
-
-
-@dataclass
-class _Tally:
-    """What is known of both models so far."""
-
-    blocks: tuple[int, ...]
-    sides: dict[str, _Side]
-    equal: list[bool]
-    queries: int = 0
-    counted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-
-    @classmethod
-    def of(cls, maps: list[Map]) -> _Tally:
-        """Begin, with the layers that are there."""
-        layers, heads = len(maps), maps[0].weights.shape[1]
-        sides = {side: _Side.of(layers, heads) for side in SIDES}
-        return cls(tuple(look.block for look in maps), sides, [True] * layers)
-
-    def add(self, maps: dict[str, list[Map]], counts: Tensor, prefix: int) -> None:
-        """Add a batch."""
-        for side, looks in maps.items():
-            for layer, look in enumerate(looks):
-                self.sides[side].add(layer, look, counts, prefix)
-        for layer, (one, other) in enumerate(zip(maps["frozen"], maps["adapted"], strict=True)):
-            self.equal[layer] &= torch.equal(one.weights, other.weights)
-        self.queries += int(counts.sum())
-        self.counted = _plus(self.counted, counts.sum(0).double().cpu())
-
-    def result(self, query: str) -> AttentionEntropy:
-        """Divide."""
-        means = {}
-        for name, side in self.sides.items():
-            means[name] = side.entropy / self.queries
-            means[f"{name}_by_position"] = torch.stack(side.positions) / self.counted
-            means[f"{name}_keys"], means[f"{name}_bound"] = (side.keys / self.queries).unbind(1)
-        return AttentionEntropy(query, self.blocks, equal=tuple(self.equal), queries=self.queries, **means)
-
-
-def _visible_keys(look: Map) -> Tensor:
-    """Return how many keys each query may attend to, `(rows, 1 or heads, queries)`, in fp64."""
-    rows, _, queries, keys = look.weights.shape
-    if look.visible is None:
-        return torch.full((rows, 1, queries), float(keys), dtype=torch.float64, device=look.weights.device)
-    visible = look.visible.expand(rows, -1, queries, keys)
-    return visible.sum(-1).double().clamp(min=1)  # a query that sees none is padding
-
-
-def _plus(one: Tensor, other: Tensor) -> Tensor:
-    """Add two rows of numbers of different lengths."""
-    total = torch.zeros(max(len(one), len(other)), dtype=torch.float64)
-    total[: len(one)] += one
-    total[: len(other)] += other
-    return total
+def _add(sums: Sums, key: tuple[str, int], one: Attention, counts: Tensor, prefix: int) -> None:
+    """Add the map of a layer, for the tokens that count, `(rows, length)`."""
+    (weights,), share = one.seen, exact(counts)[:, None]
+    entropy = of_queries(torch.special.entr(exact(weights)).sum(-1), counts.shape[1], prefix)
+    entropy = torch.where(share > 0, entropy, 0.0)  # which is NaN for padding that sees nothing
+    if one.visible is None:
+        keys = torch.full_like(entropy, weights.shape[3])
+    else:
+        visible = one.visible.expand(*weights.shape[:1], -1, *weights.shape[2:])
+        keys = exact(visible.sum(-1)).clamp(min=1)  # a query that sees none is padding
+        keys = of_queries(keys, counts.shape[1], prefix)
+    sums.add(("entropy", *key), entropy.sum((0, 2)))
+    sums.add(("positions", *key), entropy.mean(1).sum(0))
+    sums.add(("keys", *key), torch.stack([(x.mean(1, keepdim=True) * share).sum() for x in (keys, keys.log())]))

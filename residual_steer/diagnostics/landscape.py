@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from residual_steer.backbone import Backbone
+from residual_steer._batches import require_finite
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch, require_finite
-from residual_steer.report import Axis, Column, Surface, Table, Trajectory
-from residual_steer.tokens import prefix_tokens
+from residual_steer.recording import watch
 from residual_steer.training.losses import Loss, measure
 
-from .moments import exact
-from .pairs import SIDES, Pair, compared
+from ._moments import Sums, exact
+from ._plots import Axes, Figure, panels
+from ._table import Table
+from .compare import SIDES, Pair, compare, layer_of
 from .plane import Plane, plane
-from .stream import beside, layer_of, states_of
 
 __all__ = ["Landscape", "Path", "landscape"]
 
@@ -73,47 +73,40 @@ class Landscape:
 
     def table(self) -> Table:
         """Return where the ways end and where the loss is lowest."""
-        columns = (
-            Column("state", "state"),
-            Column("x", "along the first direction"),
-            Column("y", "along the second"),
-            Column("there", "loss with states moved there", digits=4),
-            Column("loss", "loss of the model", digits=4),
-        )
+        columns = {
+            "state": "state",
+            "x": "along the first direction",
+            "y": "along the second",
+            "there": "loss with states moved there",
+            "loss": "loss of the model",
+        }
         x, y, loss = self.lowest
-        rows: list[dict[str, str | float]] = [
-            {
-                "state": f"mean of the {name} model",
-                "x": way.x[-1],
-                "y": way.y[-1],
-                "there": way.loss_there,
-                "loss": way.loss,
-            }
-            for name, way in (("frozen", self.frozen), ("adapted", self.adapted))
-        ]
+        rows: list[dict[str, Any]] = [
+            {"state": f"mean of the {name} model", "x": way.x[-1], "y": way.y[-1], "there": way.loss_there,
+             "loss": way.loss}
+            for name, way in zip(SIDES, (self.frozen, self.adapted), strict=True)
+        ]  # fmt: skip
         rows.append({"state": "lowest of the grid", "x": x, "y": y, "there": loss})
-        share = 100 * sum(self.plane.explained)
-        note = (
-            f"Behind block {self.plane.layer}; the plane holds {share:.1f} % of the variance of the frozen states. "
-            f"{self._moved()}"
+        notes = (
+            f"Behind block {self.plane.layer}; the plane holds {100 * sum(self.plane.explained):.1f} % of the variance "
+            "of the frozen states.",
+            "Loss of the adapted model with all states shifted alike, so that their mean is there."
+            if self.together
+            else "Loss of the adapted model with every state there; what it has outside the plane stays as it is.",
         )
-        return Table("Loss over the plane of the stream", columns, tuple(rows), (note,))
+        return Table("Loss over the plane of the stream", columns, tuple(rows), notes)
 
-    def _moved(self) -> str:
-        if self.together:
-            return "Loss of the adapted model with all states shifted alike, so that their mean is there."
-        return "Loss of the adapted model with every state there; what it has outside the plane stays as it is."
-
-    def plot(self) -> Surface:
-        """Return the loss as contours, with the ways of the mean states through the layers over them."""
-        ways = (("frozen", self.frozen), ("adapted", self.adapted))
-        paths = tuple(Trajectory(name, way.x, way.y) for name, way in ways)
-        notes = (f"{self._moved()} Paths: the mean state behind each block up to {self.plane.layer}.",)
-        x, y = self.plane.axes()
-        return Surface(
-            f"Loss over the stream behind block {self.plane.layer}", x, y, Axis("loss"), self.across, self.up,
-            self.losses, paths, notes,
-        )  # fmt: skip
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the loss as contours, with the ways of the mean states through the layers over them."""
+        figure, (axes,) = panels(ax)
+        contours = axes.contourf(self.across, self.up, self.losses, levels=15, cmap="Greys")
+        figure.colorbar(contours, ax=axes, label="loss")
+        for name, way in zip(SIDES, (self.frozen, self.adapted), strict=True):
+            axes.plot(way.x, way.y, marker="o", markersize=4, label=name)
+        axes.set_title(f"Loss over the stream behind block {self.plane.layer}")
+        self.plane.label(axes)
+        axes.legend()
+        return figure
 
 
 def landscape(
@@ -160,23 +153,22 @@ def landscape(
     if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < math.inf:
         raise SteerError(f"`span` is a positive number of standard deviations; received {span!r}.")
     over = plane(model, loader, layer=layer, reference=reference)
-    with compared(model, reference) as pair:
-        ways = _ways(pair, loader, over, layer_of(pair.backbone("adapted"), layer))
+    with compare(model, reference) as pair:
+        ways = _ways(pair, loader, over, layer_of(pair.backbones["adapted"], layer))
         ends = ways[:, -1]
         reach = torch.tensor(over.deviations, dtype=ends.dtype) * span
         low, high = torch.minimum(-reach, ways.amin((0, 1))), torch.maximum(reach, ways.amax((0, 1)))
         across, up = (torch.linspace(float(low[k]), float(high[k]), size, dtype=ends.dtype) for k in (0, 1))
         grid = torch.cartesian_prod(up, across).flip(1)
-        moves = _Moves(over, torch.cat([ends, grid]), ends[1] if together else None)
-        losses, own = _losses(pair, loader, moves, loss)
+        points = torch.cat([ends, grid])
+        losses, own = _losses(pair, loader, over, points, ends[1] if together else None, loss)
     require_finite("the loss over the plane", losses)
-    paths = [
-        Path(tuple(way[:, 0].tolist()), tuple(way[:, 1].tolist()), own[side], float(losses[number]))
-        for number, (side, way) in enumerate(zip(SIDES, ways, strict=True))
-    ]
-    rows = losses[len(SIDES) :].view(size, size).tolist()
-    grid_losses = tuple(map(tuple, rows))
-    return Landscape(over, tuple(across.tolist()), tuple(up.tolist()), grid_losses, paths[0], paths[1], together)
+    frozen, adapted = (
+        Path(tuple(way[:, 0].tolist()), tuple(way[:, 1].tolist()), own[side], float(there))
+        for side, way, there in zip(SIDES, ways, losses[: len(SIDES)], strict=True)
+    )
+    rows = tuple(map(tuple, losses[len(SIDES) :].view(size, size).tolist()))
+    return Landscape(over, tuple(across.tolist()), tuple(up.tolist()), rows, frozen, adapted, together)
 
 
 def _ways(pair: Pair, loader: Iterable[Any], over: Plane, last: int) -> Tensor:
@@ -184,76 +176,40 @@ def _ways(pair: Pair, loader: Iterable[Any], over: Plane, last: int) -> Tensor:
 
     Blocks whose stream has another width than the plane are passed over.
     """
-    widths = pair.backbone("frozen").widths
+    widths, sums = pair.backbones["frozen"].widths, Sums()
     blocks = [index for index in range(last + 1) if widths[index] == widths[last]]
-    prefix = prefix_tokens(pair.inner("frozen"))
-    sums = torch.zeros(0)
-    counts = torch.zeros(0)
     for batch in pair.batches(loader):
-        seen = []
-        for side in SIDES:
-            with pair.on(side) as model:
-                seen.append(states_of(model, pair.backbone(side), batch, blocks))
-        frozen, adapted = seen
-        parts, numbers = [], []
-        for index in blocks:
-            z = frozen[index]
-            real = batch.real(z.shape[:2], z.device)
-            parts.append(torch.stack([z[real].sum(0), beside(adapted[index], z, prefix)[real].sum(0)]))
-            numbers.append(real.sum())
-        added, number = torch.stack(parts, 1), torch.stack(numbers)
-        sums, counts = (added, number) if not len(sums) else (sums + added, counts + number)
-    return over.project(sums / counts[:, None]).cpu()
+        for place, states in enumerate(pair.states(batch, blocks).values()):
+            sums.add(("states", place), torch.stack([each.sum(0) for each in states]))
+            sums.add(("tokens", place), torch.tensor(len(states[0])))
+    means = sums.layers("states") / sums.layers("tokens")[:, None, None]
+    return over.project(means.to(over.mean)).transpose(0, 1).cpu()
 
 
-@dataclass(frozen=True)
-class _Moves:
-    """Where states are moved to.
+def _losses(
+    pair: Pair, loader: Iterable[Any], over: Plane, points: Tensor, mean: Tensor | None, loss: Loss | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the mean loss with the states at each of the points, `(points,)`, and those of both sides, unmoved.
 
-    Attributes:
-        over: the plane.
-        points: coordinates, `(points, 2)`.
-        mean: those of the mean of the states that are moved alike; None moves each from where it is.
+    States are moved alike, so that their mean, whose coordinates are given, gets to the point; or each if it is None.
     """
+    backbone, total, own, weight = pair.backbones["adapted"], Sums(), dict.fromkeys(SIDES, 0.0), 0
 
-    over: Plane
-    points: Tensor
-    mean: Tensor | None
+    def move(point: Tensor, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        states = exact(backbone.left(output).movedim(backbone.channels, -1))
+        now = over.project(states) if mean is None else mean.to(states)
+        step = ((point.to(states) - now) @ over.directions).expand_as(states).movedim(-1, backbone.channels)
+        return backbone.write(output, lambda z: z + step.to(z.device, z.dtype))
 
-    def step(self, states: Tensor, point: Tensor) -> Tensor:
-        """Return what takes states, `(..., width)`, to a point."""
-        now = self.over.project(states) if self.mean is None else self.mean.to(states)
-        return (point.to(states) - now) @ self.over.directions
-
-
-def _losses(pair: Pair, loader: Iterable[Any], moves: _Moves, loss: Loss | None) -> tuple[Tensor, dict[str, float]]:
-    """Return the mean loss with the states at each of the points, `(points,)`, and those of both sides, unmoved."""
-    moved, own, weight = torch.zeros(len(moves.points), dtype=torch.float64), dict.fromkeys(SIDES, 0.0), 0
     for batch in pair.batches(loader):
         for side in SIDES:
             with pair.on(side) as model:
                 outcome = measure(model, batch.content, loss)
                 own[side] += float(outcome.loss) * outcome.weight
         weight += outcome.weight
-        with pair.on("adapted") as model:
-            found = _over(model, pair.backbone("adapted"), batch, moves, loss)
-        moved += torch.tensor(found, dtype=moved.dtype) * outcome.weight
-    return moved / weight, {side: total / weight for side, total in own.items()}
-
-
-def _over(model: nn.Module, backbone: Backbone, batch: Batch, moves: _Moves, loss: Loss | None) -> list[float]:
-    """Return the loss of one batch with the states at each of the points."""
-    found: list[float] = []
-
-    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        states = exact(backbone.left(output).movedim(backbone.channels, -1))
-        step = moves.step(states, moves.points[len(found)]).expand_as(states).movedim(-1, backbone.channels)
-        return backbone.write(output, lambda z: z + step.to(z.device, z.dtype))
-
-    handle = backbone.blocks[moves.over.layer].register_forward_hook(after)
-    try:
-        for _ in moves.points:
-            found.append(float(measure(model, batch.content, loss).loss))
-    finally:
-        handle.remove()
-    return found
+        found = []
+        for point in points:
+            with watch([backbone.blocks[over.layer]], after=partial(move, point)):
+                found.append(measure(pair.models["adapted"], batch.content, loss).loss * outcome.weight)
+        total.add("moved", torch.stack(found))
+    return total["moved"] / weight, {side: each / weight for side, each in own.items()}

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.passes import Batch
-from residual_steer.report import Axis, Column, Plot, Series, Table
-from residual_steer.tokens import prefix_tokens
 
-from .pairs import SIDES, compared
-from .queries import chosen, places
-from .steps import Steps, steps_of
+from ._moments import Sums, exact
+from ._plots import Axes, Figure, lines
+from ._table import Table
+from .compare import SIDES, compare, layer_table, places
+from .ssm import Steps, steps_of
 
 __all__ = ["MemoryLength", "memory_length"]
 
+_QUARTILES = {"low": ("lower quartile", 0.25), "middle": ("median", 0.5), "high": ("upper quartile", 0.75)}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class MemoryLength:
     """Effective memory lengths, in tokens. A layer is an SSM, in the order of the blocks.
 
@@ -66,50 +67,28 @@ class MemoryLength:
     @property
     def untouched(self) -> int:
         """How many layers, from the first, decay exactly as in the frozen model."""
-        return self.equal.index(False) if False in self.equal else len(self.equal)
+        return [*self.equal, False].index(False)
 
     def table(self) -> Table:
         """Return a row for every layer, with quartiles over channels."""
-        told = (("low", "lower quartile"), ("middle", "median"), ("high", "upper quartile"))
-        quartiles = {
-            f"{side}_{key}": values.quantile(share, dim=1)
-            for side, values in (("frozen", self.frozen), ("adapted", self.adapted))
-            for (key, _), share in zip(told, (0.25, 0.5, 0.75), strict=True)
+        numbers = {
+            f"{side}_{key}": (f"{head}, {side}, tokens", values.quantile(share, dim=1))
+            for side, values in zip(SIDES, (self.frozen, self.adapted), strict=True)
+            for key, (head, share) in _QUARTILES.items()
         }
-        columns = (
-            Column("layer", "layer"),
-            Column("block", "block"),
-            *(Column(f"{side}_{key}", f"{text}, {side}", "tokens", digits=2) for side in SIDES for key, text in told),
-            Column("change", "adapted / frozen"),
-            Column("equal", "equal decay"),
-        )
-        rows = [
-            {
-                "layer": layer,
-                "block": block,
-                **{key: float(values[layer]) for key, values in quartiles.items()},
-                "change": float(self.change[layer]),
-                "equal": "yes" if self.equal[layer] else "no",
-            }
-            for layer, block in enumerate(self.blocks)
-        ]
-        return Table("Effective memory length", columns, tuple(rows), (self._note(),))
-
-    def plot(self) -> Plot:
-        """Return lines over the layers: the median of the channels."""
-        layers = tuple(range(len(self.blocks)))
-        series = [
-            Series(name, layers, tuple(values.median(1).values.tolist()))
-            for name, values in (("frozen", self.frozen), ("adapted", self.adapted))
-        ]
-        axes = (Axis("layer"), Axis("memory length, median of channels", "tokens", log=True))
-        return Plot("Effective memory length by layer", "lines", *axes, tuple(series), (self._note(),))
-
-    def _note(self) -> str:
-        return (
+        numbers["change"] = "adapted / frozen", self.change
+        note = (
             f"Of the slowest state of each of {self.frozen.shape[1]} channels, over {self.tokens} tokens; equal in the "
             f"first {self.untouched} of {len(self.blocks)} layers."
         )
+        return layer_table("Effective memory length", self.blocks, numbers, (note,), ("equal decay", self.equal))
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the median of the channels over the layers."""
+        values = zip(SIDES, (self.frozen, self.adapted), strict=True)
+        series = {side: each.median(1).values.tolist() for side, each in values}
+        label = "memory length, median of channels, tokens"
+        return lines(ax, "Effective memory length by layer", "layer", label, series, log=True)
 
 
 def memory_length(model: nn.Module, loader: Iterable[Any], *, reference: nn.Module | None = None) -> MemoryLength:
@@ -130,71 +109,38 @@ def memory_length(model: nn.Module, loader: Iterable[Any], *, reference: nn.Modu
         SteerError: nothing to compare with, no data, NaN or infinity in Δ, a Δ that was not seen, layers of different
             shapes, or a model without a state that decays: attention has an entropy instead.
     """
-    tally: _Tally | None = None
-    with compared(model, reference) as pair:
-        prefix = prefix_tokens(pair.inner("frozen"))
+    sums, tokens, equal = Sums(), 0, list[bool]()
+    found: dict[str, list[Steps]] = {}
+    with compare(model, reference) as pair:
         for batch in pair.batches(loader):
-            frozen, adapted = (steps_of(pair, side, batch) for side in SIDES)
-            tally = tally or _Tally.of(frozen, adapted)
-            tally.add(batch, frozen, adapted, prefix)
-    if tally is None or not tally.tokens:
+            found = {side: steps_of(pair, side, batch) for side in SIDES}
+            _require_alike(found)
+            same = []
+            for layer, (one, other) in enumerate(zip(*found.values(), strict=True)):
+                length, device = one.delta.shape[1], one.delta.device
+                counts = batch.real((batch.rows, length), device)
+                for side, step in zip(SIDES, (one, other), strict=True):
+                    at = places(length, step.delta.shape[1], pair.prefix, device)
+                    sums.add((side, layer), exact(step.delta.index_select(1, at)[counts]).sum(0))
+                same.append(torch.equal(one.delta, other.delta) and torch.equal(one.decay, other.decay))
+            equal = [one and other for one, other in zip(equal or same, same, strict=True)]
+            tokens += int(counts.sum())
+    if not tokens:
         raise SteerError("no token of the data counts: every one is padding. Look at the attention mask.")
-    return tally.result()
+    means: dict[str, Tensor] = {}
+    for side, steps in found.items():
+        means[f"{side}_step"] = sums.layers(side) / tokens
+        decay = torch.stack([step.decay.cpu() for step in steps])
+        means[f"{side}_states"] = -1 / (means[f"{side}_step"][..., None] * decay)
+    return MemoryLength(tuple(step.block for step in found["frozen"]), equal=tuple(equal), tokens=tokens, **means)
 
 
-@dataclass
-class _Tally:
-    """Sums of Δ over tokens, `(layers, channels)` in fp64, and A."""
-
-    blocks: tuple[int, ...]
-    decay: dict[str, Tensor]
-    steps: dict[str, Tensor]
-    equal: list[bool]
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, frozen: list[Steps], adapted: list[Steps]) -> _Tally:
-        """Begin, with the layers that are there.
-
-        Raises:
-            SteerError: they differ in shape.
-        """
-        shapes = [tuple(step.decay.shape) for step in (*frozen, *adapted)]
-        if len(set(shapes)) > 1 or len(frozen) != len(adapted):
-            told = ", ".join(map(str, dict.fromkeys(shapes)))
-            raise SteerError(
-                f"memory lengths are compared layer by layer and state by state; there are {len(frozen)} and "
-                f"{len(adapted)} SSMs, with (channels, states) of {told}."
-            )
-        decay = {
-            side: torch.stack([step.decay.cpu() for step in steps])
-            for side, steps in zip(SIDES, (frozen, adapted), strict=True)
-        }
-        zeros = {side: torch.zeros(decay[side].shape[:2], dtype=torch.float64) for side in SIDES}
-        same = [torch.equal(one, other) for one, other in zip(decay["frozen"], decay["adapted"], strict=True)]
-        return cls(tuple(step.block for step in frozen), decay, zeros, same)
-
-    def add(self, batch: Batch, frozen: list[Steps], adapted: list[Steps], prefix: int) -> None:
-        """Add a batch."""
-        for layer, (one, other) in enumerate(zip(frozen, adapted, strict=True)):
-            length, device = one.delta.shape[1], one.delta.device
-            counts = chosen(batch, length, "all", device)
-            for side, step in zip(SIDES, (one, other), strict=True):
-                delta = step.delta.double().index_select(1, places(length, step.delta.shape[1], prefix, device))
-                self.steps[side][layer] += (delta * counts[..., None]).sum((0, 1)).cpu()
-            self.equal[layer] &= torch.equal(one.delta, other.delta)
-        self.tokens += int(counts.sum())
-
-    def result(self) -> MemoryLength:
-        """Divide."""
-        step = {side: self.steps[side] / self.tokens for side in SIDES}
-        length = {side: -1 / (step[side][..., None] * self.decay[side]) for side in SIDES}
-        return MemoryLength(
-            self.blocks,
-            length["frozen"],
-            length["adapted"],
-            step["frozen"],
-            step["adapted"],
-            tuple(self.equal),
-            self.tokens,
+def _require_alike(found: dict[str, list[Steps]]) -> None:
+    """Raise if the layers of both models differ in number, or any in shape."""
+    frozen, adapted = found.values()
+    shapes = [tuple(step.decay.shape) for step in (*frozen, *adapted)]
+    if len(set(shapes)) > 1 or len(frozen) != len(adapted):
+        raise SteerError(
+            f"memory lengths are compared layer by layer and state by state; there are {len(frozen)} and "
+            f"{len(adapted)} SSMs, with (channels, states) of {', '.join(map(str, dict.fromkeys(shapes)))}."
         )

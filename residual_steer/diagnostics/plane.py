@@ -1,4 +1,4 @@
-"""The plane of the first two principal directions of the frozen stream at a layer, which pictures are drawn in."""
+"""The plane in which the frozen stream at a layer varies most: where pictures of the stream are drawn."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.errors import SteerError
-from residual_steer.report import Axis, Column, Plot, Series, Table
 
-from .moments import Moments
-from .pairs import compared
-from .stream import layer_of, states_of
+from ._moments import Moments
+from ._plots import Axes, Figure, bars
+from ._table import Table
+from .compare import compare, layer_of
 
 __all__ = ["Plane", "plane", "plane_of", "spectrum"]
 
@@ -44,33 +44,23 @@ class Plane:
         """Return coordinates in the plane, `(..., width) -> (..., 2)`."""
         return (states - self.mean) @ self.directions.T
 
-    def axes(self) -> tuple[Axis, Axis]:
-        """Return the axes of pictures in the plane."""
+    def label(self, axes: Axes) -> None:
+        """Name the axes of a picture in the plane."""
         first, second = (100 * share for share in self.explained)
-        return (
-            Axis(f"first principal direction, {first:.0f} % of the variance"),
-            Axis(f"second, {second:.0f} %"),
-        )
+        axes.set(xlabel=f"first principal direction, {first:.0f} % of the variance", ylabel=f"second, {second:.0f} %")
 
     def table(self) -> Table:
         """Return one row for each direction."""
-        columns = (
-            Column("direction", "principal direction"),
-            Column("deviation", "standard deviation", digits=4),
-            Column("explained", "variance", "%", digits=1),
-        )
+        columns = {"direction": "principal direction", "deviation": "standard deviation", "explained": "variance, %"}
         pairs = zip(self.deviations, self.explained, strict=True)
         rows = tuple({"direction": i + 1, "deviation": d, "explained": 100 * e} for i, (d, e) in enumerate(pairs))
-        return Table("Plane of the stream", columns, rows, (self._note(),))
+        note = f"Of {self.tokens:,} states of the frozen model behind block {self.layer}."
+        return Table("Plane of the stream", columns, rows, (note,))
 
-    def plot(self) -> Plot:
-        """Return the share of the variance along each direction as bars."""
-        shares = Series("frozen", ("first", "second"), tuple(100 * share for share in self.explained))
-        y = Axis("share of the variance", "%")
-        return Plot("Plane of the stream", "bars", Axis("principal direction"), y, (shares,), (self._note(),))
-
-    def _note(self) -> str:
-        return f"Of {self.tokens:,} states of the frozen model behind block {self.layer}."
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the share of the variance along each direction as bars."""
+        shares = dict(zip(("first", "second"), (100 * share for share in self.explained), strict=True))
+        return bars(ax, f"Plane of the stream behind block {self.layer}", "share of the variance, %", shares)
 
 
 def plane(model: nn.Module, loader: Iterable[Any], *, layer: int = -1, reference: nn.Module | None = None) -> Plane:
@@ -89,22 +79,16 @@ def plane(model: nn.Module, loader: Iterable[Any], *, layer: int = -1, reference
             nothing, states are NaN or infinite, or vary in fewer than two directions.
     """
     moments = Moments()
-    with compared(model, reference) as pair:
-        backbone = pair.backbone("frozen")
-        index = layer_of(backbone, layer)
+    with compare(model, reference) as pair:
+        index = layer_of(pair.backbones["frozen"], layer)
         for batch in pair.batches(loader):
-            with pair.on("frozen") as frozen:
-                z = states_of(frozen, backbone, batch, [index])[index]
+            z = pair.stream("frozen", batch, [index])[index]
             moments.add(z[batch.real(z.shape[:2], z.device)])
     return plane_of(moments, index)
 
 
 def plane_of(moments: Moments, layer: int) -> Plane:
-    """Return the plane of states whose moments were added up.
-
-    Raises:
-        SteerError: they vary in fewer than two directions.
-    """
+    """Return the plane of states whose moments were added up, or raise if they vary in fewer than two directions."""
     values, vectors = spectrum(moments)
     if len(values) < 2:
         raise SteerError(
@@ -113,12 +97,8 @@ def plane_of(moments: Moments, layer: int) -> Plane:
         )
     directions = vectors[:2]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    share = (values[:2] / values.sum()).tolist()
-    deviations = values[:2].sqrt().tolist()
-    return Plane(
-        layer, moments.mean, directions * largest.sign(), (deviations[0], deviations[1]), (share[0], share[1]),
-        moments.count,
-    )  # fmt: skip
+    share, deviations = (values[:2] / values.sum()).tolist(), values[:2].sqrt().tolist()
+    return Plane(layer, moments.mean, directions * largest.sign(), (*deviations,), (*share,), moments.count)
 
 
 def spectrum(moments: Moments) -> tuple[Tensor, Tensor]:

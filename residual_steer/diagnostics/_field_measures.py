@@ -1,4 +1,4 @@
-"""What is said of a displacement field at points of it: whether neighbours move alike, and states come together."""
+"""The measures of a displacement field at points of it: whether neighbours move alike, and states come together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEIGHBOURS = 8  # of a point, whose displacements its own is compared with
 
 @dataclass(frozen=True)
 class FieldMeasures:
-    """What is said of a displacement field, in the stream or in the plane. None where it is not defined.
+    """The measures of a displacement field, in the stream or in the plane. None where it is not defined.
 
     Attributes:
         coherence: the mean cosine between the displacement of a point and those of its 8 nearest neighbours in the
@@ -63,7 +63,7 @@ class Draw:
 
 
 def measures_of(start: Tensor, shift: Tensor, labels: Tensor | None, divergence: float | None) -> FieldMeasures:
-    """Return what is said of the field that moves `start` by `shift`, `(points, dimensions)` both."""
+    """Return the measures of the field that moves `start` by `shift`, `(points, dimensions)` both."""
     coherence, chance = _coherence(start, shift)
     before, after = (_spread(states, labels) for states in (start, start + shift))
     return FieldMeasures(coherence, chance, after / before if before else None, divergence)

@@ -8,12 +8,8 @@ from torch import nn
 
 import residual_steer as rs
 from cases import randomise
-from fields import IMAGES, shake, vit
 from residual_steer._controller import steering_of
-from residual_steer.diagnostics.drift import drift
-from residual_steer.diagnostics.effort import control_effort
-from residual_steer.diagnostics.pairs import SIDES, compared
-from residual_steer.diagnostics.plane import plane
+from residual_steer.diagnostics.compare import SIDES, compare
 
 
 @pytest.fixture
@@ -30,7 +26,7 @@ IDS = torch.arange(12).view(3, 4)
 def test_a_steered_model_is_its_own_reference(frozen):
     expected = frozen(IDS).logits
     model = randomise(rs.steer(frozen, rank=2)).train()
-    with compared(model) as pair:
+    with compare(model) as pair:
         for batch in pair.batches([IDS]):
             seen = {}
             for side in SIDES:
@@ -40,50 +36,38 @@ def test_a_steered_model_is_its_own_reference(frozen):
     assert not torch.equal(seen["adapted"], expected)
     assert seen["adapted"].requires_grad is False
     assert model.training
-    assert pair.backbone("frozen") is pair.backbone("adapted")
+    assert pair.models["frozen"] is pair.models["adapted"]
 
 
 def test_a_reference_is_run_as_it_is(frozen):
     model = rs.baselines.apply(copy.deepcopy(frozen), "prompt", length=2)
-    with compared(model, frozen) as pair:
+    with compare(model, frozen) as pair:
         for batch in pair.batches(iter([IDS])):
             with pair.on("frozen") as one:
                 assert one is frozen
                 assert torch.equal(batch.run(one).logits, frozen(IDS).logits)
             with pair.on("adapted") as one:
                 assert one is model
-    assert pair.backbone("frozen").blocks is frozen.transformer.h
-    assert pair.backbone("adapted").blocks is model.transformer.h
-    assert pair.inner("frozen") is frozen.transformer
-    assert pair.inner("adapted") is model.transformer
+    assert pair.backbones["frozen"].blocks is frozen.transformer.h
+    assert pair.backbones["adapted"].blocks is model.transformer.h
+    assert pair.inner is frozen.transformer
 
 
 def test_a_failure_in_the_middle_leaves_the_selection_as_it_was(frozen):
     model = randomise(rs.steer(frozen, rank=2))
     expected, mix = model(IDS).logits, steering_of(model)[1].mix
     learn = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(KeyboardInterrupt), compared(model) as pair, pair.on("frozen"):
+    with pytest.raises(KeyboardInterrupt), compare(model) as pair, pair.on("frozen"):
         raise KeyboardInterrupt
     assert steering_of(model)[1].mix == mix
     assert all(p.requires_grad for p in learn)
     assert torch.equal(model(IDS).logits, expected)
 
 
-@pytest.mark.parametrize("measure", [drift, control_effort, plane])
-def test_what_was_compiled_in_place_is_looked_into(measure):
-    """As one graph, which has no room for what looks into it."""
-    model = shake(rs.steer(vit(), rank=2)).eval()
-    expected = measure(model, [IMAGES]).table()
-    model.compile(backend="eager", fullgraph=True)
-    with torch.no_grad():
-        model(IMAGES)
-    assert measure(model, [IMAGES]).table() == expected
-
-
 def test_what_cannot_be_compared_is_refused(frozen):
     def begin(model, reference=None):
-        with compared(model, reference) as pair:
-            pair.backbone("frozen")
+        with compare(model, reference) as pair:
+            pair.backbones["frozen"]
 
     with pytest.raises(rs.SteerError, match="not steered has no frozen self"):
         begin(frozen)

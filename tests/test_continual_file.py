@@ -10,7 +10,6 @@ import torch
 import residual_steer as rs
 from fields import IMAGES, shake, vit
 from residual_steer.continual import NullSpace
-from residual_steer.space_file import read_space
 
 
 def observed(energy=1.0, rank=20, tasks=1, **options):
@@ -62,7 +61,7 @@ def test_a_state_is_a_copy():
         (lambda: observed(site="mlp")[1], r"site 'block', here 'mlp'"),
         (lambda: observed(rank=7, tasks=0)[1], r"other sizes: at blocks\.0\.down .* 7 outputs"),
         (lambda: observed(bias=False)[1], r"other sizes: at blocks\.0\.down .* 32 inputs"),
-        (lambda: NullSpace(rs.steer(vit(), rank=20), 1.0), r"projections blocks\.0\.down.*, here .* and 2 more"),
+        (lambda: NullSpace(rs.steer(vit(), rank=20), 1.0), r"projections blocks\.0\.down.*, here .*blocks\.1\.up.*"),
     ],
 )
 def test_it_belongs_to_one_kind_of_field(other, match):
@@ -126,7 +125,7 @@ def test_files_that_are_none(tmp_path):
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]
     tensors.pop("blocks.2.up.basis")
     place.write_bytes(safetensors.torch.save(tensors, header))
-    with pytest.raises(rs.SteerError, match=r"KeyError: 'blocks\.2\.up\.basis'"):
+    with pytest.raises(rs.SteerError, match=r"blocks\.2\.up\.basis"):
         space.load(place)
     place.write_bytes(whole)
-    assert read_space(place)["energy"] == 1.0
+    NullSpace(observed()[0], 1.0).load(place)

@@ -1,11 +1,16 @@
 """Looking at a model while it runs: what is seen is what the blocks were given and gave, and nothing stays behind."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from residual_steer import Backbone, SteerError, find_backbone, steer
-from residual_steer.passes import Batch, Streams, batches, has_two_stacks, reading, require_finite, tokens_of
+from residual_steer._batches import Batch, batches, has_two_stacks, require_finite, tokens_of
+from residual_steer.recording import changed, record, undisturbed, watch
+from sharp import case_of, steered
 from streams import Block, InPlace, Model
 
 
@@ -19,7 +24,7 @@ def test_the_stream_that_leaves_a_block_enters_the_next():
     ids = torch.randint(32, (2, 5))
     backbone = find_backbone(model)
     hooks = [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in backbone.blocks]
-    with reading(model), Streams(backbone) as streams:
+    with undisturbed(model), record(backbone) as streams:
         seen = model(ids, output_hidden_states=True).hidden_states
     for index in (0, 1, 2):
         assert torch.equal(streams.entering[index], seen[index])
@@ -28,35 +33,108 @@ def test_the_stream_that_leaves_a_block_enters_the_next():
     assert hooks == [len(block._forward_hooks) + len(block._forward_pre_hooks) for block in backbone.blocks]
 
 
-def test_reading_gives_modes_randomness_and_gradients_back():
+def test_undisturbed_gives_modes_randomness_and_gradients_back_also_after_an_error():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2))
     model[1].eval()
-    state = torch.get_rng_state()
-    with reading(model):
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    def fail():
         assert not model.training
         assert not torch.is_grad_enabled()
-        torch.rand(3)
-    assert model.training
-    assert model[0].training
-    assert not model[1].training
+        torch.rand(3), random.random(), np.random.rand(700)
+        raise KeyError
+
+    with pytest.raises(KeyError), undisturbed(model):
+        fail()
+    assert [module.training for module in model.modules()] == [True, True, False]
     assert torch.is_grad_enabled()
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def field_of(model, site):
+    state = model._residual_steering
+    return state.backbone.point(0, site), state.fields("default")[0]
+
+
+@pytest.mark.parametrize("site", ["block", "mixer", "mlp", "input"])
+@torch.no_grad()
+def test_what_a_field_reads_and_what_its_module_gives_alone(site):
+    case = case_of("gpt2")
+    model = steered(case.build(), site=site, layers=[0])
+    host, field = field_of(model, site)
+    calls = []
+    host.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    with record(model, [0], site=site) as seen, record(model, [0], site=site, alone=True) as alone:
+        case.run(model)
+    (args, output), z = calls[0], seen.entering[0]
+    left = output[0] if isinstance(output, tuple) else output
+    assert torch.equal(seen.leaving[0], left)
+    assert torch.equal(alone.entering[0], z)
+    if site == "input":
+        torch.testing.assert_close(args, z + field(z))  # what the module received
+        assert torch.equal(alone.leaving[0], left)
+    else:
+        assert torch.equal(args, z)
+        torch.testing.assert_close(left, alone.leaving[0] + field(z))
+
+
+def test_modules_are_recorded_call_by_call_in_the_order_of_their_last():
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with record({"one": one, "other": other}) as seen:
+        first = one(torch.ones(2))
+        other(first)
+        second = one(2 * torch.ones(2))
+    one(torch.zeros(2))
+    assert list(seen.calls) == ["other", "one"]
+    assert [call.left.tolist() for call in seen.calls["one"]] == [first.tolist(), second.tolist()]
+    assert torch.equal(seen.entering["one"], 2 * torch.ones(2))
+    assert not seen.leaving["other"].requires_grad
+    assert not (one._forward_hooks)
+    assert not (one._forward_pre_hooks)
+
+
+def test_blocks_without_the_part_are_passed_over():
+    case = case_of("jamba")
+    model = case.build()
+    with record(model, site="mlp") as seen:
+        case.run(model)
+    assert sorted(seen.calls) == [0, 1]
+    nemotron = case_of("nemotron-h")
+    model = nemotron.build()
+    with record(model, site="mixer") as seen:
+        nemotron.run(model)
+    assert sorted(seen.calls) == [0, 2]
+
+
+def test_watching_can_replace_and_changes_are_taken_back():
+    linear = nn.Linear(2, 2)
+    x = torch.ones(2)
+    with watch([linear], lambda _, args, kwargs: ((0 * args[0],), kwargs), lambda *call: call[-1] + 1):
+        assert torch.equal(linear(x), linear.bias + 1)
+    assert torch.equal(linear(x), linear.weight.sum(1) + linear.bias)
+    with pytest.raises(KeyError, match="7"), changed([linear], "in_features", 7):
+        raise KeyError(linear.in_features)
+    assert linear.in_features == 2
 
 
 def test_a_batch_knows_its_labels_its_padding_and_how_it_is_run():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ids = torch.arange(6).view(2, 3)
-    batch = Batch({"input_ids": ids, "attention_mask": mask, "labels": ids}, 2)
+    batch = Batch({"input_ids": ids, "attention_mask": mask, "labels": ids})
     assert torch.equal(batch.labels, ids)
     assert torch.equal(batch.mask, mask.bool())
     assert tokens_of(torch.zeros(2, 3, 4), batch=batch).shape == (3, 4)
-    assert tokens_of(torch.zeros(2, 5, 4), batch=batch).shape == (10, 4)
-    pair = Batch((torch.ones(2, 3), torch.zeros(2)), 2)
+    with pytest.warns(UserWarning, match=r"\(2, 3\) tokens.*\(2, 5\): all of them count"):
+        assert tokens_of(torch.zeros(2, 5, 4), batch=batch).shape == (10, 4)
+    whole = Batch({"input_ids": ids, "attention_mask": torch.ones(2, 3)})
+    assert tokens_of(torch.zeros(2, 5, 4), batch=whole).shape == (10, 4)
+    pair = Batch((torch.ones(2, 3), torch.zeros(2)))
     assert torch.equal(pair.run(nn.Identity()), torch.ones(2, 3))
     assert torch.equal(pair.labels, torch.zeros(2))
-    assert Batch(ids, 2).labels is None
-    assert Batch(ids, 2).mask is None
-    assert torch.equal(Batch(ids, 2).run(nn.Identity()), ids)
+    assert Batch(ids).labels is None
+    assert Batch(ids).mask is None
+    assert torch.equal(Batch(ids).run(nn.Identity()), ids)
 
 
 def test_the_mask_of_an_encoder_is_not_that_of_its_decoder():
@@ -107,7 +185,7 @@ def test_blocks_that_work_in_place_are_seen_before_they_do_and_before_the_next_o
     seen = []
     for one, inplace in ((model, True), (out_of_place(model), False)):
         backbone = Backbone(blocks=one.body, width=8, inplace=inplace)
-        with reading(one), Streams(backbone, indices) as streams:
+        with undisturbed(one), record(backbone, indices) as streams:
             one(ids)
         seen.append(streams)
     found, expected = seen

@@ -1,4 +1,4 @@
-"""Means and covariances of what comes in batches, in fp64, the same however the batches are cut.
+"""Sums, means and covariances of what comes in batches, in fp64, the same however the batches are cut.
 
 Batches are merged as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance": no sum of squares
 is ever taken about a point far from the mean.
@@ -6,15 +6,35 @@ is ever taken about a point far from the mean.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ClassMoments", "Moments", "exact"]
+__all__ = ["ClassMoments", "Moments", "Sums", "exact"]
 
 
 def exact(tensor: Tensor) -> Tensor:
     """Return a tensor in fp64, on the CPU where its own device has no such numbers."""
     return tensor.detach().to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)
+
+
+class Sums(dict[Any, Tensor]):
+    """Sums by key, on the CPU. Tensors whose last dimension is shorter are filled up with zeros."""
+
+    def add(self, key: Any, values: Tensor) -> None:
+        """Add values to the sum of a key, which begins with them."""
+        values = exact(values).cpu()
+        if key in self:
+            longer = max(self[key].shape[-1:], values.shape[-1:])
+            before, values = (F.pad(x, (0, longer[0] - x.shape[-1])) if longer else x for x in (self[key], values))
+            values = before + values
+        self[key] = values
+
+    def layers(self, *key: Any) -> Tensor:
+        """Return the sums of the keys `(*key, 0)`, `(*key, 1)`, … as one tensor, a layer each."""
+        return torch.stack([self[one] for one in sorted(one for one in self if one[:-1] == key)])
 
 
 class Moments:
@@ -32,12 +52,7 @@ class Moments:
         self.mean = self.other = self.scatter = torch.zeros(0)
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            x: `(rows, width)` in fp64.
-            y: `(rows, width of y)` in fp64.
-        """
+        """Add a batch, x `(rows, width)` and y `(rows, width of y)`, in fp64."""
         y = x if y is None else y
         if not len(x):
             return
@@ -55,11 +70,6 @@ class Moments:
 class ClassMoments:
     """The mean of every class, and the scatter of rows about the mean of their class.
 
-    Args:
-        classes: C.
-        width: d.
-        device: of what is added.
-
     Attributes:
         counts: rows of each class, `(classes,)`.
         means: `(classes, width)`; 0 for a class without rows.
@@ -72,12 +82,7 @@ class ClassMoments:
         self.within = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            rows: `(rows, width)` in fp64.
-            labels: class indices, `(rows,)`.
-        """
+        """Add a batch: rows `(rows, width)` in fp64, and their class indices, `(rows,)`."""
         counts = torch.zeros_like(self.counts).index_add_(0, labels, torch.ones_like(rows[:, 0]))
         means = torch.zeros_like(self.means).index_add_(0, labels, rows) / counts.clamp_min(1)[:, None]
         centred = rows - means[labels]

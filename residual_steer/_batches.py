@@ -1,0 +1,129 @@
+"""What a loader gives, as a model is called with it: its rows, its labels, and which tokens are padding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SteerError
+
+__all__ = ["Batch", "batches", "has_two_stacks", "require_finite", "tokens_of"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the model's device.
+
+    Attributes:
+        content: a dict, a pair `(x, y)`, or x alone.
+        two_stacks: whether it is for an encoder-decoder.
+    """
+
+    content: Any
+    two_stacks: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many rows: the first dimension of the first tensor."""
+        parts = self.content.values() if isinstance(self.content, Mapping) else self.content
+        parts = [self.content] if isinstance(self.content, Tensor) else parts
+        return next((len(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels of the rows or tokens, None where there are none."""
+        if isinstance(self.content, Mapping):
+            labels = self.content.get("labels")
+        else:
+            labels = self.content[1] if isinstance(self.content, (tuple, list)) and len(self.content) == 2 else None
+        return labels if isinstance(labels, Tensor) else None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are text and which are padding, `(batch, length)` of booleans; None where all count.
+
+        In an encoder-decoder all do: the encoder's mask is not that of the decoder's tokens, even where they happen to
+        be as many.
+        """
+        mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
+        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not self.two_stacks else None
+
+    def real(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return which tokens are not padding, booleans of a shape.
+
+        Warns:
+            UserWarning: there is padding, but the mask is of other tokens, so that all of them count.
+        """
+        mask = self.mask
+        if mask is not None and mask.shape == tuple(shape):
+            return mask.to(device)
+        if mask is not None and not bool(mask.all()):
+            warnings.warn(
+                f"the attention mask leaves out padding among {tuple(mask.shape)} tokens, and the tokens here are "
+                f"{tuple(shape)}: all of them count, padding too.",
+                stacklevel=2,
+            )
+        return torch.ones(tuple(shape), dtype=torch.bool, device=device)
+
+    def run(self, model: nn.Module) -> Any:
+        """Call a model, with a dict as keywords, with x of a pair, and return its output."""
+        if isinstance(self.content, Mapping):
+            return model(**self.content)
+        return model(self.content[0] if isinstance(self.content, (tuple, list)) else self.content)
+
+
+def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
+    """Yield the batches of a loader on the model's device.
+
+    Raises:
+        SteerError: what is given is no loader, gives no batch, or a batch without a tensor.
+    """
+    from accelerate.utils import send_to_device  # here, since it takes as long to import as this library
+
+    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
+        raise SteerError(f"a loader gives batches when it is iterated over; received {type(loader).__name__}.")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch, two_stacks = None, has_two_stacks(model)
+    for given in loader:
+        parts = given.values() if isinstance(given, Mapping) else given
+        found = isinstance(parts, Iterable) and any(isinstance(part, Tensor) for part in parts)
+        if not found and not isinstance(given, Tensor):
+            kind = type(given).__name__
+            raise SteerError(f"a batch is a dict with tensors, a pair (x, y), or x; this one is a {kind}.")
+        batch = Batch(send_to_device(given, device), two_stacks)
+        yield batch
+    if batch is None:
+        raise SteerError("the loader gave no batch. Give it data; `drop_last` drops a lone small batch.")
+
+
+def has_two_stacks(model: nn.Module) -> bool:
+    """Return whether an encoder-decoder of transformers is in a model; a stack of one has its config, but is alone."""
+    if not any(getattr(getattr(part, "config", None), "is_encoder_decoder", False) for part in model.modules()):
+        return False
+    names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
+    return all(any(name.endswith(stack) for name in names) for stack in ("encoder", "decoder"))
+
+
+def tokens_of(z: Tensor, channels: int = -1, batch: Batch | None = None) -> Tensor:
+    """Return the tokens of a stream one below the other, `(tokens, width)`, those of padding left out.
+
+    Args:
+        z: `(batch, length, width)`, or `(batch, channels, height, width)` with `channels` = 1.
+        channels: which dimension is the width.
+        batch: whose padding is left out; None where all tokens count.
+    """
+    rows = z.movedim(channels, -1)
+    return rows.reshape(-1, rows.shape[-1]) if batch is None else rows[batch.real(rows.shape[:-1], z.device)]
+
+
+def require_finite(what: str, tensor: Tensor) -> None:
+    """Raise a SteerError if a tensor has NaN or infinity."""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        wrong = int((~finite).sum())
+        raise SteerError(f"{what} has {wrong} values of {tensor.numel()} that are NaN or infinite. Look at the data.")

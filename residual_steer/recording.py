@@ -1,0 +1,182 @@
+"""Looking at a model while it runs: `record` keeps what enters and leaves its parts, `undisturbed` leaves no trace.
+
+All hooks that only look are registered here, by `watch`; they are gone when its `with` ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone, read_stream
+from .registry import find_backbone
+
+__all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
+
+
+@contextlib.contextmanager
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Run models in evaluation mode and without gradients; on leaving, modes and random generators are as before.
+
+    What is compiled runs as it was written meanwhile: its graph would not call hooks that are added now.
+    """
+    modes = {module: module.training for model in models for module in model.modules()}
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with torch.random.fork_rng(devices), torch.no_grad(), eager:
+        try:
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def changed(objects: Iterable[Any], name: str, value: object) -> Iterator[None]:
+    """Give an attribute of several objects another value; on leaving, each has its own again, in the same order."""
+    before = [(one, getattr(one, name)) for one in objects]
+    try:
+        for one, _ in before:
+            setattr(one, name, value)
+        yield
+    finally:
+        for one, old in before:
+            setattr(one, name, old)
+
+
+@contextlib.contextmanager
+def watch(
+    modules: Iterable[nn.Module],
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    *,
+    first: bool = False,
+) -> Iterator[None]:
+    """Call functions before and after every call of modules, as torch's hooks with keywords.
+
+    Args:
+        modules: which ones.
+        before: `(module, args, kwargs)`; what it returns, unless None, takes the place of `(args, kwargs)`.
+        after: `(module, args, kwargs, output)`; what it returns, unless None, takes the place of the output.
+        first: whether they are called before the hooks that are there, such as those that steer.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if before is not None:
+                handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+                stack.callback(handle.remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=first).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the tensor that entered and the one that left, detached."""
+
+    entered: Tensor
+    left: Tensor
+
+
+@dataclass
+class Recording:
+    """What was recorded.
+
+    Attributes:
+        calls: by block index or key; whatever was called last stands last.
+    """
+
+    calls: dict[Any, list[Call]] = field(default_factory=dict)
+    _entered: dict[Any, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def entering(self) -> dict[Any, Tensor]:
+        """What entered in the last call, by block index or key: z_l of a block."""
+        return {key: calls[-1].entered for key, calls in self.calls.items()}
+
+    @property
+    def leaving(self) -> dict[Any, Tensor]:
+        """What left in the last call: z_{l+1} of a block, with what fields added there."""
+        return {key: calls[-1].left for key, calls in self.calls.items()}
+
+
+@contextlib.contextmanager
+def record(
+    where: nn.Module | Backbone | Mapping[Any, nn.Module],
+    blocks: Iterable[int] | None = None,
+    *,
+    site: str = "block",
+    alone: bool = False,
+) -> Iterator[Recording]:
+    """Record the residual stream at the blocks of a model, or what enters and leaves modules, in every call.
+
+    >>> with undisturbed(model), record(model) as seen:
+    ...     model(x)
+    >>> seen.leaving[3]  # (batch, length, width), or (batch, channels, height, width) in a ConvNet
+
+    Args:
+        where: a model, its backbone, or modules by any key.
+        blocks: which blocks; None is all. Those without a part for the site are passed over.
+        site: at the whole block, or at its mixer or mlp; `"input"` is what enters the mixer before fields add to it.
+        alone: whether what leaves is recorded as the module returns it, before fields add to it.
+    """
+    seen = Recording()
+    with contextlib.ExitStack() as stack:
+        for key, module, read, leave in _points(where, blocks, site):
+            early = alone or site == "input"
+            stack.enter_context(watch([module], partial(_enter, seen, key, read), first=early))
+            stack.enter_context(watch([module], after=partial(_leave, seen, key, leave), first=alone))
+        yield seen
+
+
+def _points(where: Any, blocks: Iterable[int] | None, site: str) -> Iterator[tuple[Hashable, nn.Module, Any, Any]]:
+    """Yield the key of every module, the module, and how the stream is read in its call and in its output."""
+    if isinstance(where, Mapping):
+        yield from ((key, module, read_stream, _first) for key, module in where.items())
+        return
+    backbone = find_backbone(where) if isinstance(where, nn.Module) else where
+    whole = site == "block"
+    reads = (backbone.read if whole else read_stream), (backbone.left if whole else _first)
+    if backbone.inplace:  # the block writes into what enters, and the next one into what leaves
+        reads = partial(_copied, reads[0]), partial(_copied, reads[1])
+    for index in range(len(backbone.blocks)) if blocks is None else blocks:
+        module = backbone.point(index, site)
+        if module is not None:
+            yield index, module, *reads
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+def _copied(read: Callable[..., Tensor], *call: Any) -> Tensor:
+    return read(*call).clone()
+
+
+def _enter(seen: Recording, key: Hashable, read: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+    seen._entered.setdefault(key, []).append(read(args, kwargs).detach())
+
+
+def _leave(seen: Recording, key: Hashable, leave: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    call = Call(seen._entered[key].pop(), leave(output).detach())
+    seen.calls[key] = [*seen.calls.pop(key, []), call]
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`'s, so that paths are those that it had before."""
+    return dict(model.named_children()).get("_orig_mod", model)
