@@ -12,7 +12,7 @@ from torch import Tensor
 
 import residual_steer as rs
 from residual_steer.data import Questions, squad
-from residual_steer.data.source import check_columns, one_split
+from residual_steer.data.hub import check_columns, one_split
 
 ROOM = 32  # tokens of an answer at most
 

@@ -135,7 +135,7 @@ def test_a_download_is_told_before_it_begins_and_read_from_the_cache_after(hub, 
     told = "owner/texts (small): a download of 1.2 MB from the Hugging Face Hub; rows: train 2, test 1"
     cached = "owner/texts (small): nothing to download; rows: train 2, test 1"
     online = session(hub, tmp_path / "home")
-    assert online[:4] == [told, f"residual_steer.data.source: {told}", texts, cached]
+    assert online[:4] == [told, f"residual_steer.data.hub: {told}", texts, cached]
     absent, unknown = online[4:]
     assert absent.startswith("SteerError: the data set 'owner/nothing' cannot be had: DatasetNotFoundError: ")
     assert unknown.startswith("SteerError: the data set 'owner/texts' (huge) cannot be had: ValueError: ")

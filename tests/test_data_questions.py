@@ -38,7 +38,7 @@ def test_wikitext_is_the_text_in_windows(tokenizer):
 
 
 def test_wikitext_reads_no_further_than_the_limit(tokenizer, monkeypatch):
-    monkeypatch.setattr("residual_steer.data.language._PIECE", 2)
+    monkeypatch.setattr("residual_steer.data.hub.PIECE", 2)
     rows = datasets.Dataset.from_dict({"text": ["the fox of a hen", "corn at dawn", None]})
     assert len(wikitext(rows, tokenizer=tokenizer, length=3, limit=6)) == 2
     with pytest.raises(SteerError, match="a row from 2 on is a NoneType"):
@@ -48,7 +48,7 @@ def test_wikitext_reads_no_further_than_the_limit(tokenizer, monkeypatch):
 def test_wikitext_in_pieces_is_the_same_text(tokenizer, monkeypatch):
     rows = datasets.Dataset.from_dict({"text": [" ".join(WORDS[i % 7 : i % 7 + 4]) for i in range(50)]})
     whole = wikitext(rows, tokenizer=tokenizer, length=3).windows
-    monkeypatch.setattr("residual_steer.data.language._PIECE", 7)
+    monkeypatch.setattr("residual_steer.data.hub.PIECE", 7)
     assert torch.equal(wikitext(rows, tokenizer=tokenizer, length=3).windows, whole)
 
 
@@ -161,7 +161,7 @@ def test_limits_are_spread_over_the_split(squad_folder, tokenizer):
 
 def test_questions_in_pieces_are_the_same(squad_folder, tokenizer, monkeypatch):
     whole = squad(squad_folder, tokenizer=tokenizer, length=24, room=4).columns
-    monkeypatch.setattr("residual_steer.data.questions._PIECE", 7)
+    monkeypatch.setattr("residual_steer.data.questions.PIECE", 7)
     pieces = squad(squad_folder, tokenizer=tokenizer, length=24, room=4).columns
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 

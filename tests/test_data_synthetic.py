@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from residual_steer import SteerError, fit
 from residual_steer.data import latent, mqar, recall
-from residual_steer.data.latent import embedding, rule
+from residual_steer.data.synthetic import embedding, rule
 
 
 class Lookup(nn.Module):

@@ -1,17 +1,10 @@
 """Data: made from a seed, shipped with Python and scikit-learn, or read from the Hugging Face Hub and local files."""
 
-from .blocks import ByteBlocks, TokenBlocks
-from .handwriting import digits
-from .language import wikitext
-from .latent import latent
-from .pictures import ImageRows, Pixels, images
-from .questions import Questions, squad
-from .retrieval import mqar, recall
-from .rows import TokenRows
-from .scores import squad_scores
-from .source import Plan, plan, splits
-from .text import character_names, english_prose, python_source
-from .vtab1k import vtab
+from ._rows import ByteBlocks, ImageRows, Pixels, TokenBlocks, TokenRows
+from .built_in import character_names, digits, english_prose, python_source
+from .hub import Plan, images, plan, splits, vtab, wikitext
+from .questions import Questions, squad, squad_scores
+from .synthetic import latent, mqar, recall
 
 __all__ = [
     "ByteBlocks",

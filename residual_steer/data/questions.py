@@ -1,9 +1,12 @@
-"""SQuAD for causal language models (Rajpurkar et al. 2016, arXiv 1606.05250)."""
+"""SQuAD for causal language models (Rajpurkar et al. 2016, arXiv 1606.05250), and its two scores."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from residual_steer.data.checks import check_integer
-from residual_steer.data.rows import TokenRows
-from residual_steer.data.source import Source, check_columns, one_split, told_name
+from residual_steer.data._rows import TokenRows, check_integer
+from residual_steer.data.hub import PIECE, Source, check_columns, named, one_split
 from residual_steer.errors import SteerError
 from residual_steer.training.losses import IGNORE
 
-__all__ = ["Questions", "squad"]
+__all__ = ["Questions", "squad", "squad_scores"]
 
 _log = logging.getLogger(__name__)
 
-_PIECE = 1000  # rows that are tokenized at once
 _LONG = ("answer", "start", "drop")
 
 
@@ -51,7 +52,7 @@ def squad(
     long: str | None = None,
     limit: int | None = None,
 ) -> Questions:
-    r"""Return SQuAD v1.1 as text that a causal language model continues with the answer.
+    r"""Return SQuAD v1.1 (Rajpurkar et al. 2016, arXiv 1606.05250) as text that a causal model goes on with.
 
     A row is `{context}\n\nQuestion: {question}\nAnswer: {answer}` and the tokenizer's end of text, if it has one. Only
     the answer and that end have labels, the first answer where there are several. Rows are filled up to `length` at
@@ -96,8 +97,8 @@ def squad(
     layout = _Layout(tokenizer, length, room, long or ("answer" if split == "train" else "start"))
     made: list[tuple[list[int], list[int]]] = []
     references = []
-    for start in range(0, len(rows), _PIECE):
-        texts = [_checked(row, start + i, source) for i, row in enumerate(_each(rows[start : start + _PIECE]))]
+    for start in range(0, len(rows), PIECE):
+        texts = _texts(rows[start : start + PIECE], start, source)
         for text, row in zip(texts, layout.rows(texts, start), strict=True):
             if row is not None:
                 made.append(row)
@@ -106,8 +107,42 @@ def squad(
     if not made:
         raise SteerError(f"none of {len(rows):,} rows fits into {length} tokens. Give a larger `length`.")
     if dropped:
-        _log.warning("%d of %d rows of %s are too long, and left out", dropped, len(rows), told_name(source))
+        _log.warning("%d of %d rows of %s are too long, and left out", dropped, len(rows), named(source))
     return Questions(_filled(made, length, layout.filler), [torch.tensor(p) for p, _ in made], references, dropped)
+
+
+def squad_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return SQuAD's exact match and F1, by the rules of its official script for v1.1.
+
+    Both compare lower-case words without punctuation, without the articles a, an and the, and with single spaces. F1
+    is the harmonic mean of precision and recall over words, counted with their repetitions. Each prediction is compared
+    with the reference that suits it best.
+
+    Args:
+        predictions: one per question.
+        references: for each of them, the answers that count as right.
+
+    Returns:
+        `exact_match` and `f1`, means from 0 to 1; the official script prints them in per cent.
+
+    Raises:
+        SteerError: there are none, not as many of both, or a question has no reference.
+
+    >>> squad_scores(["The cat.", "a red dog"], [["cat"], ["dog", "cow"]])
+    {'exact_match': 0.5, 'f1': 0.8333333333333333}
+    """
+    if isinstance(predictions, str) or len(predictions) != len(references) or not len(predictions):
+        raise SteerError(
+            f"there are as many predictions as lists of references, and at least one; received {len(predictions)} and "
+            f"{len(references)}."
+        )
+    exact = f1 = 0.0
+    for prediction, right in zip(predictions, references, strict=True):
+        if isinstance(right, str) or not right:
+            raise SteerError(f"the references of a question are a list of at least one answer; received {right!r}.")
+        exact += max(_words(prediction) == _words(answer) for answer in right)
+        f1 += max(_f1(_words(prediction), _words(answer)) for answer in right)
+    return {"exact_match": exact / len(predictions), "f1": f1 / len(predictions)}
 
 
 @dataclass(frozen=True)
@@ -120,33 +155,28 @@ class _Text:
     span: tuple[int, int]
 
 
-def _each(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _checked(row: Mapping[str, Any], number: int, source: Source) -> _Text:
-    """Return a row's texts.
-
-    Raises:
-        SteerError: it is not in SQuAD's schema.
-    """
-    answers = row["answers"] if isinstance(row["answers"], Mapping) else {}
-    texts: Any = answers.get("text")
-    starts: Any = answers.get("answer_start")
-    lists = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts) > 0
-    if not lists or not all(isinstance(text, str) for text in (row["context"], row["question"], *texts)):
-        raise SteerError(
-            f"row {number} of {told_name(source)} is not in SQuAD's schema: context and question are strings, answers "
-            "is {'text': [at least one string], 'answer_start': [an integer each]}; its answers are "
-            f"{row['answers']!r:.200}."
-        )
-    start = starts[0]
-    if not isinstance(start, int) or not texts[0] or not 0 <= start <= len(row["context"]) - len(texts[0]):
-        raise SteerError(
-            f"the first answer of row {number} of {told_name(source)} does not stand in its context: {texts[0]!r} at "
-            f"{start!r} of {len(row['context'])} characters."
-        )
-    return _Text(row["context"], row["question"], list(texts), (start, start + len(texts[0])))
+def _texts(columns: Mapping[str, list[Any]], first: int, source: Source) -> list[_Text]:
+    """Return the texts of some rows, of which `first` is the first one's number, if they are in SQuAD's schema."""
+    texts = []
+    rows = zip(columns["context"], columns["question"], columns["answers"], strict=True)
+    for number, (context, question, answers) in enumerate(rows, first):
+        right: Any = answers.get("text") if isinstance(answers, Mapping) else None
+        starts: Any = answers.get("answer_start") if isinstance(answers, Mapping) else None
+        lists = isinstance(right, list) and isinstance(starts, list) and len(right) == len(starts) > 0
+        if not lists or not all(isinstance(text, str) for text in (context, question, *right)):
+            raise SteerError(
+                f"row {number} of {named(source)} is not in SQuAD's schema: context and question are strings, answers "
+                "is {'text': [at least one string], 'answer_start': [an integer each]}; its answers are "
+                f"{answers!r:.200}."
+            )
+        start = starts[0]
+        if not isinstance(start, int) or not right[0] or not 0 <= start <= len(context) - len(right[0]):
+            raise SteerError(
+                f"the first answer of row {number} of {named(source)} does not stand in its context: {right[0]!r} at "
+                f"{start!r} of {len(context)} characters."
+            )
+        texts.append(_Text(context, question, right, (start, start + len(right[0]))))
+    return texts
 
 
 class _Layout:
@@ -207,3 +237,14 @@ def _filled(rows: list[tuple[list[int], list[int]]], length: int, filler: int) -
         ids[i, :end] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : end] = torch.tensor(answer)
     return {"input_ids": ids, "labels": labels}
+
+
+def _words(text: str) -> list[str]:
+    """Return the lower-case words of a text without punctuation and articles."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _f1(predicted: list[str], right: list[str]) -> float:
+    common = sum((Counter(predicted) & Counter(right)).values())
+    return 2 * common / (len(predicted) + len(right)) if common else 0.0
