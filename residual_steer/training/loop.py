@@ -10,27 +10,26 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from tqdm.auto import tqdm
 
+from residual_steer._progress import progress
 from residual_steer.errors import DivergedError, SteerError
 from residual_steer.files import as_path, make_folder
 
-from . import checkpoint, randomness
-from .environment import accelerate_as_before, make_accelerator, seed_all, sharded, to_device
-from .evaluation import means, totals
+from . import checkpoint, undisturbed
+from .data_order import BatchStream, Share
+from .evaluation import Evaluation
 from .history import History, Journal
-from .losses import Loss, measure
-from .modes import as_before, train_mode
-from .options import FitOptions
-from .prefix import Prefix
-from .stream import BatchStream
+from .losses import IGNORE, Counts, Loss, Outcome, counting, counts, measure, rows_of
+from .options import Cache, FitOptions, cache_makers
+from .processes import Processes, like, seed_all, to_device, whole
+from .undisturbed import as_before, train_mode
 
 __all__ = ["fit"]
 
@@ -100,7 +99,7 @@ def fit(
             "`thaw` one."
         )
     resumed = _find_resumable(folder, settings)
-    with as_before(model), accelerate_as_before(settings):
+    with as_before(model):
         run = _Run(model, train, steps, lr, loss, optimizer, folder, settings)
         try:
             return run.go(valid, resumed)
@@ -122,51 +121,53 @@ class _Run:
         folder: Path | None,
         options: FitOptions,
     ) -> None:
-        self.model, self.steps, self.loss, self.folder, self.options = model, steps, loss, folder, options
-        self.accelerator = make_accelerator(options, folder)
+        self.steps, self.loss, self.folder, self.options = steps, loss, folder, options
+        self.processes = Processes(options.precision, options.trackers, folder)
+        self.closing = contextlib.ExitStack()
+        self.closing.callback(self.processes.close)
+        with contextlib.ExitStack() as failing:
+            failing.callback(self.close)
+            self._begin(model, train, lr, optimizer)
+            failing.pop_all()
+
+    def _begin(self, model: nn.Module, train: Iterable[Any], lr: float, optimizer: Optimizer | None) -> None:
+        options, processes = self.options, self.processes
         if options.seed is not None:
             seed_all(options.seed)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = optimizer or AdamW(trained.values(), lr=lr, weight_decay=options.weight_decay)
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.trained = {name: p for name, p in trained.items() if id(p) in optimized}
+        params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer or AdamW(params, lr=lr, weight_decay=options.weight_decay)
+        self.identity = {
+            "steps": self.steps,
+            "lr": float(lr),
+            "optimizer": type(self.optimizer).__name__,
+            **_identity(options),
+        }
+        self.wrapped = processes.prepare(model, self.optimizer)
+        self.model = processes.unwrapped(self.wrapped)
+        opened = {name: p for name, p in self.model.named_parameters() if p.requires_grad}  # as they are from now on
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.trained = {name: p for name, p in opened.items() if id(p) in optimized}
         if not self.trained:
             raise SteerError("the optimizer holds no parameter of this model that requires a gradient.")
-        self.open = list(trained.values())
-        self.identity = {"steps": steps, "lr": float(lr), "optimizer": type(optimizer).__name__, **_identity(options)}
-        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        self.sampler = getattr(getattr(train, "batch_sampler", None), "sampler", None)
-        self.train = train
-        self.bare = optimizer  # not as accelerate wraps it
-        self.protection: Any = None
-        self.wrapped, self.optimizer, loader = self._prepare(model, optimizer, train)
-        self.stream = BatchStream(loader)
-        self.prefix = self._make_prefix(loss) if options.cache_prefix is not False else None
+        self.open = list(opened.values())
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.closing.callback(self._set_rates, 1.0)
+        self.scaler = processes.scaler()
+        self.evaluation = Evaluation(self.model, self.loss, processes.device, processes.autocast, processes.sum)
+        with undisturbed.apart() if options.seed is None else contextlib.nullcontext():
+            if options.seed is None:  # one order of the data for all
+                undisturbed.set_state(processes.from_first(undisturbed.get_state(devices=False)))
+            self.stream = BatchStream(Share(train, processes.index, processes.number), options.seed)
+        self.closing.callback(self.stream.close)
+        self.cache = self._make_cache(train) if options.cache_prefix is not False else None
         self.buffers = self._find_buffers()
         if options.seed is not None:
             seed_all(options.seed, device_specific=True)  # dropout differs between processes, the data order does not
         self.step = 0
 
-    def _prepare(self, model: nn.Module, optimizer: Optimizer, train: Any) -> tuple[nn.Module, Optimizer, Any]:
-        try:
-            model, optimizer, loader = self.accelerator.prepare(model, optimizer, train)
-        except ValueError as error:
-            raise SteerError(
-                f"accelerate refused the data: {error} A loader's batch is the global one; its size must be a multiple "
-                f"of the number of processes, here {self.accelerator.num_processes}."
-            ) from error
-        return model, optimizer, loader
-
     def close(self) -> None:
-        """Give the optimizer its learning rates back, and the user's loader its sampler, which accelerate replaced."""
-        if self.protection is not None:
-            self.protection.remove()
-        self._set_rates(1.0)
-        self.stream.close()
-        if self.prefix is not None:
-            self.prefix.close()
-        if self.sampler is not None:
-            self.train.batch_sampler.sampler = self.sampler  # type: ignore[attr-defined]
+        """Give the user's optimizer its learning rates back, his loader its generators, and accelerate its state."""
+        self.closing.close()
 
     def _set_rates(self, factor: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -180,86 +181,102 @@ class _Run:
         if resumed is not None:
             self._restore(resumed)
         if self.options.protect is not None:  # last, with the weights and the device that the steps begin with
-            self.protection = self.options.protect.protect(self.bare)
-        if self.folder is not None and self.accelerator.is_main_process:
+            self.closing.callback(self.options.protect.protect(self.optimizer).remove)
+        main = self.processes.main
+        if self.folder is not None and main:
             make_folder(self.folder)
-        self.accelerator.wait_for_everyone()
-        main = self.accelerator.is_main_process
+        self.processes.every(True)  # wait for the folder
         self.journal = Journal(self.folder if main else None, until=self.step)
         if self.options.trackers:
-            self.accelerator.init_trackers("logs", config={k: str(v) for k, v in self.identity.items()})
-        valid = None if valid is None else self._shard(valid)
+            self.processes.track({k: str(v) for k, v in self.identity.items()})
+        shared = None if valid is None else Share(valid, self.processes.index, self.processes.number)
         every = self.options.checkpoint_every or max(1, self.steps // 10)
-        bar = tqdm(
-            total=self.steps, initial=self.step, unit="step", disable=not (self.options.progress and main), leave=False
-        )
-        with bar:
+        shown = self.options.progress and main
+        with progress(total=self.steps, initial=self.step, unit="step", disable=not shown) as bar:
             train_mode(self.model, self.trained)
             while self.step < self.steps:
                 record = self._advance()
-                bar.update()
                 bar.set_postfix_str(
-                    f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {record['samples_per_s']:.0f} samples/s"
+                    f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {record['samples_per_s']:.0f} samples/s",
+                    refresh=False,
                 )
+                bar.update()
                 last = self.step == self.steps
                 if last or self.step % self.options.log_every == 0:
                     self._record("train", record)
-                if valid is not None and (last or self._due(self.options.eval_every)):
-                    self._record("valid", {"step": self.step, **self._evaluate(valid)})
+                if shared is not None and (last or self._due(self.options.eval_every)):
+                    self._record("valid", {"step": self.step, **self.evaluation.over(shared)})
                 if self.folder is not None and (last or self._due(every)):
                     self._checkpoint(self.folder)
-        if self.options.trackers:
-            self.accelerator.end_training()
-        if self.prefix is not None:
-            self.journal.history.cache = self.prefix.told()
+        if self.cache is not None:
+            self.journal.history.cache = self.cache.report()
         return self.journal.history
 
-    def _make_prefix(self, loss: Loss | None) -> Prefix:
-        if self.accelerator.num_processes > 1:
+    def _make_cache(self, train: Any) -> Cache:
+        if self.processes.number > 1:
             raise SteerError(
                 "`cache_prefix` works on one process, since rows go to others of several in every epoch; here are "
-                f"{self.accelerator.num_processes}. Leave it out, or launch one."
+                f"{self.processes.number}. Leave it out, or launch one."
             )
-        return Prefix(self.wrapped, self.train, loss, self.options)
+        cache = cache_makers[-1](
+            self.wrapped, train, lambda batch: self._measure(batch).loss, self.options, self.processes.precision
+        )
+        self.closing.callback(cache.close)
+        return cache
 
-    def _next_batch(self) -> Any:
-        epoch = self.stream.epoch
-        batch = next(self.stream)
-        if self.prefix is not None and self.stream.epoch != epoch:
-            self.prefix.end_epoch()
-        return batch
+    def _measure(self, batch: Any) -> Outcome:
+        with self.processes.autocast():
+            return measure(self.wrapped, batch, self.loss)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
+    def _next_parts(self) -> tuple[list[tuple[Any, float]], float]:
+        """Return the batches of a step, each with its share of the step's mean, and the rows of all processes.
+
+        A step whose labels count for nothing, on all processes, is no step: the next batches take its place.
+
+        Raises:
+            SteerError: no label of a whole epoch counts.
+        """
+        began = self.stream.epoch
+        while True:
+            parts = [self._next_batch() for _ in range(self.options.accumulate)]
+            found = [counts(batch, self.loss) if here else Counts(0, 0) for batch, here in parts]
+            rows = sum(rows_of(batch) for batch, here in parts if here)
+            every, behind, rows = self.processes.sum(
+                [sum(c.all for c in found), sum(c.behind for c in found), rows]
+            ).tolist()
+            if self.evaluation.first is None and every != behind:
+                differ = any(c.all * behind != c.behind * every or c.behind < 1 <= c.all for c in found)
+                if not self.processes.every(not differ):
+                    self.evaluation.settle(parts[max(range(len(parts)), key=lambda part: found[part].all)][0])
+            total = every if self.evaluation.first else behind
+            if total:
+                weights = [count.weight(self.evaluation.first) / total for count in found]
+                return [(batch, weight) for (batch, _), weight in zip(parts, weights, strict=True)], rows
+            if self.stream.epoch > began + 1:
+                raise SteerError(f"no label of the training data counts: all are {IGNORE}. Look at the labels.")
+
+    def _next_batch(self) -> tuple[Any, bool]:
+        epoch = self.stream.epoch
+        batch = next(self.stream)
+        if self.cache is not None and self.stream.epoch != epoch:
+            self.cache.end_epoch()
+        return batch
+
     def _advance(self) -> dict[str, float]:
         """Take one optimizer step and return its record."""
         started = time.perf_counter()
-        options, parts = self.options, self.options.accumulate
-        factor = options.factor(self.step, self.steps)
+        factor = self.options.factor(self.step, self.steps)
         self._set_rates(factor)
-        self._forget_gradients()
-        buffers = [tensor.clone() for tensor in self.buffers.values()]
-        total: Tensor | None = None
-        rows = 0
-        for part in range(parts):
-            batch = to_device(self._next_batch(), self.accelerator.device)
-            synchronise = part == parts - 1
-            with contextlib.nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
-                with contextlib.nullcontext() if self.prefix is None else self.prefix.over(batch):
-                    outcome = measure(self.wrapped, batch, self.loss)
-                self.accelerator.backward(outcome.loss / parts)
-            value = outcome.loss.detach() / parts
-            total = value if total is None else total + value
-            rows += outcome.rows
-        mean = float(self.accelerator.reduce(total, reduction="mean"))
-        norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), options.clip or math.inf))
-        scaled = self.accelerator.scaler is not None  # fp16 skips steps whose gradient overflows, and goes on
-        if not math.isfinite(mean) or not (math.isfinite(norm) or scaled):
-            for tensor, before in zip(self.buffers.values(), buffers, strict=True):
-                tensor.copy_(before)
-            self._stop(mean, norm)
-        self.optimizer.step()
+        parts, rows = self._next_parts()
+        mean, norm = self._backward(parts)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.step += 1
         seconds = time.perf_counter() - started
         return {
@@ -267,11 +284,46 @@ class _Run:
             "loss": mean,
             "lr": self.peaks[0] * factor,
             "grad_norm": norm,
-            "samples_per_s": rows * self.accelerator.num_processes / seconds,
+            "samples_per_s": rows / seconds,
             "seconds_per_step": seconds,
         }
 
-    def _stop(self, loss: float, norm: float) -> None:
+    def _backward(self, parts: Sequence[tuple[Any, float]]) -> tuple[float, float]:
+        """Fill in the gradients of a step, clipped; return its loss and the gradient's norm before.
+
+        Raises:
+            DivergedError: one of them is not finite; in fp16 a norm at any scale from 1 upwards.
+        """
+        before = [tensor.clone() for tensor in self.buffers.values()]
+        while True:
+            self._forget_gradients()
+            value = torch.zeros((), device=self.processes.device)
+            for part, (batch, weight) in enumerate(parts):
+                moved = to_device(batch if weight else counting(batch, self.loss), self.processes.device)
+                with self.processes.apart(self.wrapped, until=part == len(parts) - 1):
+                    with contextlib.nullcontext() if self.cache is None else self.cache.over(moved):
+                        loss = self._measure(moved).loss
+                    # data parallelism takes the mean over processes of what has to be a sum
+                    scaled = loss * (weight * self.processes.number)
+                    (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()  # type: ignore[no-untyped-call]
+                if weight:
+                    value += loss.detach() * weight
+            mean, norm = float(self.processes.sum(value)), self._clip()
+            if math.isfinite(mean) and math.isfinite(norm):
+                return mean, norm
+            for tensor, kept in zip(self.buffers.values(), before, strict=True):
+                tensor.copy_(kept)
+            if self.scaler is None or not math.isfinite(mean) or self.scaler.get_scale() <= 1:
+                self._stop(mean, norm)
+            self.scaler.update(self.scaler.get_scale() / 2)
+
+    def _clip(self) -> float:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf)
+        return float(whole(norm))
+
+    def _stop(self, loss: float, norm: float) -> NoReturn:
         self._forget_gradients()
         kept = checkpoint.newest(self.folder) if self.folder is not None else None
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient's norm became {norm}"
@@ -285,18 +337,7 @@ class _Run:
         self.journal.add(kind, record)
         if self.options.trackers:
             values = {f"{kind}/{key}": value for key, value in record.items() if key != "step"}
-            self.accelerator.log(values, step=int(record["step"]))
-
-    def _shard(self, loader: Any) -> Any:
-        """Give each process its part of the validation data, no row twice."""
-        if not isinstance(loader, torch.utils.data.DataLoader) or self.accelerator.num_processes == 1:
-            return loader
-        return sharded(loader, self.accelerator.num_processes, self.accelerator.process_index)
-
-    def _evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
-        with as_before(self.model), randomness.apart():
-            sums = totals(self.model, loader, self.loss, self.accelerator.device)
-            return means(self.accelerator.reduce(sums, reduction="sum"))
+            self.processes.log(values, step=int(record["step"]))
 
     def _forget_gradients(self) -> None:
         """Drop every gradient, also of what the optimizer does not hold."""
@@ -308,31 +349,27 @@ class _Run:
         owners = {name.rpartition(".")[0] for name in self.trained}
         found = {}
         for path, module in self.model.named_modules():
-            if path in owners:
-                for name, tensor in module.named_buffers(recurse=False):
-                    if name not in module._non_persistent_buffers_set:
-                        found[f"{path}.{name}" if path else name] = tensor
+            if path in owners and (own := dict(module.named_buffers(recurse=False))):
+                stored = module.state_dict(keep_vars=True)
+                found.update({f"{path}.{name}" if path else name: own[name] for name in own if name in stored})
         return found
 
     def _checkpoint(self, folder: Path) -> None:
-        shared = {
-            "step": self.step,
-            "identity": self.identity,
-            "model": {**self.trained, **self.buffers},  # what trains, and the buffers beside it
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "protect": self.options.protect.state_dict() if self.options.protect is not None else None,
-        }
-        own = {"random": randomness.get_state(), "stream": self.stream.state()}
-        accelerator = self.accelerator
-        checkpoint.write(folder, self.step, shared, own, accelerator.process_index, self._all)
-
-    def _all(self, here: bool) -> bool:
-        """Say whether something is true on every process."""
-        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "mean") == 1.0)
+        shared = whole(
+            {
+                "step": self.step,
+                "identity": self.identity,
+                "model": {**self.trained, **self.buffers},  # what trains, and the buffers beside it
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+                "protect": self.options.protect.state_dict() if self.options.protect is not None else None,
+            }
+        )
+        own = {"random": undisturbed.get_state(), "stream": self.stream.state()}
+        checkpoint.write(folder, self.step, shared, own, self.processes.index, self.processes.every)
 
     def _restore(self, path: Path) -> None:
-        shared, own = checkpoint.read(path, self.accelerator.process_index)
+        shared, own = checkpoint.read(path, self.processes.index)
         changed = [
             f"{key} {shared['identity'].get(key)!r} → {value!r}"
             for key, value in self.identity.items()
@@ -360,11 +397,13 @@ class _Run:
             self.options.protect.load_state_dict(shared["protect"])
         with torch.no_grad():
             for key, tensor in here.items():
-                tensor.copy_(there[key])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(shared["scaler"])
+                tensor.copy_(like(there[key], tensor))
+        for parameter, state in self.optimizer.state.items():
+            state.update({key: like(value, parameter) for key, value in state.items()})
+        if self.scaler is not None:
+            self.scaler.load_state_dict(shared["scaler"])
         self.stream.restore(own["stream"])
-        randomness.set_state(own["random"])
+        undisturbed.set_state(own["random"])
         self.step = shared["step"]
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from residual_steer.errors import SteerError
 
-__all__ = ["FitOptions", "Protector"]
+__all__ = ["Cache", "FitOptions", "Protector", "cache_makers"]
 
 
 @runtime_checkable
@@ -30,6 +32,27 @@ class Protector(Protocol):
         """Take up what `state_dict` returned."""
 
 
+class Cache(Protocol):
+    """What keeps a part of what a model computes, such as `residual_steer.prefix_cache.PrefixCache`."""
+
+    def over(self, batch: Any) -> AbstractContextManager[None]:
+        """Return what a batch is run in."""
+
+    def end_epoch(self) -> None:
+        """Take note that the data were read to their end."""
+
+    def close(self) -> None:
+        """Let go of what is kept."""
+
+    def report(self) -> dict[str, int]:
+        """Return what `History.cache` gives."""
+
+
+# From the model, the data, a function from a batch to its loss, the options and the precision to a cache. The package
+# that knows the models puts it here: this one trains whatever it is given.
+cache_makers: list[Callable[[nn.Module, Any, Callable[[Any], Tensor], FitOptions, str], Cache]] = []
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """What `fit` takes beside model, data, steps and learning rate.
@@ -38,9 +61,10 @@ class FitOptions:
         weight_decay: decoupled weight decay of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
         warmup: steps over which the learning rate rises linearly from 0; a fraction of all steps if below 1.
         schedule: `"cosine"` falls to 0 at the last step, `"constant"` stays.
-        accumulate: batches whose gradients are averaged for one step.
+        accumulate: batches for one step, which is the step of one batch with all their rows.
         clip: largest norm of the gradient; None never clips.
-        precision: `"no"`, `"bf16"` or `"fp16"` autocast; None takes what `accelerate launch` was told.
+        precision: `"no"`, `"bf16"` or `"fp16"` autocast, of the loss too; None takes what accelerate was told. A step
+            whose gradient overflows in fp16 is repeated at a smaller scale.
         eval_every: steps between evaluations on `valid`; None evaluates at the end only.
         checkpoint_every: steps between checkpoints in `save_to`; None writes ten in a run.
         log_every: steps between records.
@@ -54,7 +78,7 @@ class FitOptions:
         protect: a `continual.NullSpace`, or another `Protector`: it corrects the optimizer's steps for as long as the
             run goes on, is saved with its checkpoints, and comes back from them.
         trackers: accelerate's trackers, such as `("tensorboard",)`.
-        progress: show a progress bar.
+        progress: show a progress bar, or in a log a line every few seconds.
 
     Raises:
         SteerError: a value outside its range.

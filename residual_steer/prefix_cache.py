@@ -5,6 +5,9 @@ output through instead of computing it. Where something else than the next block
 the decoder behind an encoder, its output is kept too. Where all that trains in the first block above is a field beside
 it, what the block itself computes is a constant as well, M(z) of eq. 1, and is kept besides, if there is room. A row is
 known by its content, so that shuffling does not matter.
+
+The model itself runs on from there. A module of the upper blocks alone, trained on a dataset of streams, would have to
+repeat what every model does around its blocks: masks, positions, a decoder's reading of its encoder, head and loss.
 """
 
 from __future__ import annotations
@@ -12,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +23,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from residual_steer.errors import SteerError
-from residual_steer.injector import Injector
-from residual_steer.registry import find_backbone
+from ._stream_store import StreamStore, digests, number_of_rows, prefix_key, refuse_augmentation
+from .errors import SteerError
+from .injector import Injector
+from .registry import find_backbone
+from .training.losses import rows_of
+from .training.options import FitOptions, cache_makers
+from .training.undisturbed import apart
 
-from . import randomness
-from .losses import Loss, measure, rows_of
-from .options import FitOptions
-from .prefix_key import digests, number_of_rows, prefix_key, refuse_augmentation
-from .prefix_store import DiskStore, MemoryStore
-
-__all__ = ["Prefix"]
+__all__ = ["PrefixCache"]
 
 GIB = 2**30
 
 
-class Prefix:
+class PrefixCache:
     """Keep what leaves the frozen blocks of a model, and hand it through.
 
     Args:
         model: its backbone has to be a known one.
         train: the training data, looked at for its size and for augmentation.
-        loss: as in `fit`.
+        run: from a batch to its loss, by the model.
         options: `cache_prefix`, True for memory or a folder, and `cache_limit`, in GiB.
+        precision: of the run.
 
     Raises:
         SteerError: nothing is frozen below, or the cache would change the result or grow beyond its limit.
     """
 
-    def __init__(self, model: nn.Module, train: Any, loss: Loss | None, options: FitOptions) -> None:
-        _refuse_compiled(model)
+    def __init__(
+        self, model: nn.Module, train: Any, run: Callable[[Any], Tensor], options: FitOptions, precision: str
+    ) -> None:
+        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+            raise SteerError("`cache_prefix` stands in for blocks, which a compiled model does not ask any more.")
         refuse_augmentation(train)
-        self._model, self._train, self._loss, self._options = model, train, loss, options
+        self._model, self._train, self._run, self._options, self._precision = model, train, run, options, precision
         self._backbone = find_backbone(model)
         blocks = self._backbone.blocks
         training = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
@@ -63,10 +67,12 @@ class Prefix:
                 "trains. Steer the upper blocks only, with `layers`."
             )
         self._frozen = list(blocks[: self.depth])
+        self._seats = [_Seat(block) for block in self._frozen]
+        self._places = _places(model, self._frozen)
         self._above = _steered_beside(blocks[self.depth]) if training else None
         self._hands_above = self._above is not None
         self._ends = [self.depth - 1]  # the last block of every run of frozen blocks that read one from another
-        self._store: MemoryStore | DiskStore | None = None
+        self._store: StreamStore | None = None
         self._spec: TreeSpec | None = None
         self._random: set[nn.Module] = set()  # blocks that drew random numbers
         self._proved = False
@@ -95,7 +101,7 @@ class Prefix:
         leaves = self._leaves(calls, len(keys), self._kept)
         for row, key in enumerate(keys):
             if key not in store:
-                store.add(key, [leaf[row].cpu() for leaf in leaves])
+                store.add(key, [leaf[row].detach().cpu() for leaf in leaves])
 
     def end_epoch(self) -> None:
         """Write what is kept; warn if a second epoch found none of it."""
@@ -114,17 +120,13 @@ class Prefix:
         if self._store is not None:
             self._store.close()
 
-    def told(self) -> dict[str, int]:
-        """Return what `History.cache` tells."""
+    def report(self) -> dict[str, int]:
+        """Return the blocks that are spared, rows and bytes that are kept, batches that were known and were not."""
         rows, size = (0, 0) if self._store is None else (len(self._store), self._store.bytes)
         return {"blocks": self.depth, "rows": rows, "bytes": size, "hits": self.hits, "misses": self.misses}
 
-    def _begin(self, batch: Any) -> MemoryStore | DiskStore:
-        """Check on a first batch that the prefix is constant, estimate the size of all, and open the store.
-
-        Raises:
-            SteerError: it is not, or the streams of all rows would take more than the limit.
-        """
+    def _begin(self, batch: Any) -> StreamStore:
+        """Check on a first batch that the prefix is constant, estimate the size of all, and open the store."""
         rows = rows_of(batch)
         self._ends = self._find_ends(batch)
         runs = [self._run_below(batch, seed) for seed in (0, 1)]
@@ -146,13 +148,10 @@ class Prefix:
                 f"the streams of {number:,} rows, {each:,} bytes each, would take {number * each / GIB:.2g} GiB, and "
                 f"`cache_limit` is {self._options.cache_limit:g}. Raise it, or steer fewer or lower blocks."
             )
-        place = self._options.cache_prefix
-        if isinstance(place, bool):
-            self._store = MemoryStore(limit)
-        else:
-            self._store = DiskStore(
-                Path(place) / prefix_key(self._model, self._frozen, self._above, self._options.precision), limit
-            )
+        place, folder = self._options.cache_prefix, None
+        if not isinstance(place, bool):
+            folder = Path(place) / prefix_key(self._model, self._frozen, self._above, self._precision)
+        self._store = StreamStore(folder, limit)
         return self._store
 
     def _constant_above(self, runs: Sequence[list[Any]], rows: int) -> int | None:
@@ -171,74 +170,59 @@ class Prefix:
         """Return the frozen blocks behind which something else than the next one stands, and the last one."""
         joined: set[int] = set()
         left: dict[int, Tensor] = {}
-        handles = []
-        for index, block in enumerate(self._frozen):
 
-            def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> None:
-                if index - 1 in left and torch.equal(self._backbone.read(args, kwargs), left.pop(index - 1)):
-                    joined.add(index - 1)
+        def below(index: int, args: Any, kwargs: Any) -> Any:
+            if index - 1 in left and torch.equal(self._backbone.read(args, kwargs), left.pop(index - 1)):
+                joined.add(index - 1)
+            output = self._frozen[index](*args, **kwargs)
+            left[index] = self._backbone.left(output)
+            if index == self.depth - 1:
+                raise _ReachedError
+            return output
 
-            def leave(_: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
-                left[index] = self._backbone.left(output)
-
-            handles += [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
-        try:
-            self._run_below(batch, 0)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._run_apart(batch, 0, below, None)
         return [index for index in range(self.depth) if index not in joined]
 
     def _run_below(self, batch: Any, seed: int) -> list[Any]:
-        """Run the model until what is kept has been computed, and return what the ends of runs returned, and that.
-
-        Blocks that draw random numbers on the way are noted: two runs may give the same by chance.
-
-        Raises:
-            SteerError: the loss does not get there.
-        """
+        """Run the model until what is kept has been computed; return what the ends of runs returned, and that."""
         calls: list[Any] = []
-        states: dict[nn.Module, list[Tensor]] = {}
-        last = self._frozen[-1] if self._above is None else self._above
 
-        def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
-            states[block] = self._generators()
-
-        def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not all(map(torch.equal, states[block], self._generators())):
+        def noting(block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            states = self._generators()
+            output = call(*args, **kwargs)
+            if not all(map(torch.equal, states, self._generators())):  # two runs may give the same by chance
                 self._random.add(block)
-            if block is last:
-                if block is self._above:
-                    calls.append(self._copied(output))
-                raise _ReachedError
+            return output
 
-        handles = []
-        with self._undisturbed(), self._watching(calls, above=False), contextlib.suppress(_ReachedError):
-            torch.manual_seed(seed)
-            try:
-                for block in dict.fromkeys((*self._frozen, last)):
-                    handles.append(block.register_forward_pre_hook(enter))
-                    handles.append(block.register_forward_hook(leave, prepend=block is self._above))
-                measure(self._model, batch, self._loss)
-            finally:
-                for handle in handles:
-                    handle.remove()
+        def below(index: int, args: Any, kwargs: Any) -> Any:
+            output = noting(self._frozen[index], self._frozen[index], args, kwargs)
+            if index in self._ends:
+                calls.append(self._copied(output))
+            if index == self.depth - 1 and self._above is None:
+                raise _ReachedError
+            return output
+
+        def above(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            calls.append(self._copied(noting(block, forward, args, kwargs)))
+            raise _ReachedError
+
+        self._run_apart(batch, seed, below, above)
         if not calls:
             raise SteerError("`cache_prefix` needs a loss that calls the model; this one did not reach its blocks.")
         return calls
 
+    def _run_apart(self, batch: Any, seed: int, below: Any, above: Any) -> None:
+        """Run a batch for its first blocks alone, with random numbers of its own."""
+        with self._undisturbed(), contextlib.suppress(_ReachedError), self._standing_in(below, above):
+            torch.manual_seed(seed)
+            self._run(batch)
+
     def _prove(self, batch: Any, keys: Sequence[bytes]) -> None:
-        """Compare one batch that is handed through with the same batch computed from the start.
-
-        Where it is what the first steered block computes that fails, that block is computed from then on.
-
-        Raises:
-            SteerError: the losses, or what was kept, differ by more than rounding.
-        """
+        """Compare one batch that is handed through with the same batch computed from the start, to rounding."""
         calls: list[Any] = []
         with torch.no_grad(), self._undisturbed(), self._watching(calls):
-            expected = float(measure(self._model, batch, self._loss).loss)
-        half = self._options.precision in ("bf16", "fp16") or next(self._model.parameters()).dtype != torch.float32
+            expected = float(self._run(batch))
+        half = self._precision != "no" or next(self._model.parameters()).dtype != torch.float32
         fresh, kept = self._leaves(calls, len(keys), self._kept), self._stored(keys)
         below = len(tree_flatten(calls[: len(self._ends)])[0])
         precision = 3e-2 if half else 1e-4
@@ -251,7 +235,7 @@ class Prefix:
             with contextlib.suppress(Exception):  # whatever the model did with what the block did not compute
                 actual = self._measured(batch, keys)
             self._hands_above = matches(actual) and _equal(kept[below:], fresh[below:], precision)
-        if not self._hands_above:
+        if not self._hands_above:  # the first steered block is computed from now on
             actual = self._measured(batch, keys)
         if not matches(actual):
             raise SteerError(
@@ -267,54 +251,63 @@ class Prefix:
 
     def _measured(self, batch: Any, keys: Sequence[bytes]) -> float:
         with torch.no_grad(), self._undisturbed(), self._handing_through(keys):
-            return float(measure(self._model, batch, self._loss).loss)
+            return float(self._run(batch))
 
-    @contextlib.contextmanager
-    def _watching(self, calls: list[Any], above: bool = True) -> Iterator[None]:
-        def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _watching(self, calls: list[Any]) -> contextlib.AbstractContextManager[None]:
+        """Note what the ends of runs return, and what the block above computes before its field adds to it."""
+
+        def below(index: int, args: Any, kwargs: Any) -> Any:
+            output = self._frozen[index](*args, **kwargs)
+            if index in self._ends:
+                calls.append(self._copied(output))
+            return output
+
+        def above(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
             calls.append(self._copied(output))
+            return output
 
-        handles = [self._frozen[end].register_forward_hook(note) for end in self._ends]
-        if above and self._above is not None:
-            handles.append(self._above.register_forward_hook(note, prepend=True))  # before what its field adds
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self._standing_in(below, above)
 
-    @contextlib.contextmanager
-    def _handing_through(self, keys: Sequence[bytes]) -> Iterator[None]:
+    def _handing_through(self, keys: Sequence[bytes]) -> contextlib.AbstractContextManager[None]:
         """Let every frozen block return what the last one of its run returned for these rows.
 
         What was kept is what its hooks had made of it, those of frozen fields among them; so they do not run again. Of
         the block above it is what they begin with.
         """
         outputs = [] if self._spec is None else tree_unflatten(self._stored(keys), self._spec)
-        names = ("forward", "_forward_hooks", "_forward_pre_hooks")
-        above = self._above if self._hands_above else None
-        replaced = self._frozen if above is None else [*self._frozen, above]
-        own = [(block, {name: block.__dict__[name] for name in names if name in block.__dict__}) for block in replaced]
-        for index, block in enumerate(self._frozen):
-            output = outputs[sum(end < index for end in self._ends)]
-            block.__dict__.update(
-                forward=lambda *_, output=output, **__: output,
-                _forward_hooks=OrderedDict(),
-                _forward_pre_hooks=OrderedDict(),
-            )
-        if above is not None:
-            above.__dict__["forward"] = lambda *_, **__: outputs[-1]
+        which = [sum(end < index for end in self._ends) for index in range(self.depth)]
+        above = (lambda *_: outputs[-1]) if self._hands_above else None
+        return self._standing_in(lambda index, *_: outputs[which[index]], above)
+
+    @contextlib.contextmanager
+    def _standing_in(self, below: Any, above: Any) -> Iterator[None]:
+        """Let a seat stand in the place of every frozen block, and call `below` with its index, args and kwargs.
+
+        The block above keeps its place and its hooks; `above` is called in place of its forward, with both.
+        """
+        block = self._above if above is not None else None
+        own = None if block is None else vars(block).get("forward")
+        for index, seat in enumerate(self._seats):
+            seat.call = lambda args, kwargs, index=index: below(index, args, kwargs)
         try:
+            for parent, name, index in self._places:
+                setattr(parent, name, self._seats[index])
+            if block is not None:
+                forward = block.forward
+                vars(block)["forward"] = lambda *args, **kwargs: above(block, forward, args, kwargs)
             yield
         finally:
-            for block, kept in own:
-                block.__dict__.pop("forward")
-                block.__dict__.update(kept)
+            for parent, name, index in self._places:
+                setattr(parent, name, self._frozen[index])
+            if block is not None:
+                vars(block).pop("forward", None)
+                vars(block).update({} if own is None else {"forward": own})
 
     def _stored(self, keys: Sequence[bytes]) -> list[Any]:
         """Return what is kept of these rows, as one batch, on the model's device."""
         device = next(self._model.parameters()).device
-        rows = [] if self._store is None else self._store.get(keys)
+        rows = [] if self._store is None else [self._store.get(key) for key in keys]
         return [torch.stack(parts).to(device) for parts in zip(*rows, strict=True)]
 
     def _copied(self, output: Any) -> Any:
@@ -332,7 +325,7 @@ class Prefix:
     def _undisturbed(self) -> Iterator[None]:
         """Leave random generators and buffers, such as running statistics, as they were."""
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        with randomness.apart():
+        with apart():
             try:
                 yield
             finally:
@@ -346,11 +339,7 @@ class Prefix:
         return len(self._ends) + (self._above is not None)
 
     def _leaves(self, calls: list[Any], rows: int, expected: int) -> list[Tensor]:
-        """Return the tensors in what as many blocks returned as expected.
-
-        Raises:
-            SteerError: there is more than one call, something trains below, or a tensor is not told apart by row.
-        """
+        """Return the tensors in what as many blocks returned as expected; raise if they are no constants of rows."""
         if len(calls) != expected:
             raise SteerError(
                 "`cache_prefix` needs a loss that calls the model once for a batch; this one called it, or the model "
@@ -365,19 +354,21 @@ class Prefix:
                     f"returned {shape}."
                 )
             if leaf.requires_grad:
+                above = self._above_frozen()
+                names = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in above]
                 raise SteerError(
-                    f"`cache_prefix` would change the result: {self._trained_below()} trains, and the frozen blocks "
-                    "depend on it. Leave it out of `train`."
+                    f"`cache_prefix` would change the result: {', '.join(names[:6]) or 'something'} trains, and the "
+                    "frozen blocks depend on it. Leave it out of `train`."
                 )
         return list(leaves)
 
-    def _trained_below(self) -> str:
-        above = {id(p) for block in find_backbone(self._model).blocks[self.depth :] for p in block.parameters()}
-        names = [name for name, p in self._model.named_parameters() if p.requires_grad and id(p) not in above]
-        return ", ".join(names[:6]) or "something"
+    def _above_frozen(self) -> set[int]:
+        """Return the ids of the modules and parameters of the blocks that are not handed through."""
+        blocks = self._backbone.blocks[self.depth :]
+        return {id(part) for block in blocks for part in (*block.modules(), *block.parameters())}
 
     def _dropouts(self) -> str:
-        above = {id(m) for block in find_backbone(self._model).blocks[self.depth :] for m in block.modules()}
+        above = self._above_frozen()
         names = [
             name
             for name, module in self._model.named_modules()
@@ -388,30 +379,58 @@ class Prefix:
         return f" ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})" if names else ""
 
 
-def _steered_beside(block: nn.Module) -> nn.Module | None:
-    """Return a block if all that trains in it, or is put into it, is beside the whole block."""
-    outside = [part for part in block.children() if isinstance(part, Injector)]
-    apart = {id(module) for part in outside for module in part.modules()}
-    for module in block.modules():
-        if id(module) in apart:
-            continue
-        if isinstance(module, Injector) or any(p is not None and p.requires_grad for p in module._parameters.values()):
-            return None
-    return block
+cache_makers.append(PrefixCache)
 
 
-def _equal(leaves: Sequence[Tensor], others: Sequence[Tensor], precision: float = 1e-5) -> bool:
-    """Say whether two runs gave the same, to a precision of the largest number."""
-    return all(
-        torch.allclose(leaf, other, rtol=10 * precision, atol=precision * float(leaf.abs().max()))
-        for leaf, other in zip(leaves, others, strict=True)
-    )
+class _Seat(nn.Module):
+    """What stands in a block's place: to a model that asks about it, it is that block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        vars(self)["block"] = block  # no child: it has another place
+        self.call: Callable[[Any, Any], Any] = lambda args, kwargs: block(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["block"], name)
+
+    @property
+    def __class__(self) -> Any:
+        return type(vars(self)["block"])
 
 
 class _ReachedError(Exception):
     """The last frozen block is done."""
 
 
-def _refuse_compiled(model: nn.Module) -> None:
-    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
-        raise SteerError("`cache_prefix` hands blocks through by their `forward`, which a compiled model does not ask.")
+def _places(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, str, int]]:
+    """Return every place where one of these blocks stands: the module around it, its name there, and which it is."""
+    index = {id(block): i for i, block in enumerate(blocks)}
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in index:
+            parent, _, name = path.rpartition(".")
+            found.append((model.get_submodule(parent), name, index[id(module)]))
+    return found
+
+
+def _steered_beside(block: nn.Module) -> nn.Module | None:
+    """Return a block if all that trains in it, or is put into it, is beside the whole block."""
+    outside = [part for part in block.children() if isinstance(part, Injector)]
+    apart_from_it = {id(module) for part in outside for module in part.modules()}
+    for module in block.modules():
+        if id(module) in apart_from_it:
+            continue
+        if isinstance(module, Injector) or any(p.requires_grad for p in module.parameters(recurse=False)):
+            return None
+    return block
+
+
+def _equal(leaves: Sequence[Tensor], others: Sequence[Tensor], precision: float = 1e-5) -> bool:
+    """Return whether two runs gave the same, to a precision of the largest number."""
+    return all(
+        torch.allclose(leaf, other, rtol=10 * precision, atol=precision * float(leaf.abs().max()))
+        for leaf, other in zip(leaves, others, strict=True)
+    )

@@ -1,24 +1,127 @@
-"""What a row of data, and a frozen prefix, are known by; so that a stream that was kept is never another one's."""
+"""Where the streams that leave a frozen prefix are kept, and by what a row of data and a prefix are known.
+
+So that a stream that was kept is never another one's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from residual_steer.errors import SteerError
-from residual_steer.injector import Injector
+from .errors import SteerError
+from .files import make_folder
+from .injector import Injector
+from .training.losses import rows_of
+from .training.undisturbed import apart
 
-from . import randomness
-from .losses import rows_of
+__all__ = ["StreamStore", "digests", "number_of_rows", "prefix_key", "refuse_augmentation"]
 
-__all__ = ["digests", "number_of_rows", "prefix_key", "refuse_augmentation"]
+
+class StreamStore:
+    """Rows of tensors by their keys, in SQLite: in memory, or in `streams.sqlite` of a folder.
+
+    What a killed run leaves is as of its last `flush`. A file that is damaged is begun anew.
+
+    Args:
+        folder: made if it is not there; None keeps all in memory.
+        limit: bytes of tensors that are kept at most.
+
+    Raises:
+        SteerError: the folder cannot be written, or is in use by another run.
+    """
+
+    def __init__(self, folder: Path | None, limit: int) -> None:
+        self._place, self.limit = folder, limit
+        if folder is not None:
+            make_folder(folder)
+        path = None if folder is None else folder / "streams.sqlite"
+        try:
+            try:
+                self._sizes = self._open(path)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:  # damaged, which costs no more than computing again
+                self._rows.close()
+                if path is not None:
+                    path.unlink()
+                self._sizes = self._open(path)
+        except (OSError, sqlite3.Error) as error:
+            raise SteerError(
+                f"could not open the cache of streams in {folder}: {error}. Choose a folder that can be written and "
+                "that no other run uses."
+            ) from error
+        self.bytes = sum(self._sizes.values())
+
+    def _open(self, path: Path | None) -> dict[bytes, int]:
+        """Return the sizes of the rows that are there by their keys, once this run alone has them."""
+        self._rows = sqlite3.connect(":memory:" if path is None else path, timeout=0, isolation_level="IMMEDIATE")
+        self._rows.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._rows.execute("BEGIN EXCLUSIVE")
+        self._rows.execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, size INTEGER, content BLOB)")
+        self._rows.commit()
+        if self._rows.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("damaged")
+        return dict(self._rows.execute("SELECT key, size FROM rows"))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def add(self, key: bytes, row: Sequence[Tensor]) -> None:
+        """Keep one row, unless that goes beyond the limit.
+
+        Raises:
+            SteerError: the disk is full.
+        """
+        size = sum(tensor.nbytes for tensor in row)
+        if self.bytes + size > self.limit:
+            return
+        content = safetensors.torch.save({str(i): tensor.contiguous() for i, tensor in enumerate(row)})
+        with self._writing():
+            self._rows.execute("INSERT INTO rows VALUES (?, ?, ?)", (key, size, content))
+        self._sizes[key] = size
+        self.bytes += size
+
+    def get(self, key: bytes) -> list[Tensor]:
+        """Return a row that is here."""
+        (content,) = self._rows.execute("SELECT content FROM rows WHERE key = ?", (key,)).fetchone()
+        tensors = safetensors.torch.load(content)
+        return [tensors[str(i)] for i in range(len(tensors))]
+
+    def flush(self) -> None:
+        """Put everything that was added on the disk.
+
+        Raises:
+            SteerError: the disk is full.
+        """
+        with self._writing():
+            self._rows.commit()
+
+    def close(self) -> None:
+        """Flush, and let others use the folder."""
+        with contextlib.suppress(SteerError):
+            self.flush()
+        self._rows.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise SteerError(f"could not write the cache of streams in {self._place}: {error}.") from error
 
 
 def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module | None, precision: Any) -> str:
@@ -108,7 +211,7 @@ def refuse_augmentation(train: Any) -> None:
     if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
         return
     chosen = sorted({i * (len(dataset) - 1) // 7 for i in range(8)})
-    with randomness.apart():
+    with apart():
         try:
             one, other = (digests(collate([dataset[i] for i in chosen])) for _ in range(2))
         except SteerError:  # said again, with the real batch
