@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ._internals import version
 from .errors import SteerError
+from .field import Projection
 
 __all__ = ["Protected", "Protection", "SecondMoment", "Subspace", "inputs_of", "listed", "unwrapped"]
 
@@ -37,7 +38,7 @@ class SecondMoment:
             the CPU for a device that has none.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Projection) -> None:
         device = linear.weight.device
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.bias, self.count = linear.bias is not None, 0
@@ -123,26 +124,26 @@ class Protected:
     response: Tensor
 
     @classmethod
-    def of(cls, linear: nn.Linear, space: Subspace) -> Protected:
+    def of(cls, linear: Projection, space: Subspace) -> Protected:
         """Protect a map as it is."""
         return cls(space, (_matrix(linear).cpu().double() @ space.basis))
 
-    def extended(self, linear: nn.Linear, space: Subspace) -> Protected:
+    def extended(self, linear: Projection, space: Subspace) -> Protected:
         """Protect a map in more directions; in those that were protected before, as it was then."""
         new = Protected.of(linear, Subspace(space.basis[:, self.response.shape[1] :]))
         return Protected(space, torch.cat([self.response, new.response], dim=1))
 
-    def strayed(self, linear: nn.Linear) -> float:
+    def strayed(self, linear: Projection) -> float:
         """Return how far a map is from what it has to do, relative to its size."""
         matrix = _matrix(linear).cpu().double()
         return float((matrix @ self.space.basis - self.response).norm() / matrix.norm().clamp_min(1e-30))
 
-    def lost(self, linear: nn.Linear) -> bool:
+    def lost(self, linear: Projection) -> bool:
         """Return whether a map is further from what it has to do than its type can round."""
         return self.strayed(linear) > max(_STRAYED, 4 * torch.finfo(linear.weight.dtype).eps)
 
 
-def inputs_of(linear: nn.Linear) -> int:
+def inputs_of(linear: Projection) -> int:
     """Return the inputs of a map; a bias is one more, which is always 1."""
     return linear.in_features + (linear.bias is not None)
 
@@ -175,7 +176,7 @@ class Protection:
     """
 
     def __init__(
-        self, optimizer: Optimizer, linears: Mapping[str, nn.Linear], protected: MutableMapping[str, Protected]
+        self, optimizer: Optimizer, linears: Mapping[str, Projection], protected: MutableMapping[str, Protected]
     ) -> None:
         self._linears, self._protected = linears, protected
         self._near: dict[str, tuple[Protected, Tensor, Tensor]] = {}
@@ -248,13 +249,13 @@ class Protection:
         return basis, response
 
 
-def _marks(linear: nn.Linear) -> list[tuple[int, int]]:
+def _marks(linear: Projection) -> list[tuple[int, int]]:
     """Return what changes when somebody writes to a map's parameters, or puts others in their place."""
     return [(parameter.data_ptr(), version(parameter)) for parameter in linear.parameters()]
 
 
 @torch.no_grad()
-def _matrix(linear: nn.Linear) -> Tensor:
+def _matrix(linear: Projection) -> Tensor:
     """Return [W, b], `(outputs, inputs)`; in fp64 where the device has it."""
     weight = linear.weight
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64

@@ -28,6 +28,7 @@ from ._controller import Steering, steering_of
 from ._subspace import Protected, Protection, SecondMoment, Subspace, inputs_of, listed, unwrapped
 from .diagnostics._table import Table
 from .errors import SteerError
+from .field import Projection
 from .files import as_path, make_folder, write_whole
 from .recording import record, undisturbed
 
@@ -268,7 +269,7 @@ class NullSpace:
             raise SteerError(f"the field {name!r} is not the one that this NullSpace was made for. Make a new one.")
         return base, state
 
-    def _linears(self) -> dict[str, nn.Linear]:
+    def _linears(self) -> dict[str, Projection]:
         """Return the projections of the field by the names of their points."""
         _, state = steering_of(self._model)
         return {
@@ -277,7 +278,7 @@ class NullSpace:
             for side, linear in (("down", field.down), ("up", field.up))
         }
 
-    def _optimized(self, optimizer: Optimizer) -> dict[str, nn.Linear]:
+    def _optimized(self, optimizer: Optimizer) -> dict[str, Projection]:
         """Return the projections that an optimizer holds.
 
         Raises:
@@ -332,7 +333,7 @@ class NullSpace:
 
 
 def _parse(
-    state: Mapping[str, Any], where: Mapping[str, Any], linears: Mapping[str, nn.Linear]
+    state: Mapping[str, Any], where: Mapping[str, Any], linears: Mapping[str, Projection]
 ) -> tuple[dict[str, Protected], dict[str, list[float]]]:
     """Return what is protected at every projection, and the share of every task's energy; raise if it does not fit."""
     if not isinstance(state, Mapping) or state.get("format") != _FORMAT or not isinstance(state.get("points"), Mapping):

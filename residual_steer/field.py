@@ -68,7 +68,7 @@ class Projection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.zero, self._loading = zero, False
+        self.in_features, self.out_features, self.zero, self._loading = inputs, outputs, zero, False
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -76,7 +76,7 @@ class Projection(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Return to the start. The methods of tensors are used, since others switch `torch.nn.init` off."""
-        bound = 0.0 if self.zero else 1 / math.sqrt(self.weight.shape[1])
+        bound = 0.0 if self.zero else 1 / math.sqrt(self.in_features)
         self.weight.uniform_(-bound, bound) if bound else self.weight.zero_()
         if self.bias is not None:
             self.bias.zero_()
@@ -115,7 +115,7 @@ class Projection(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the sizes."""
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 class HRes(nn.Module):
