@@ -103,6 +103,11 @@ class Steering:
                 found[index] = module
         return found
 
+    def stored(self) -> set[int]:
+        """Return the ids of all tensors that are stored with a field, of every field."""
+        own = {id(p) for name in self.specs for p in _parameters(self.fields(name))}
+        return own | {id(tensor) for tensors in self.heads.own.values() for tensor in tensors.values()}
+
     def values(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """Return the base tensors that one field trains, its own."""
         return self.heads.values(name, _base_entries(model))
@@ -251,13 +256,20 @@ class Steering:
     def _check_what_trains(self, model: nn.Module) -> None:
         """In the first call in training mode after a selection, warn of what is not saved, and watch buffers."""
         self.unchecked = False
-        stored = {id(p) for name in self.specs for f in self.fields(name).values() for p in f.parameters()}
-        stored |= {id(tensor) for own in self.heads.own.values() for tensor in own.values()}
-        lost = unsaved(model, stored)
+        lost = unsaved(model, self.stored())
         if lost and self.mix.names:
             warnings.warn(
                 f"{_some(lost)} train too, and `save` does not store what no field opened: they would be lost. Steer "
                 "with `train=[...]` to train them along with a field, or save them yourself.",
+                stacklevel=4,
+            )
+        shut = [
+            n for n in self.specs if self.trains(n) and not any(p.requires_grad for p in _parameters(self.fields(n)))
+        ]
+        if shut:
+            warnings.warn(
+                f"the field {', '.join(shut)} is selected and does not train: somebody closed its parameters since, as "
+                "`get_peft_model` does. Select it again with `use`, or `freeze` it.",
                 stacklevel=4,
             )
         owners = {id(module) for module, _, _ in self.frozen.statistics}
@@ -331,6 +343,10 @@ class _Watch:
                 f"backward() reached field {self._name!r} after a selection was made in which it does not train: its "
                 "gradient would be lost. Call backward() before the selection changes, inside the `with`."
             )
+
+
+def _parameters(fields: Mapping[int, HRes]) -> list[nn.Parameter]:
+    return [parameter for module in fields.values() for parameter in module.parameters()]
 
 
 def _some(names: list[str]) -> str:

@@ -61,7 +61,9 @@ class Frozen:
                     parameter.requires_grad_(False)
         _log.info("froze %d tensors of a %s", len(self.closed), type(model).__name__)
         for module in model.modules():
-            if getattr(module, "running_mean", None) is None:
+            if getattr(module, "running_mean", None) is None or any(
+                p.requires_grad for p in module.parameters(recurse=False)
+            ):
                 continue
             instance = isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
             attribute = "momentum" if instance else "track_running_stats"

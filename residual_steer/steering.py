@@ -11,7 +11,7 @@ from torch import nn
 
 from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steering_of
 from ._internals import is_compiled
-from .backbone import Backbone
+from .backbone import Backbone, execution_device
 from .config import FieldConfig, check_name, check_ranks, check_site, match_train
 from .errors import SteerError
 from .injector import Injector
@@ -134,6 +134,10 @@ def install(model: nn.Module, state: Steering, spec: FieldConfig) -> None:
                 f"site {spec.site!r} is not there in block {index} ({type(state.backbone.blocks[index]).__name__}), "
                 f"only in layers={there}: name these or some of them, or choose another site."
             )
+    tensors = base_tensors(model)
+    away = [key for key in spec.train if tensors[key].is_meta]
+    if away and all(execution_device(state.backbone.blocks[index]).type != "meta" for index in spec.ranks):
+        raise SteerError(f"{away[0]}, which is to train along, is offloaded. Keep it on a device: `device_map`.")
     points = [state.backbone.point(index, spec.site) for index in spec.ranks]
     if len({id(point) for point in points}) < len(points):
         raise SteerError(

@@ -138,7 +138,8 @@ def load(
             )
         check_site(spec.site, state.backbone)
         base = base_tensors(base_model)
-        _check_device(state, spec, base)
+        if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
+            raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
         spec, wanted = _needs(base, state, spec)
         keys = _match(wanted, stored.shapes)
         tensors = stored.read()  # now that what the header says is what this model holds, and no more
@@ -190,9 +191,7 @@ def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldCo
     _match(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
         _as_type(key, tensor, wanted[key])
-    stored = {id(p) for each in state.specs for f in state.fields(each).values() for p in f.parameters()}
-    stored |= {id(tensor) for own in state.heads.own.values() for tensor in own.values()}
-    lost = unsaved(base, stored)
+    lost = unsaved(base, state.stored())
     if lost:
         warnings.warn(
             f"{_some(lost)} require a gradient and belong to no field, so they are not stored with it. Steer with "
@@ -212,15 +211,6 @@ def _in_place(module: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _check_device(state: Steering, spec: FieldConfig, base: Mapping[str, Tensor]) -> None:
-    """Raise if the model has no values where a field would stand, or offloaded ones where it trains the base's."""
-    if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
-        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
-    away = [key for key in spec.train if key in base and base[key].is_meta]
-    if away:
-        raise SteerError(f"{_some(away)}, trained along with the field, is offloaded here. Keep it on a device.")
 
 
 def _find(folder: str | Path, revision: str | None) -> Path:

@@ -428,8 +428,10 @@ def test_lora_and_a_field_train_together_in_both_orders(first, tmp_path):
     else:
         rs.steer(model, rank=2)
         whole = peft.get_peft_model(model, config)
-        for parameter in rs.parameters(whole):
-            parameter.requires_grad_(True)  # PEFT closes whatever is not its own
+        whole.train()
+        with pytest.warns(UserWarning, match="'?default'? is selected and does not train: somebody closed"):
+            case.loss(whole)  # PEFT closes whatever is not its own
+        rs.use(whole, "default")
     lora = [p for n, p in whole.named_parameters() if "lora_" in n]
     for _ in range(2):  # the second time after another selection
         assert all(p.requires_grad for p in lora)
@@ -621,6 +623,8 @@ def test_fields_stand_where_blocks_execute_and_meta_on_purpose_stays_meta():
     cpu_offload(model, execution_device="cpu")
     rs.steer(model, rank=2)
     assert all(p.device.type == "cpu" for p in rs.parameters(model))
+    with pytest.raises(rs.SteerError, match="which is to train along, is offloaded"):
+        rs.steer(model, rank=2, name="b", train="lm_head")
     meta = rs.steer(TABLE["gpt2"].build().to("meta"), rank=2)
     assert all(p.is_meta for p in rs.parameters(meta))
     with pytest.raises(rs.SteerError, match="no value: it is on the meta device"):
