@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
+LOCK ?= -c constraints.txt
 RESULTS ?= runs/claims
 
-.PHONY: demo serve bench bench-loreft coverage claims claims-recall claims-tasks test test-oldest check format clean
+.PHONY: demo serve bench bench-loreft coverage claims claims-recall claims-tasks test test-newest test-oldest check format \
+	lock clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
 	$(BIN)/python examples/compare_transformer_mamba.py
@@ -49,12 +52,17 @@ claims-tasks: $(VENV)/installed
 	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/inspect_steering.py --out $(RESULTS)
 	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/latent_ablation.py --out $(RESULTS)
 
-test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests
+test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests, with the releases that constraints.txt names
 	$(BIN)/python -m pytest -n 2
 
+test-newest:  ## Run all tests with the newest releases of everything, resolved afresh: whether an upstream release broke us
+	rm -rf $(NEWEST)
+	$(MAKE) --no-print-directory test VENV=$(NEWEST) LOCK=
+
 # torch 2.6 cannot trace a model of transformers.
-test-oldest: $(OLDEST)/installed  ## Run the contract with the oldest releases that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_discovery*.py
+test-oldest: $(OLDEST)/installed  ## Run what meets other libraries with the oldest releases that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_discovery*.py \
+		tests/test_caches.py tests/test_backbones*.py tests/test_baselines*.py tests/test_scan.py tests/test_storage.py
 
 check: $(VENV)/installed  ## Lint, format and types, without changing anything
 	$(BIN)/ruff check .
@@ -66,12 +74,18 @@ format: $(VENV)/installed  ## Put imports and layout in order
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/installed: pyproject.toml
+lock:  ## Resolve afresh and write constraints.txt
+	$(PYTHON) .ci/lock.py > constraints.new
+	mv constraints.new constraints.txt
+
+# What builds the package is of the lock too, so nothing is built in isolation, where pip would take the newest.
+$(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Making $(VENV) and installing torch, transformers, timm and the rest: several GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK) "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK) --no-build-isolation -e ".[dev]"
 	@touch $@
 
 $(OLDEST)/installed: pyproject.toml .ci/oldest.py
@@ -83,7 +97,7 @@ $(OLDEST)/installed: pyproject.toml .ci/oldest.py
 	@touch $@
 
 # The real mamba_ssm blocks, for the tests. On a machine without CUDA its Python code is installed without kernels.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK) --no-build-isolation --no-deps
 $(VENV)/mamba-ssm: $(VENV)/installed
 	@if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
 		echo "Compiling mamba-ssm and causal-conv1d for this GPU: half an hour and more."; \

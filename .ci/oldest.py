@@ -16,30 +16,29 @@ except ModuleNotFoundError:  # Python 3.10; the pins are needed before anything 
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-BOUND = re.compile(r"^([A-Za-z0-9_.-]+)>=([0-9.]+)$")
+BOUND = re.compile(r"^([A-Za-z0-9_.-]+)>=([0-9.]+)( *;.+)?$")
 # Our bounds on these hold where no extra is installed; the oldest transformers and datasets need newer ones.
 FREE = ("huggingface_hub", "tqdm")
 
 
 def pins(project: dict, free: Collection[str] = FREE) -> list[str]:
-    """Return the requirements of the library and of its extra `all`, pinned, and those of `dev` as they are.
+    """Return the requirements of the library and of the extras that `dev` names, pinned, and the others of `dev`.
 
     Args:
         project: the table `project` of pyproject.toml.
         free: names of packages that are not pinned.
     """
     extras = project["optional-dependencies"]
-    pinned = [_pin(text, free) for text in (*project["dependencies"], *_flat(extras, "all", project["name"]))]
-    return pinned + [text for text in extras["dev"] if not text.startswith(f"{project['name']}[")]
+    own = re.compile(rf"{re.escape(project['name'])}\[(.+)\]")
 
+    def flat(text: str) -> list[str]:
+        """Return a requirement, or those of the extras that it names."""
+        named = own.fullmatch(text)
+        return [x for part in named[1].split(",") for y in extras[part.strip()] for x in flat(y)] if named else [text]
 
-def _flat(extras: dict, name: str, own: str) -> list[str]:
-    """Return the requirements of an extra, with those of the extras that it names."""
-    found = []
-    for text in extras[name]:
-        named = re.fullmatch(rf"{re.escape(own)}\[(.+)\]", text)
-        found += [x for part in named[1].split(",") for x in _flat(extras, part.strip(), own)] if named else [text]
-    return found
+    rest = [text for text in extras["dev"] if not own.fullmatch(text)]
+    run = [*project["dependencies"], *(x for text in extras["dev"] if text not in rest for x in flat(text))]
+    return [*dict.fromkeys(_pin(text, free) for text in run), *rest]
 
 
 def _pin(text: str, free: Collection[str]) -> str:
@@ -51,7 +50,7 @@ def _pin(text: str, free: Collection[str]) -> str:
     bound = BOUND.match(text)
     if bound is None:
         raise SystemExit(f"a lower bound is written name>=version; pyproject.toml has {text!r}.")
-    return text if bound[1] in free else f"{bound[1]}=={bound[2]}.*"
+    return text if bound[1] in free else f"{bound[1]}=={bound[2]}.*{bound[3] or ''}"
 
 
 if __name__ == "__main__":

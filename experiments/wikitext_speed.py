@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import math
 import statistics
 import sys
@@ -31,6 +30,7 @@ from torch.utils.data import DataLoader
 import residual_steer as rs
 from benchmarks.counters import count, flops
 from benchmarks.rounds import Rounds, Spread, Variant, play
+from residual_steer._caches import cache_of, cache_parameter
 from residual_steer.data import TokenBlocks, wikitext
 from residual_steer.training import evaluate
 
@@ -162,20 +162,12 @@ def time_phases(
 
 def read(model: nn.Module, ids: Tensor) -> Any:
     """Read a text; return the cache that this leaves."""
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    return output[cache_name(model)]
+    return cache_of(model(input_ids=ids, use_cache=True, logits_to_keep=1))
 
 
 def write(model: nn.Module, token: Tensor, cache: Any) -> Any:
     """Go on by one token of every row; return the cache."""
-    name = cache_name(model)
-    return model(input_ids=token, use_cache=True, **{name: cache})[name]
-
-
-def cache_name(model: nn.Module) -> str:
-    """Return the keyword under which a model of transformers takes and returns its cache, which goes by its release."""
-    taken = inspect.signature(model.forward).parameters
-    return next(name for name in ("cache", "cache_params", "past_key_values") if name in taken)
+    return cache_of(model(input_ids=token, use_cache=True, **{cache_parameter(model): cache}))
 
 
 def relative(times: Mapping[str, list[float]], name: str, reference: str) -> Spread:
