@@ -297,3 +297,69 @@ def test_the_frozen_prefix_of_a_model_that_auto_found_is_kept():
     history = rs.fit(model, data, steps=4, loss=loss, cache_prefix=True)
     assert history.cache["blocks"] == 2
     assert history.cache["hits"] == 2
+
+
+def odd(name):
+    """Build a model of a class that a family describes, by options that leave its blocks out."""
+    import timm
+    import transformers
+
+    ids = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 16}
+    ids |= {"num_hidden_layers": 0, "num_attention_heads": 2}
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "num_classes": 3}
+    if name in {"GPT2LMHeadModel", "MambaForCausalLM", "JambaForCausalLM", "LlamaModel", "RwkvModel"}:
+        model = getattr(transformers, name)
+        return model(model.config_class(**ids))
+    if name == "VisionTransformer":
+        return timm.models.VisionTransformer(**shape, depth=0, num_heads=2)
+    if name == "SwinTransformer":
+        return timm.models.SwinTransformer(**shape, depths=(0, 0), num_heads=(2, 2), window_size=2)
+    if name == "ConvNeXt":
+        return timm.models.ConvNeXt(depths=(0, 0, 0, 0), dims=(4, 4, 4, 4))
+    return timm.create_model(name, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("VisionTransformer", "vit"),
+        ("SwinTransformer", "swin"),
+        ("ConvNeXt", "resnet"),
+        ("mobilenetv1_100", "resnet"),
+        ("GPT2LMHeadModel", "gpt2"),
+        ("LlamaModel", "llama"),
+        ("MambaForCausalLM", "mamba"),
+        ("JambaForCausalLM", "hybrid"),
+        ("RwkvModel", "recurrent"),
+        ("vgg11", None),
+    ],
+)
+def test_a_model_without_residual_blocks_is_told_what_was_looked_at(name, family):
+    model = odd(name)
+    with pytest.raises(rs.SteerError, match=r"no residual stream was found in \w+: of \d+ modules") as caught:
+        rs.steer(model)
+    assert "register_backbone('mine'" in str(caught.value)
+    if family is not None:
+        assert f"'{family}' describes " in str(caught.value)
+        with pytest.raises(rs.SteerError, match=rf"'{family}' describes .* is laid out otherwise"):
+            rs.steer(model, family)
+
+
+@pytest.mark.parametrize("fails", [lambda model: model.layers, lambda model: model.blocks[7], lambda model: next(iter(()))])
+def test_what_a_family_cannot_describe_goes_to_discovery(fails):
+    @rs.register_backbone("proper", matches=["test_registry.Proper"])
+    def proper(model):
+        return rs.Backbone(blocks=fails(model), width=4)
+
+    assert (rs.find_backbone(Proper()).name, len(rs.find_backbone(Proper()).blocks)) == ("auto", 3)
+    with pytest.raises(rs.SteerError, match=r"'proper' describes test_registry.Proper, .* otherwise \(\w+: ?.*\)"):
+        rs.find_backbone(Proper(), "proper")
+
+
+def test_a_family_that_refuses_a_model_has_the_last_word():
+    @rs.register_backbone("proper", matches=["test_registry.Proper"])
+    def proper(model):
+        raise rs.SteerError("not this one")
+
+    with pytest.raises(rs.SteerError, match=r"^not this one$"):
+        rs.find_backbone(Proper())

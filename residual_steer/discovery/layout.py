@@ -106,7 +106,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _typed(module: nn.Module) -> int | None:
     """Return the dimension that a layer of torch counts features in."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return -1
     channels_first = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

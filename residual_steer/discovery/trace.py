@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from residual_steer.nested import dense
+
 from .graph import Edge, edge_of
 from .place import Path, tensors
 
@@ -33,7 +35,7 @@ class Value:
     @classmethod
     def all(cls, tree: Any) -> list[Value]:
         """Return the values of the floating tensors in a tree."""
-        return [cls(path, tuple(t.shape), edge_of(t), t) for path, t in tensors(tree)]
+        return [cls(path, tuple(dense(t).shape), edge_of(t), t) for path, t in tensors(tree)]
 
 
 @dataclass
