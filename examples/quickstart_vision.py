@@ -28,7 +28,7 @@ def loaders(classes, side):
     for split in ("train", "test"):
         x, y = digits(classes, split).tensors
         x = x if side == 8 else F.interpolate(x, (side, side)).expand(-1, 3, -1, -1)
-        found.append(DataLoader(TensorDataset(x, y), batch_size=32, shuffle=split == "train"))
+        found.append(DataLoader(TensorDataset(x, y), batch_size=64, shuffle=split == "train"))
     return found
 
 
@@ -55,7 +55,7 @@ def main(arguments=None):
     untrained = copy.deepcopy(model)
     rs.steer(model, rank=options.rank, train="head")  # a field beside every block, and the head; all else is frozen
     print(rs.summary(model))
-    rs.fit(model, train, steps=options.steps, lr=1e-2)
+    rs.fit(model, train, steps=options.steps, lr=2e-2)
     print(f"digits 5–9: {evaluate(model, test)['accuracy']:.1%}")
 
     rs.save(model, options.out)  # the head is saved with its field
