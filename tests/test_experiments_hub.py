@@ -273,5 +273,3 @@ def test_squads_verdict_on_claim_9(values, word):
     entries = {name: entry(name, values) for name in ("H-Res", "LoRA", "prompt")}
     found = verdicts([subject("gpt2"), subject("mamba", recurrent=True)], [entries, entries], 100)
     assert [(v.claim, v.verdict) for v in found[1:]] == [(9, word)]
-
-
