@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here
 	$(BIN)/python examples/compare_transformer_mamba.py
 
 serve: $(VENV)/installed  ## Serve many tasks in one batch from one frozen backbone, each row by its own field
-	$(BIN)/python examples/serve_many_tasks.py
+	$(BIN)/python examples/many_tasks.py
 
 bench: $(VENV)/installed  ## What steering costs, on a quiet machine; half an hour. RESUME=1 goes on; writes BENCHMARKS.md
 	$(BIN)/python benchmarks/bench.py $(if $(RESUME),--resume)
@@ -40,17 +40,17 @@ coverage: $(VENV)/installed  ## Which architectures steer(model) reaches: COVERA
 
 claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is needed; goes on where it was interrupted
 	$(MAKE) --no-print-directory -j 2 claims-recall claims-tasks
-	$(BIN)/python examples/wikitext_speed.py --random-weights --out $(RESULTS)
-	$(BIN)/python -m residual_steer.report $(RESULTS) --claims CLAIMS.md
+	$(BIN)/python -m experiments.wikitext_speed --random-weights --out $(RESULTS)
+	$(BIN)/python -m experiments.report $(RESULTS) --claims CLAIMS.md
 
 # Small models gain nothing from a second thread, so two experiments share the machine; their bars stand on two lines.
 claims-recall: $(VENV)/installed
-	OMP_NUM_THREADS=1 TQDM_POSITION=0 $(BIN)/python examples/retrieval.py --out $(RESULTS)
-	OMP_NUM_THREADS=1 TQDM_POSITION=0 $(BIN)/python examples/continual.py --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=0 $(BIN)/python -m experiments.retrieval --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=0 $(BIN)/python -m experiments.continual --out $(RESULTS)
 claims-tasks: $(VENV)/installed
-	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/compare_transformer_mamba.py --baselines --out $(RESULTS)
-	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/inspect_steering.py --out $(RESULTS)
-	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python examples/latent_ablation.py --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python -m experiments.compare_methods --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python -m experiments.inspect_steering --out $(RESULTS)
+	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python -m experiments.latent_ablation --out $(RESULTS)
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests, with the releases that constraints.txt names
 	$(BIN)/python -m pytest -n 2

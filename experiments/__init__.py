@@ -1,1 +1,1 @@
-"""The paper's claims, tested: one script a claim, run as `python -m experiments.NAME`, and a report of what was found."""
+"""The paper's claims, tested: one script a claim (`python -m experiments.NAME`), and a report of what was found."""

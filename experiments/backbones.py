@@ -94,11 +94,7 @@ def quicker(recipe: Recipe) -> Recipe:
 
 
 def get_backbone(name: str, cache: Path, quick: bool = False) -> nn.Module:
-    """Return a backbone in evaluation mode, from the cache or pre-trained now; say what it reaches on its own data.
-
-    Raises:
-        SteerError: the cache cannot be written, or the data is not there.
-    """
+    """Return a backbone in evaluation mode, from the cache or pre-trained now; say what it reaches on its own data."""
     recipe = quicker(RECIPES[name]) if quick else RECIPES[name]
     train, valid = pretraining_data(name)
 
@@ -218,31 +214,18 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Task:
-    """A backbone and what it is adapted to.
+    """A backbone and what it is adapted to."""
 
-    Attributes:
-        backbone: its name.
-        about: what it is adapted from and to.
-        kind: `"text"`, measured in bits per byte, or `"images"`, measured by accuracy in %.
-        fresh: returns the pre-trained model, each time a new one; a classifier has a new head.
-        head: name of that head, None for text.
-        train: training data.
-        valid: validation data.
-        batch: windows, or images, of a step.
-        steps: optimizer steps, the same for every method.
-        tokens_per_byte: of the text, to turn a loss per token into bits per byte.
-    """
-
-    backbone: str
-    about: str
-    kind: str
-    fresh: Callable[[], nn.Module]
-    head: str | None
-    train: Dataset[Any]
-    valid: Dataset[Any]
-    batch: int
-    steps: int
-    tokens_per_byte: float = 1.0
+    backbone: str  # its name
+    about: str  # what it is adapted from and to
+    kind: str  # `"text"`, measured in bits per byte, or `"images"`, measured by accuracy in %
+    fresh: Callable[[], nn.Module]  # returns the pre-trained model, each time a new one; a classifier has a new head
+    head: str | None  # name of that head, None for text
+    train: Dataset[Any]  # training data
+    valid: Dataset[Any]  # validation data
+    batch: int  # windows, or images, of a step
+    steps: int  # optimizer steps, the same for every method
+    tokens_per_byte: float = 1.0  # of the text, to turn a loss per token into bits per byte
 
     @property
     def unit(self) -> str:

@@ -59,61 +59,36 @@ DEFAULT = 0.999  # of NullSpace, on which the verdict is
 
 @dataclass(frozen=True)
 class Lesson:
-    """One task of a course.
+    """One task of a course."""
 
-    Attributes:
-        name: as in tables.
-        train: gives a loader of training data.
-        score: what a model reaches on its test data.
-        loss: as in `fit`.
-    """
-
-    name: str
-    train: Callable[[], DataLoader[Any]]
-    score: Callable[[nn.Module], float]
-    loss: Callable[[nn.Module, Any], Tensor] | None = None
+    name: str  # as in tables
+    train: Callable[[], DataLoader[Any]]  # gives a loader of training data
+    score: Callable[[nn.Module], float]  # what a model reaches on its test data
+    loss: Callable[[nn.Module, Any], Tensor] | None = None  # as in `fit`
 
 
 @dataclass(frozen=True)
 class Course:
-    """A backbone and the tasks that it learns, in this order.
+    """A backbone and the tasks that it learns, in this order."""
 
-    Attributes:
-        name: of the backbone.
-        fresh: from a seed to the model.
-        lessons: the tasks.
-        head: what trains with a field.
-        unit: of the scores.
-        better: `"up"` or `"down"`.
-        rate: peak learning rate, the same with and without protection.
-        steps: of each task.
-        seeds: how many at most; text differs little between them.
-    """
-
-    name: str
-    fresh: Callable[[int], nn.Module]
-    lessons: Sequence[Lesson]
-    head: tuple[str, ...]
-    unit: str
-    better: str
-    rate: float
-    steps: int
-    seeds: int
+    name: str  # of the backbone
+    fresh: Callable[[int], nn.Module]  # from a seed to the model
+    lessons: Sequence[Lesson]  # the tasks
+    head: tuple[str, ...]  # what trains with a field
+    unit: str  # of the scores
+    better: str  # `"up"` or `"down"`
+    rate: float  # peak learning rate, the same with and without protection
+    steps: int  # of each task
+    seeds: int  # how many at most; text differs little between them
 
 
 @dataclass(frozen=True)
 class Way:
-    """How tasks are learned one after another.
+    """How tasks are learned one after another."""
 
-    Attributes:
-        name: as in tables.
-        energy: that a null space protects; None protects nothing.
-        apart: whether each task gets a field of its own.
-    """
-
-    name: str
-    energy: float | None = None
-    apart: bool = False
+    name: str  # as in tables
+    energy: float | None = None  # that a null space protects; None protects nothing
+    apart: bool = False  # whether each task gets a field of its own
 
 
 WAYS = [

@@ -27,19 +27,12 @@ LOST = "cannot be said, since a run diverged"
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment is.
+    """What an experiment is."""
 
-    Attributes:
-        name: of its files.
-        title: of its section in the report.
-        about: what is done, for the report; the script's docstring says the same to who runs it.
-        seeds: how many by default.
-    """
-
-    name: str
-    title: str
-    about: str
-    seeds: int = 3
+    name: str  # of its files
+    title: str  # of its section in the report
+    about: str  # what is done, for the report; the script's docstring says the same to who runs it
+    seeds: int = 3  # how many by default
 
 
 @dataclass

@@ -136,11 +136,7 @@ def _of_transformers(name: str, classes: int, random: bool) -> tuple[nn.Module, 
 
 
 def tasks_of(options: argparse.Namespace) -> list[Task]:
-    """Return a task for every `--model`, or for the small backbones, all of them or those that `--data` suits.
-
-    Raises:
-        SteerError: a model or data that cannot be had or don't fit each other.
-    """
+    """Return a task for every `--model`, or for the small backbones, all of them or those that `--data` suits."""
     if not options.model and not options.data:
         return small_tasks(options.cache, options.quick)
     data = read_data(options.data, options.cache) if options.data else None
@@ -167,11 +163,7 @@ def on_data(task: Task, data: Text | Images, about: str) -> Task:
 
 
 def model_task(name: str, data: Text | Images | None, about: str) -> Task:
-    """Return the task of a causal language model or an image classifier, from the Hub or a folder.
-
-    Raises:
-        SteerError: it cannot be had, is neither, or the data is of the other kind.
-    """
+    """Return the task of a causal language model or an image classifier, from the Hub or a folder."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
@@ -251,11 +243,7 @@ def images_of_digits() -> Images:
 
 
 def read_data(name: str, cache: Path) -> Text | Images:
-    """Return text or images from a local file or folder, or from the Hub.
-
-    Raises:
-        SteerError: it is not there, cannot be read, or has neither text nor labelled images.
-    """
+    """Return text or images from a local file or folder, or from the Hub."""
     path = Path(name).expanduser()
     if not path.exists():
         repository, _, config = name.partition(":")
@@ -268,11 +256,7 @@ def read_data(name: str, cache: Path) -> Text | Images:
 
 
 def understand(name: str, parts: dict[str, Any]) -> Text | Images:
-    """Find the pictures or the text in a data set's columns.
-
-    Raises:
-        SteerError: it has neither.
-    """
+    """Find the pictures or the text in a data set's columns."""
     import datasets
 
     train = parts["train"] if "train" in parts else next(iter(parts.values()))
@@ -302,11 +286,7 @@ def join(texts: Any) -> str:
 
 
 def last_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return what tables call models or data, and the names or paths they were given by.
-
-    Raises:
-        SteerError: two have the same last name.
-    """
+    """Return what tables call models or data, and the names or paths they were given by."""
     found = {Path(path).name: path for path in paths}
     if len(found) < len(paths):
         raise rs.SteerError(f"every model and data set has another last name; received {', '.join(paths)}.")
@@ -323,11 +303,7 @@ def fingerprint(values: Iterable[torch.Tensor]) -> str:
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn the many errors of downloading and reading into one line that says what to do.
-
-    Raises:
-        SteerError: in their place.
-    """
+    """Turn the many errors of downloading and reading into one line that says what to do."""
     print(f"reading {what}", flush=True)
     try:
         yield

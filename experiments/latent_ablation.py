@@ -153,11 +153,7 @@ def table_2(problem: Problem, entries: list[Entry]) -> Table:
 
 
 def check_counts(entries: list[Entry]) -> None:
-    """Hold our parameter counts against those that the paper's configuration must have.
-
-    Raises:
-        SteerError: one differs.
-    """
+    """Hold our parameter counts against those that the paper's configuration must have."""
     for entry in entries:
         wanted = COUNTS.get(entry.arm.name)
         if wanted is not None and entry.runs and entry.runs[0].trainable != wanted:

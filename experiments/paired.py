@@ -16,17 +16,11 @@ __all__ = ["Difference", "difference"]
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, with its 95 % interval (Student's t).
+    """The mean of paired differences, with its 95 % interval (Student's t)."""
 
-    Attributes:
-        mean: of one minus other.
-        margin: half the width of the interval; infinite for a single pair.
-        count: number of pairs.
-    """
-
-    mean: float
-    margin: float
-    count: int
+    mean: float  # of one minus other
+    margin: float  # half the width of the interval; infinite for a single pair
+    count: int  # number of pairs
 
     @property
     def sign(self) -> int:

@@ -24,40 +24,31 @@ Score = Callable[[nn.Module, str, int], dict[str, float]]
 class Problem:
     """A frozen backbone and what it is to be adapted to.
 
-    Attributes:
-        name: as in tables.
-        fresh: from a seed to a new copy of the backbone, its untrained parts, such as a new head, made from that seed.
-        train: from a seed to a loader of training data, as `fit` takes it.
-        score: from a model, a split, `"valid"` or `"test"`, and a seed to numbers by name. The learning rate is chosen
-            on the first split and the result is taken from the second.
-        metric: which of these numbers counts.
-        better: `"up"` if more of it is better, `"down"` if less.
-        steps: optimizer steps, the same for every method.
-        identity: plain values that tell this problem from every other: sizes, seeds, a digest of the backbone's
-            weights. With equal ones a finished run is read back instead of made again, whatever code `fresh`, `train`,
-            `score` and `loss` have become: count up a version in it when they change.
-        train_also: names of base modules that every method trains, such as a new classifier.
-        loss: as in `fit`.
-        fit: other options of `fit`, plain values; not `seed` and `resume`, which are the study's.
-        retrain: from a seed to the loader that the runs of the chosen learning rate train on, where that is another
-            than `train`: in VTAB-1k the validation images are trained on too, once they have chosen. Then what chooses
-            is measured on validation data alone, and what is reported on test data alone.
-
     Raises:
         SteerError: `better` is another word, `steps` is below 1, or `fit` holds what it may not.
     """
 
-    name: str
+    name: str  # as in tables
+    # from a seed to a new copy of the backbone, its untrained parts, such as a new head, made from that seed
     fresh: Callable[[int], nn.Module]
-    train: Callable[[int], Iterable[Any]]
+    train: Callable[[int], Iterable[Any]]  # from a seed to a loader of training data, as `fit` takes it
+    # from a model, a split, `"valid"` or `"test"`, and a seed to numbers by name. The learning rate is chosen on the
+    # first split and the result is taken from the second
     score: Score
-    metric: str
-    better: str
-    steps: int
+    metric: str  # which of these numbers counts
+    better: str  # `"up"` if more of it is better, `"down"` if less
+    steps: int  # optimizer steps, the same for every method
+    # plain values that tell this problem from every other: sizes, seeds, a digest of the backbone's weights. With
+    # equal ones a finished run is read back instead of made again, whatever code `fresh`, `train`, `score` and `loss`
+    # have become: count up a version in it when they change
     identity: Mapping[str, Any]
-    train_also: tuple[str, ...] = ()
-    loss: Loss | None = None
+    train_also: tuple[str, ...] = ()  # names of base modules that every method trains, such as a new classifier
+    loss: Loss | None = None  # as in `fit`
+    # other options of `fit`, plain values; not `seed` and `resume`, which are the study's
     fit: Mapping[str, Any] = field(default_factory=dict)
+    # from a seed to the loader that the runs of the chosen learning rate train on, where that is another than
+    # `train`: in VTAB-1k the validation images are trained on too, once they have chosen. Then what chooses is
+    # measured on validation data alone, and what is reported on test data alone
     retrain: Callable[[int], Iterable[Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -73,11 +64,7 @@ class Problem:
             )
 
     def worth(self, scores: Mapping[str, float] | None) -> float:
-        """Return a number that is larger the better the scores are; -inf for a run that diverged, or has no finite one.
-
-        Raises:
-            SteerError: the metric is not among the scores.
-        """
+        """Return a number that is larger the better the scores are; -inf for a run that diverged or has none."""
         if scores is None:
             return -math.inf
         if self.metric not in scores:
@@ -92,20 +79,15 @@ class Problem:
 class Arm:
     """One method of a study, with the learning rates that are tried.
 
-    Attributes:
-        name: as in tables.
-        method: as `baselines.apply` takes it.
-        rates: peak learning rates; a fair study gives every arm as many. Of equally good ones the first is chosen.
-        options: of the method.
-
     Raises:
         SteerError: no rate, two equal ones, or one that is not positive.
     """
 
-    name: str
-    method: str
+    name: str  # as in tables
+    method: str  # as `baselines.apply` takes it
+    # peak learning rates; a fair study gives every arm as many. Of equally good ones the first is chosen
     rates: tuple[float, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method
 
     def __post_init__(self) -> None:
         rates = tuple(self.rates)
@@ -136,11 +118,7 @@ def rates_around(centre: float, count: int = 3, factor: float = 3.0) -> tuple[fl
 
 
 def adapted(problem: Problem, arm: Arm, seed: int) -> nn.Module:
-    """Return a fresh copy of a problem's backbone with a method applied, both made from `seed`.
-
-    Raises:
-        UnsuitableError: the method makes no sense on it.
-    """
+    """Return a fresh copy of a problem's backbone with a method applied, both made from `seed`."""
     model = problem.fresh(seed)
     torch.manual_seed(seed)
     return baselines.apply(model, arm.method, train=problem.train_also, **arm.options)

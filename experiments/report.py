@@ -92,11 +92,7 @@ def read_folder(top: Path) -> tuple[list[Result], list[str]]:
 
 
 def write_report(results: Sequence[Result], folder: Path, claims: Path) -> list[Path]:
-    """Write `report.md`, `report.html`, the pictures and the list of claims; return what was written.
-
-    Raises:
-        SteerError: something cannot be written.
-    """
+    """Write `report.md`, `report.html`, the pictures and the list of claims; return what was written."""
     drawings: dict[tuple[str, int], str] = {}
     contents: dict[Path, bytes] = {}
     for result in results:
@@ -201,7 +197,7 @@ def report_html(results: Sequence[Result], drawings: Mapping[tuple[str, int], st
 
 
 def inline(drawing: str, label: str, prefix: str) -> str:
-    """Return a picture to stand in a page: named for those who cannot see it, in the page's colours, its ids its own."""
+    """Return a picture to stand in a page: with a name, in the page's colours, its ids its own."""
     text = re.sub(r"\s*<title>.*?</title>", "", drawing[drawing.index("<svg") :], count=1, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)

@@ -46,21 +46,14 @@ _MOVED = {"compare_transformer_mamba.py --baselines": "compare_methods"}  # wher
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """A column of a table."""
 
-    Attributes:
-        key: of its cells in the rows.
-        label: its head.
-        unit: shown behind the label.
-        better: whether larger ("up") or smaller ("down") numbers are better, whose best is marked; None for neither.
-        digits: behind the decimal point, of all its numbers but integers.
-    """
-
-    key: str
-    label: str
-    unit: str = ""
+    key: str  # of its cells in the rows
+    label: str  # its head
+    unit: str = ""  # shown behind the label
+    # whether larger ("up") or smaller ("down") numbers are better, whose best is marked; None for neither
     better: Literal["up", "down"] | None = None
-    digits: int = 3
+    digits: int = 3  # behind the decimal point, of all its numbers but integers
 
 
 @dataclass(frozen=True)
@@ -151,23 +144,14 @@ Picture = Plot | Matrix | Surface | Arrows
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a result says about one of the paper's claims.
+    """What a result says about one of the paper's claims."""
 
-    Attributes:
-        claim: its number, as claims.toml lists them.
-        verdict: one of `VERDICTS`.
-        paper: the paper's number that this is held against.
-        ours: what was measured here, with spread and seeds.
-        command: that measures it again.
-        missing: what a fuller test would need.
-    """
-
-    claim: int
-    verdict: str
-    paper: str
-    ours: str
-    command: str
-    missing: str = ""
+    claim: int  # its number, as claims.toml lists them
+    verdict: str  # one of `VERDICTS`
+    paper: str  # the paper's number that this is held against
+    ours: str  # what was measured here, with spread and seeds
+    command: str  # that measures it again
+    missing: str = ""  # what a fuller test would need
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS or not 1 <= self.claim <= 10:
@@ -179,37 +163,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that one experiment found.
+    """Everything that one experiment found."""
 
-    Attributes:
-        name: of its files: small letters and digits, with `-`, `_` or `.` between them.
-        title: of its section in the report.
-        about: what was done, in a few sentences; blank lines part paragraphs.
-        command: that does it again; see `command_line`.
-        seeds: that were run.
-        settings: what was chosen, as JSON.
-        machine: where it ran; see `machine`.
-        versions: of Python and packages; see `versions`.
-        tables: what was found, in numbers.
-        plots: what was found, in pictures.
-        verdicts: on claims of the paper.
-        seconds: wall-clock time of the whole.
-        records: the raw runs, as any JSON; not shown in the report.
-    """
-
-    name: str
-    title: str
-    about: str
-    command: str
-    seeds: tuple[int, ...]
-    settings: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    versions: Mapping[str, str]
-    tables: tuple[Table, ...] = ()
-    plots: tuple[Picture, ...] = ()
-    verdicts: tuple[Verdict, ...] = ()
-    seconds: float = 0.0
-    records: Any = None
+    name: str  # of its files: small letters and digits, with `-`, `_` or `.` between them
+    title: str  # of its section in the report
+    about: str  # what was done, in a few sentences; blank lines part paragraphs
+    command: str  # that does it again; see `command_line`
+    seeds: tuple[int, ...]  # that were run
+    settings: Mapping[str, Any]  # what was chosen, as JSON
+    machine: Mapping[str, Any]  # where it ran; see `machine`
+    versions: Mapping[str, str]  # of Python and packages; see `versions`
+    tables: tuple[Table, ...] = ()  # what was found, in numbers
+    plots: tuple[Picture, ...] = ()  # what was found, in pictures
+    verdicts: tuple[Verdict, ...] = ()  # on claims of the paper
+    seconds: float = 0.0  # wall-clock time of the whole
+    records: Any = None  # the raw runs, as any JSON; not shown in the report
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+([-_.][a-z0-9]+)*", self.name):
@@ -218,11 +186,7 @@ class Result:
             )
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all; paths of this machine are cut to their last names.
-
-        Raises:
-            SteerError: it cannot be written, or holds what JSON has not; what was there before is untouched.
-        """
+        """Write it as JSON, whole or not at all; paths of this machine are cut to their last names."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **portable(encode(self))}
         try:
             text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -233,11 +197,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Read what `save` wrote; commands of scripts that have moved name their new place.
-
-        Raises:
-            SteerError: the file cannot be read or is no result; a field is missing, unknown or wrong.
-        """
+        """Read what `save` wrote; commands of scripts that have moved name their new place."""
         content = read_json(path)
         if not is_result(content):
             raise SteerError(f'{path} is no result: it needs an object with "format": "{FORMAT}".')
@@ -263,11 +223,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: Callable[..., T], value: Any, where: str) -> T:
-    """Return the dataclass that `encode` wrote.
-
-    Raises:
-        SteerError: a field is missing, unknown or of another type.
-    """
+    """Return the dataclass that `encode` wrote."""
     hints = typing.get_type_hints(cls)
     if not isinstance(value, Mapping) or value.keys() != hints.keys():
         found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)[:80]

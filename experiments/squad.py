@@ -60,27 +60,16 @@ SCORES = (Column("exact_match", "exact match", "%", "up", 1), Column("f1", "F1",
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its questions.
+    """A model and its questions."""
 
-    Attributes:
-        problem: for `sweep`.
-        recurrent: whether it is a state-space model.
-        positions: how many tokens it can take; None if any number.
-        frozen: scores of the model as it came.
-    """
-
-    problem: Problem
-    recurrent: bool
-    positions: int | None
-    frozen: Mapping[str, float]
+    problem: Problem  # for `sweep`
+    recurrent: bool  # whether it is a state-space model
+    positions: int | None  # how many tokens it can take; None if any number
+    frozen: Mapping[str, float]  # scores of the model as it came
 
 
 def subject_of(name: str, path: str, options: argparse.Namespace, ledger: Ledger) -> Subject:
-    """Return a model with its questions.
-
-    Raises:
-        SteerError: the model or the data cannot be had, or rows are longer than the model takes.
-    """
+    """Return a model with its questions."""
     model, tokenizer = language_model(path)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and options.length >= positions:

@@ -18,11 +18,7 @@ ROOM = 32  # tokens of an answer at most
 
 
 def hold_out(rows: Any, count: int) -> tuple[Any, Any]:
-    """Part rows into those for training and about `count` others, so that no paragraph is on both sides.
-
-    Raises:
-        SteerError: nothing is left for training.
-    """
+    """Part rows into those for training and about `count` others, so that no paragraph is on both sides."""
     sizes = Counter(rows["context"])
     order = list(sizes)
     random.Random(0).shuffle(order)

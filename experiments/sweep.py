@@ -28,51 +28,35 @@ __all__ = ["Entry", "Run", "every_run", "sweep"]
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training."""
 
-    Attributes:
-        rate: its peak learning rate.
-        seed: of the model's new parts, the method's weights and the data's order.
-        valid: scores on validation data; None if the run diverged, its loss, gradient or parameters having become NaN
-            or infinite, or if it trained on them too.
-        test: scores on test data; None if it diverged, or only chose a learning rate for others.
-        merged: the same after LoRA was folded into the weights; None likewise, and for other methods.
-        trainable: number of parameters that trained.
-        total: number of all parameters, the method's included.
-        seconds_per_step: median wall-clock seconds of a step; None if it diverged.
-        seconds: wall-clock time of the whole, scoring included.
-    """
-
-    rate: float
-    seed: int
+    rate: float  # its peak learning rate
+    seed: int  # of the model's new parts, the method's weights and the data's order
+    # scores on validation data; None if the run diverged, its loss, gradient or parameters having become NaN or
+    # infinite, or if it trained on them too
     valid: dict[str, float] | None
-    test: dict[str, float] | None
+    test: dict[str, float] | None  # scores on test data; None if it diverged, or only chose a learning rate for others
+    # the same after LoRA was folded into the weights; None likewise, and for other methods
     merged: dict[str, float] | None
-    trainable: int
-    total: int
-    seconds_per_step: float | None
-    seconds: float
+    trainable: int  # number of parameters that trained
+    total: int  # number of all parameters, the method's included
+    seconds_per_step: float | None  # median wall-clock seconds of a step; None if it diverged
+    seconds: float  # wall-clock time of the whole, scoring included
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One method on one problem.
+    """One method on one problem."""
 
-    Attributes:
-        arm: the method.
-        rate: the learning rate that was best on validation data, the first of equals; None if all diverged, or the
-            method was refused.
-        trials: one run for every rate, with the first seed.
-        runs: one run for every seed, with that rate, in the order of the seeds; the first is among the trials if the
-            training data are the same.
-        refused: why the method makes no sense on this backbone; empty if it does.
-    """
-
-    arm: Arm
+    arm: Arm  # the method
+    # the learning rate that was best on validation data, the first of equals; None if all diverged, or the method was
+    # refused
     rate: float | None
-    trials: tuple[Run, ...]
+    trials: tuple[Run, ...]  # one run for every rate, with the first seed
+    # one run for every seed, with that rate, in the order of the seeds; the first is among the trials if the training
+    # data are the same
     runs: tuple[Run, ...]
-    refused: str = ""
+    refused: str = ""  # why the method makes no sense on this backbone; empty if it does
 
     @property
     def every(self) -> tuple[Run, ...]:
@@ -166,17 +150,11 @@ def _compare(problem: Problem, arm: Arm, seeds: Sequence[int], ledger: Ledger, b
 
 @dataclass(frozen=True)
 class _Part:
-    """What the runs of one part of a sweep train on and are measured on.
+    """What the runs of one part of a sweep train on and are measured on."""
 
-    Attributes:
-        name: in the ledger; empty where all runs are alike.
-        train: from a seed to a loader.
-        measured: the splits.
-    """
-
-    name: str
-    train: Callable[[int], Iterable[Any]]
-    measured: tuple[str, ...]
+    name: str  # in the ledger; empty where all runs are alike
+    train: Callable[[int], Iterable[Any]]  # from a seed to a loader
+    measured: tuple[str, ...]  # the splits
 
 
 def _parts(problem: Problem) -> tuple[_Part, _Part]:

@@ -68,11 +68,7 @@ PUBLISHED = (  # method, parameters in millions, CIFAR-100, SVHN
 
 
 def read(source: str, model: str, options: argparse.Namespace) -> tuple[Classifier, dict[str, ImageRows]]:
-    """Return a model with a head for a task, and the task's images as that model takes them.
-
-    Raises:
-        SteerError: the model or the data cannot be had.
-    """
+    """Return a model with a head for a task, and the task's images as that model takes them."""
     parts = {split: vtab(source, split, seed=options.draw) for split in SPLITS}
     classes = max(len(part.classes) for part in parts.values())
     backbone = classifier(model, classes, random=options.random_weights)

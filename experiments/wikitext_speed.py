@@ -338,11 +338,7 @@ def judge_speed(times: Times) -> Verdict:
 
 
 def adapt_and_time(options: argparse.Namespace, ledger: Ledger) -> Found:
-    """Adapt a pre-trained model to a text by every method; set perplexity against speed.
-
-    Raises:
-        SteerError: the model or the text cannot be had.
-    """
+    """Adapt a pre-trained model to a text by every method; set perplexity against speed."""
     base, tokenizer = language_model(options.model)
     problem = problem_of(options, base, tokenizer)
     rates = {"hres": 3e-3, "lora": 1e-3, "prompt": 1e-2}
