@@ -345,7 +345,9 @@ def test_a_model_without_residual_blocks_is_told_what_was_looked_at(name, family
             rs.steer(model, family)
 
 
-@pytest.mark.parametrize("fails", [lambda model: model.layers, lambda model: model.blocks[7], lambda model: next(iter(()))])
+@pytest.mark.parametrize(
+    "fails", [lambda model: model.layers, lambda model: model.blocks[7], lambda model: next(iter(()))]
+)
 def test_what_a_family_cannot_describe_goes_to_discovery(fails):
     @rs.register_backbone("proper", matches=["test_registry.Proper"])
     def proper(model):
