@@ -68,6 +68,7 @@ check: $(VENV)/installed  ## Lint, format and types, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/installed  ## Put imports and layout in order
 	$(BIN)/ruff check --fix .
