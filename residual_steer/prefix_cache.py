@@ -16,6 +16,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ class PrefixCache:
         block = self._above if above is not None else None
         own = None if block is None else vars(block).get("forward")
         for index, seat in enumerate(self._seats):
-            seat.call = lambda args, kwargs, index=index: below(index, args, kwargs)
+            seat.call = partial(below, index)
         try:
             for parent, name, index in self._places:
                 setattr(parent, name, self._seats[index])
@@ -397,7 +398,7 @@ class _Seat(nn.Module):
         return getattr(vars(self)["block"], name)
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # type: ignore[misc]
         return type(vars(self)["block"])
 
 

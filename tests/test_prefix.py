@@ -315,6 +315,16 @@ def test_another_backbone_never_reads_a_stale_cache(change, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_precision_that_accelerate_was_told_is_another_cache(tmp_path, monkeypatch):
+    case = TABLE["gpt2"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(case, cache_prefix=tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    history = train(case, cache_prefix=tmp_path)
+    assert history.cache["misses"] == 4
+    torch.testing.assert_close(losses(history), losses(train(case)), rtol=1e-4, atol=1e-5)
+
+
 def test_new_rows_are_computed_and_kept(tmp_path):
     case = TABLE["gpt2"]
     train(case, data=DataLoader(Texts(8), 4), cache_prefix=tmp_path)

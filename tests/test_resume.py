@@ -104,21 +104,27 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     assert journals[0] == journals[1]
 
 
+def run(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = str(PROGRAMS.parent)
+    finished = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
 def test_two_processes_make_the_losses_of_one(tmp_path):
+    """Means of means: with unequal counts of labels, a process without any, a last batch of one row, on real gloo."""
     # `accelerate launch --cpu` starts one process only; its torchrun launcher, told to use CPUs, starts two on gloo.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     for folder, launcher in (("1", []), ("2", launch)):
-        finished = subprocess.run(
-            [sys.executable, *launcher, str(PROGRAMS / "fit_two.py"), str(tmp_path / folder)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stderr[-3000:]
+        run(*launcher, PROGRAMS / "fit_two.py", tmp_path / folder)
     one, two = (
         [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
         for folder in ("1", "2")
@@ -127,6 +133,44 @@ def test_two_processes_make_the_losses_of_one(tmp_path):
     assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_references_that_fsdp2_replaced_are_not_held_on_to(number, tmp_path):
+    """A GPT-2, a ViT and a Mamba, sharded: cleared, clipped, measured, saved and resumed as the whole model is."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "sharded").mkdir()
+    run(PROGRAMS / "fit_sharded.py", tmp_path / "whole")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number]
+    run(*launch, PROGRAMS / "fit_sharded.py", tmp_path / "sharded", "sharded")
+    whole, sharded = (json.loads((tmp_path / folder / "found.json").read_text()) for folder in ("whole", "sharded"))
+    for name, records in whole.items():
+        assert len(records) == 7
+        assert min(norm for _, _, norm in records[:-1]) > 0.05  # so that every step is clipped
+        for one, other in zip(records, sharded[name], strict=True):
+            assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_references_are_taken_once_prepare_has_replaced_the_parameters(monkeypatch):
+    """As accelerate's `prepare` does under FSDP2, which takes a GPU."""
+    expected, model = classifier(), classifier()
+    history = fit(expected, pairs(), clip=0.3, log_every=1)
+
+    def prepare(processes, model, optimizer):
+        replaced = {}
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                replaced[parameter] = nn.Parameter(parameter.detach().clone())
+                setattr(module, name, replaced[parameter])
+        for group in optimizer.param_groups:
+            group["params"] = [replaced[parameter] for parameter in group["params"]]
+        return model
+
+    monkeypatch.setattr("residual_steer.training.processes.Processes.prepare", prepare)
+    again = fit(model, pairs(), clip=0.3, log_every=1)
+    assert [r["grad_norm"] for r in again.train] == [r["grad_norm"] for r in history.train]
+    assert same(weights(model), weights(expected))
 
 
 def test_resume_with_another_optimizer_is_refused(tmp_path):

@@ -87,7 +87,7 @@ def test_a_damaged_cache_is_computed_again(damage, store_in, tmp_path):
 
 def test_one_run_at_a_time(store_in):
     store = fill(store_in())
-    with pytest.raises(rs.SteerError, match="locked.*no other run uses"):
+    with pytest.raises(rs.SteerError, match=r"locked.*no other run uses"):
         store_in()
     store.close()
     assert len(store_in()) == 3
@@ -97,6 +97,6 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
     store = StreamStore(tmp_path, 10**9)
     (pages,) = store._rows.execute("PRAGMA page_count").fetchone()
     store._rows.execute(f"PRAGMA max_page_count = {pages}")  # what SQLite reports as a full disk
-    with pytest.raises(rs.SteerError, match="could not write.*full"):
+    with pytest.raises(rs.SteerError, match=r"could not write.*full"):
         store.add(b"x", [torch.zeros(10_000)])
     store.close()

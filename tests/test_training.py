@@ -1,13 +1,20 @@
 """fit and evaluate: what a run does, what it refuses, and what it leaves as it was."""
 
+import ast
+import io
 import json
 import math
 import random
+import re
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator
+from accelerate.state import is_initialized
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import residual_steer as rs
 from cases import CASES
+from residual_steer import _progress
 from residual_steer.errors import DivergedError
 from residual_steer.training import FitOptions, evaluate, next_token_loss
 from residual_steer.training.losses import measure
@@ -116,14 +124,9 @@ def test_modes_and_forward_are_given_back():
     assert not {"forward", "_original_forward"} & set(model.__dict__)
 
 
-def test_a_loader_left_in_mid_epoch_is_let_go():
-    fit(classifier(), pairs(), steps=2)
-    assert GradientState().dataloader_references in ([None], [])
-
-
 def test_one_process_trains_in_several_precisions():
     losses = [fit(classifier(), pairs(), precision=p, log_every=1).train[0]["loss"] for p in ("no", "bf16", "no")]
-    assert not AcceleratorState._shared_state  # private to accelerate, and given back as it was
+    assert not is_initialized()  # accelerate's shared state
     assert losses[0] == losses[2] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
@@ -250,19 +253,61 @@ def test_metrics_are_json_lines_and_tensorboard_events(tmp_path):
 
 
 def test_a_run_leaves_accelerate_as_it_was(monkeypatch):
-    from accelerate import Accelerator
-
-    fit(classifier(), pairs(), precision="bf16")
-    mine = Accelerator(mixed_precision="no")  # another precision than the run's: no conflict
-    fit(classifier(), pairs(), precision="bf16")
-    assert mine.mixed_precision == "no"
-    AcceleratorState._reset_state()
     plain = fit(classifier(), pairs(), log_every=1)
+    half = fit(classifier(), pairs(), precision="bf16", log_every=1)
+    assert half.train[0]["loss"] != plain.train[0]["loss"]
+    mine = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)  # another than the first run's
+    try:
+        for precision, expected in (("no", plain), ("bf16", half), (None, half)):
+            model = classifier()
+            found = fit(model, pairs(), precision=precision, log_every=1)
+            assert [r["grad_norm"] for r in found.train] == [r["grad_norm"] for r in expected.train]
+            assert not {"forward", "_original_forward"} & set(vars(model))
+        assert (mine.mixed_precision, mine.gradient_accumulation_steps) == ("bf16", 4)
+    finally:
+        vars(mine.state).clear()
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     again = fit(classifier(), pairs(), log_every=1)
     assert [r["grad_norm"] for r in plain.train] == [r["grad_norm"] for r in again.train]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert fit(classifier(), pairs(), log_every=1).train[0]["loss"] != plain.train[0]["loss"]
+    assert fit(classifier(), pairs(), log_every=1).train[0]["loss"] == half.train[0]["loss"]
+    assert not is_initialized()
+
+
+def test_training_knows_nothing_of_steering():
+    """Whatever it imports of this library is its own, or about errors, files and progress."""
+    folder = Path(rs.training.__file__).parent
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level != 1:
+                assert node.level == 0 or not node.module, path  # nothing by two dots
+                found.add(node.module)
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+    own = {
+        name for name in found if name.startswith("residual_steer") and not name.startswith("residual_steer.training")
+    }
+    assert own == {"residual_steer._progress", "residual_steer.errors", "residual_steer.files"}
+
+
+def test_a_log_that_is_no_terminal_gets_few_lines(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    fit(classifier(), pairs(), steps=30, progress=True)
+    assert log.getvalue() in ("", "\r")  # done within five seconds
+    monkeypatch.setattr(_progress, "EVERY", 0.2)
+    with _progress.progress(total=200, desc="work", unit="step") as bar:
+        for step in range(200):
+            time.sleep(0.004)
+            bar.set_postfix_str(f"loss {step}")
+            bar.update()
+    lines = [line for line in log.getvalue().replace("\r", "").split("\n") if line]
+    assert 2 <= len(lines) <= 6
+    assert all(re.match(r"work: .*/200 .*loss \d+", line) for line in lines)
+    log.isatty = lambda: True
+    assert _progress.progress(total=3).mininterval < 1
+    log.truncate(0)
 
 
 def test_an_optimizer_of_the_users_own():

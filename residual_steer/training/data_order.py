@@ -35,10 +35,11 @@ class Share:
     def __init__(self, loader: Iterable[Any], index: int = 0, number: int = 1) -> None:
         self.loader, self._index, self._number = loader, index, number
         self._counts: deque[bool] | None = None
-        chosen = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-        if number > 1 and chosen and loader.batch_sampler is not None:
+        sampled = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        sampler = getattr(loader, "batch_sampler", None) if sampled else None
+        if number > 1 and sampler is not None:
             self._counts = deque()
-            self.loader = _with_batches(loader, _Parts(self, loader.batch_sampler))
+            self.loader = _with_batches(loader, _Parts(self, sampler))
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         """Yield this process's part of every batch, and whether it counts."""
@@ -81,7 +82,7 @@ class _Parts:
         return len(self.batch_sampler)  # type: ignore[arg-type]
 
 
-def _with_batches(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
+def _with_batches(loader: Any, batch_sampler: Any) -> DataLoader[Any]:
     """Return a loader as another one is, with other batches."""
     names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
     names += ["generator", "prefetch_factor", "persistent_workers", "pin_memory_device"]
@@ -144,7 +145,7 @@ class BatchStream:
             self._iterator = iter(self._share)
         for batch in self._iterator:
             self._taken += 1
-            return batch  # type: ignore[no-any-return]
+            return batch
         if not self._taken:
             raise SteerError("the training loader gave no batch. Give it data; drop_last drops a lone small batch.")
         self._epoch, self._taken, self._iterator = self._epoch + 1, 0, None

@@ -88,7 +88,8 @@ class Processes:
                 f"torch.distributed has {self.number} processes, and accelerate knows of {accelerate.num_processes}. "
                 "Start them by `accelerate launch` or `torchrun`, or shard the model by `fully_shard`."
             )
-        kept = {name: vars(model)[name] for name in ("forward", "_original_forward") if name in vars(model)}
+        names = ("forward", "_original_forward")
+        kept: dict[str, Any] = {name: vars(model)[name] for name in names if name in vars(model)}
         try:
             if accelerate.distributed_type == "FSDP":
                 return accelerate.prepare(model, optimizer)[0]  # type: ignore[no-any-return]
@@ -96,7 +97,7 @@ class Processes:
         except ValueError as error:
             raise SteerError(f"accelerate refused the model: {error}") from error
         finally:  # autocast is the loop's, and not wrapped around the forward of the user's model
-            for name in ("forward", "_original_forward"):
+            for name in names:
                 vars(model).pop(name, None)
             vars(model).update(kept)
 
@@ -117,7 +118,7 @@ class Processes:
         """Leave gradients on their own process, until the last part of a step."""
         if until or not isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext()
-        return model.no_sync()  # type: ignore[no-any-return]
+        return model.no_sync()
 
     def sum(self, values: Iterable[float] | Tensor) -> Tensor:
         """Return the sums over all processes; in fp64 where the device has it."""
