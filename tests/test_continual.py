@@ -71,7 +71,7 @@ def test_the_old_task_stays_as_it_was(name):
     assert all(1 <= 16 + key.endswith("down") - left <= tokens for key, left in space.left.items())
     first, last = train(model, new, 300, space)
     assert (outputs(model, old) - before).abs().max() < 1e-5
-    assert last < 0.9 * first
+    assert last < 0.95 * first
     train(free, new, 50)
     assert (outputs(free, old) - before).abs().max() > 1e-2
 

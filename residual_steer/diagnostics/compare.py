@@ -154,7 +154,7 @@ def layer_of(backbone: Backbone, layer: object) -> int:
 
 
 def places(length: int, longer: int, prefix: int, device: torch.device) -> Tensor:
-    """Return where each token stands in a sequence that a method has made longer behind `prefix` tokens, `(length,)`."""
+    """Return where each token stands in a sequence made longer behind its first `prefix` tokens, `(length,)`."""
     if longer < length:
         raise SteerError(
             f"the adapted model has {longer} tokens where the reference has {length}. They are compared one by one: "
