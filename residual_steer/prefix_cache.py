@@ -397,8 +397,8 @@ class _Seat(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["block"], name)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(vars(self)["block"])
 
 
