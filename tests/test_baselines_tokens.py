@@ -12,7 +12,7 @@ import residual_steer as rs
 from cases import VOCABULARY, WIDTH
 from held import HELD
 from residual_steer._caches import cache_of, cache_parameter
-from residual_steer.baselines.places import behind_padding, insert, take_out
+from residual_steer.baselines._tokens import behind_padding, insert, take_out
 
 BY_NAME = {case.name: case for case in HELD}
 TEXTS = [name for name, case in BY_NAME.items() if case.generates]

@@ -25,6 +25,6 @@ Prompts, prefixes and VPT are for backbones that have a place for them: language
 and Mambas. A method that makes no sense on a backbone says why. `merge` folds LoRA into the weights.
 """
 
-from .application import apply, merge, methods
+from ._apply import apply, merge, methods
 
 __all__ = ["apply", "merge", "methods"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from residual_steer.errors import UnsuitableError
 
-from .parts import Subject, Trained
+from ._attach import Subject, Trained
 
 __all__ = ["bitfit", "is_key"]
 
@@ -23,21 +23,21 @@ def bitfit(subject: Subject) -> Trained:
     Raises:
         UnsuitableError: the backbone has no bias.
     """
-    found: dict[int, nn.Parameter] = {}
-    for path, module in subject.inner.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (name == "bias" or name.endswith("_bias")) and not is_key(subject, path, name):
-                found[id(parameter)] = parameter
+    found: list[nn.Parameter] = []
+    for full, parameter in subject.inner.named_parameters():
+        path, _, name = full.rpartition(".")
+        if (name == "bias" or name.endswith("_bias")) and not is_key(subject, path, name):
+            found.append(parameter)
     if not found:
         raise UnsuitableError(
             f"'bitfit' trains the biases of the backbone, and this {type(subject.inner).__name__} has none. Choose "
             "another method."
         )
-    return Trained(list(found.values()))
+    return Trained(found)
 
 
 def is_key(subject: Subject, path: str, name: str = "bias") -> bool:
-    """Say whether a bias is one of keys alone, in an attention without rotary positions."""
+    """Return whether a bias is one of keys alone, in an attention without rotary positions."""
     if path.rpartition(".")[2] not in _KEYS and name not in ("k_bias", "key_bias"):
         return False
     return not any(mark in part for part, _ in subject.inner.named_modules() for mark in _ROTARY)

@@ -13,8 +13,8 @@ from torch import nn
 
 from residual_steer.errors import SteerError, UnsuitableError
 
-from .bypass import Part, is_linear, parts_of
-from .parts import Subject, Trained, count
+from ._attach import Subject, Trained, count
+from ._bypass import Part, is_linear, parts_of
 
 __all__ = ["lora", "merge_layers"]
 
@@ -61,7 +61,8 @@ def lora(
         raise SteerError(f"`alpha` is a positive number; received {alpha!r}.")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise SteerError(f"`dropout` is a probability in [0, 1); received {dropout!r}.")
-    paths = _usual(subject, layers) if targets is None else _chosen(subject, layers, targets)
+    parts = parts_of(subject, layers, is_linear)
+    paths = _usual(subject, parts) if targets is None else _chosen(parts, targets)
     try:
         import peft
     except ImportError as error:
@@ -82,10 +83,9 @@ def lora(
     parameters = []
     for layer in _layers(model):
         layer.train(layer.get_base_layer().training)
-        for name, parameter in layer.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-                parameters.append(parameter)
+        for parameter in _own(layer):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameters.append(parameter)
     return Trained(parameters, called=paths)
 
 
@@ -96,17 +96,15 @@ def merge_layers(model: Any, update: bool = True) -> None:
         SteerError: what it learned is not finite; nothing has changed.
     """
     layers = {id(layer): layer for layer in _layers(model)}
-    for layer in layers.values() if update else ():
-        for name, parameter in layer.named_parameters():
-            if "lora_" in name and not bool(torch.isfinite(parameter).all()):
-                raise SteerError("LoRA has diverged: its weights are not finite, and would spoil the model's own.")
+    if update and not all(bool(p.isfinite().all()) for layer in layers.values() for p in _own(layer)):
+        raise SteerError("LoRA has diverged: its weights are not finite, and would spoil the model's own.")
     for layer in layers.values() if update else ():
         layer.merge()
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        for name, child in list(parent.named_children()):
             if id(child) in layers:
-                parent._modules[name] = layers[id(child)].get_base_layer()
-    model.__dict__.pop("peft_config", None)
+                setattr(parent, name, layers[id(child)].get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
@@ -115,14 +113,17 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _usual(subject: Subject, layers: Sequence[int] | None) -> list[str]:
-    parts = parts_of(subject, layers, is_linear)
+def _own(layer: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in layer.named_parameters() if "lora_" in name]
+
+
+def _usual(subject: Subject, parts: list[Part]) -> list[str]:
     called = [part for part in parts if part.remedy is None]
     if not called:
-        remedies = sorted({part.remedy for part in parts if part.remedy})
+        ways = _ways(parts)
         raise UnsuitableError(
             "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
-            + (f"The model reads the weights itself; to change that, {' or '.join(remedies)}." if remedies else "")
+            + (f"The model reads the weights itself; to change that, {ways}." if ways else "")
         )
     found = []
     for index, group in itertools.groupby(called, key=lambda part: part.block):  # blocks of a hybrid differ
@@ -135,11 +136,10 @@ def _usual(subject: Subject, layers: Sequence[int] | None) -> list[str]:
     return found
 
 
-def _chosen(subject: Subject, layers: Sequence[int] | None, targets: Sequence[str] | str) -> list[str]:
+def _chosen(parts: list[Part], targets: Sequence[str] | str) -> list[str]:
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise SteerError(f"`targets` is a list of names or globs of linear layers inside blocks; received {targets!r}.")
-    parts = parts_of(subject, layers, is_linear)
     found: dict[str, Part] = {}
     for pattern in patterns:
         hits = {part.name: part for part in parts if _matches(part.path, pattern)}
@@ -149,16 +149,20 @@ def _chosen(subject: Subject, layers: Sequence[int] | None, targets: Sequence[st
         found |= hits
     silent = [part for part in found.values() if part.remedy is not None]
     if silent:
-        named = ", ".join(sorted({part.path for part in silent}))
-        remedies = sorted({part.remedy for part in silent if part.remedy})
+        ways = _ways(silent)
         raise SteerError(
-            f"LoRA on {named} would do nothing: the model reads the weight there without calling the layer. "
-            + (f"To adapt it, {' or '.join(remedies)}." if remedies else "Choose other `targets`.")
+            f"LoRA on {', '.join(sorted({part.path for part in silent}))} would do nothing: the model reads the weight "
+            f"there without calling the layer. {f'To adapt it, {ways}.' if ways else 'Choose other `targets`.'}"
         )
     return list(found)
 
 
+def _ways(parts: list[Part]) -> str:
+    """Return what makes blocks call those parts of theirs that they do not call."""
+    return " or ".join(sorted({part.remedy for part in parts if part.remedy}))
+
+
 def _matches(path: str, pattern: str) -> bool:
-    """Say whether a pattern is a path inside a block, or the end of one, from a dot on."""
+    """Return whether a pattern is a path inside a block, or the end of one, from a dot on."""
     parts = path.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))

@@ -11,31 +11,25 @@ from torch import Tensor, nn
 from residual_steer._caches import begins_text, cache_of, cache_parameter
 from residual_steer.errors import SteerError, UnsuitableError
 
-from .parts import Subject, Trained, add_child, count, place_of
-from .places import insert
-from .prompt import call_by_name, embedding_of, refuse_cache
-from .vpt import is_ssm
+from ._attach import Attached, Subject, Trained, count, place_of
+from ._tokens import embedding_of, lengthened_mask
 
 __all__ = ["Prefix", "prefix"]
 
 
 def prefix(subject: Subject, *, length: int = 10) -> Trained:
-    """Let every attention layer attend to p learned keys and values that come before the text.
+    """Let every attention layer attend to p = `length` learned keys and values that come before the text.
 
     They begin as what the frozen model computes for random words, the initialisation that the paper found best with few
     data (§ 7.4), and train directly, without the MLP that it reparametrises long runs with. A call that begins a text
     gets a cache that holds them; masks and positions are counted on from there.
 
-    Args:
-        subject: a language model of transformers with attention, which takes a cache.
-        length: p.
-
     Raises:
-        UnsuitableError: it has no keys and values to extend.
+        UnsuitableError: there are no keys and values to extend, or no cache to put them into.
     """
     count("length", length)
     inner, embedding = subject.inner, embedding_of(subject)
-    if is_ssm(subject):
+    if subject.is_ssm:
         raise UnsuitableError(
             f"'prefix' extends the keys and values of attention, and {subject.backbone.name!r} has a state instead: "
             "there are no keys and values to extend. Choose 'prompt' or 'vpt-deep'."
@@ -48,96 +42,74 @@ def prefix(subject: Subject, *, length: int = 10) -> Trained:
         )
     if getattr(getattr(inner, "config", None), "add_cross_attention", False):
         raise UnsuitableError("'prefix' does not know caches of cross-attention. Build the model without it.")
-    keys, values = _computed(inner, embedding, length)
-    return Trained(list(Prefix(inner, keyword, keys, values).parameters()), called=[subject.backbone.path])
+    made = Prefix(inner, keyword, *_computed(inner, embedding, length))
+    made.attach(inner, "prefix")
+    return Trained(list(made.parameters()), called=[subject.backbone.path])
 
 
-class Prefix(nn.Module):
-    """The keys and values of prefix tuning: a child of the model, whose hook rewrites its calls.
+class Prefix(Attached):
+    """The keys and values of prefix tuning in a language model.
 
     Args:
         inner: the model without its head.
-        cache: the keyword by which it takes a cache.
+        keyword: by which it takes a cache.
         keys: of every layer, `(heads, length, head width)` each.
         values: of every layer.
     """
 
-    def __init__(self, inner: nn.Module, cache: str, keys: list[Tensor], values: list[Tensor]) -> None:
+    def __init__(self, inner: nn.Module, keyword: str, keys: list[Tensor], values: list[Tensor]) -> None:
         super().__init__()
-        self.keys = nn.ParameterList(keys)
-        self.values = nn.ParameterList(values)
+        self.keys, self.values = nn.ParameterList(keys), nn.ParameterList(values)
         self._names = tuple(inspect.signature(inner.forward).parameters)
-        self._cache = cache
-        self._lent: Any = None
-        add_child(inner, "prefix", self)
-        inner.register_forward_pre_hook(self._before, with_kwargs=True)
-        inner.register_forward_hook(self._after)
+        self._keyword = keyword
 
-    def _before(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Begin a text with a cache that holds the prefix, and count it in every call.
+    def enter(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """Begin a text with a cache that holds the prefix, and count it in every call; note one that nobody asked for.
 
         Raises:
             SteerError: a mask or cache that has no place for it, or a model that drops its cache.
         """
-        call = call_by_name(self._names, args, kwargs)
-        length, mask = self.keys[0].shape[1], call.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise SteerError(
-                "'prefix' lengthens an attention mask (batch, length); this call has another kind of mask."
-            )
-        refuse_cache(call, "prefix")
-        if getattr(inner, "gradient_checkpointing", False) and inner.training:
+        call, length = {**dict(zip(self._names, args, strict=False)), **kwargs}, self.keys[0].shape[1]
+        longer = lengthened_mask(call, length, "prefix", place=0)
+        if longer is not None:
+            call["attention_mask"] = longer
+        if getattr(host, "gradient_checkpointing", False) and host.training:
             raise SteerError(
                 "'prefix' goes through the cache, which transformers leaves out when it checkpoints activations. "
                 "Switch gradient checkpointing off."
             )
-        if mask is not None:
-            call["attention_mask"] = insert(mask, mask.new_ones(length), 0)
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + length
-        self._lent = None
-        if begins_text(call):
-            asked, given = call.get("use_cache"), cache_of(call)
-            cache = self._fill(inner, call, given)
-            if given is None:
-                call[self._cache] = cache
-                if not (inner.config.use_cache if asked is None else asked):
-                    self._lent = cache
-        return (), call
+        if not begins_text(call):
+            return (), call, None
+        asked, cache = call.get("use_cache"), cache_of(call)
+        if cache is not None:
+            self._fill(host, call, cache)
+            return (), call, None
+        from transformers import DynamicCache
 
-    def _after(self, inner: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        call[self._keyword] = own = DynamicCache(config=host.config)
+        self._fill(host, call, own)
+        return (), call, None if (host.config.use_cache if asked is None else asked) else own
+
+    def leave(self, host: Any, output: Any, note: Any) -> Any:
         """Keep a cache that nobody asked for out of the output: some models return whatever they were given."""
-        lent, self._lent = self._lent, None
-        if lent is None:
+        if note is None:
             return output
         if isinstance(output, tuple):
-            return tuple(part for part in output if part is not lent)
-        return type(output)(**{key: part for key, part in output.items() if part is not lent})
+            return tuple(part for part in output if part is not note)
+        return type(output)(**{key: part for key, part in output.items() if part is not note})
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies what belongs to a call, or was left by one that failed."""
-        return {**self.__dict__, "_lent": None}
-
-    def _fill(self, inner: Any, call: dict[str, Any], cache: Any) -> Any:
+    def _fill(self, host: Any, call: dict[str, Any], cache: Any) -> None:
         given: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
-        if cache is None:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=inner.config)
-        dtype = inner.dtype
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             shape = (len(given), *key.shape)
-            cache.update(key.to(dtype).expand(shape), value.to(dtype).expand(shape), layer)
-        return cache
+            cache.update(key.to(host.dtype).expand(shape), value.to(host.dtype).expand(shape), layer)
 
 
 @torch.no_grad()
 def _computed(inner: Any, embedding: nn.Embedding, length: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the keys and values that the frozen model computes for random words.
-
-    Raises:
-        UnsuitableError: its cache holds something else.
-    """
+    """Return the keys and values that the frozen model computes for random words; raise if its cache has others."""
     device, dtype = place_of(embedding)
     words = torch.randint(embedding.num_embeddings, (1, length)).to(device)
     training = inner.training

@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from residual_steer.errors import UnsuitableError
 
+from ._attach import Attached, Subject, Trained, place_of, require_free
+from ._bypass import is_linear, parts_of
 from .bitfit import is_key
-from .bypass import is_linear, parts_of
-from .parts import Subject, Trained, add_child, place_of, require_free
 
 __all__ = ["ScaleShift", "ssf"]
 
 
-class ScaleShift(nn.Module):
+class ScaleShift(Attached):
     """y ↦ γ·y + β (eq. 4), with γ = 1 and β = 0 at the start.
-
-    It is a child of the module it serves, and its hook is its own bound method, so that copies stand on their own.
 
     Args:
         host: a norm or a linear layer.
@@ -35,24 +33,20 @@ class ScaleShift(nn.Module):
         self.scale = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
         self.shift = nn.Parameter(torch.zeros(features, device=device, dtype=dtype)) if shift else None
         self._channels = 1 if type(host).__name__.endswith("2d") else -1
-        add_child(host, "scale_shift", self)
-        host.register_forward_hook(self._after)
+        self.attach(host, "scale_shift")
 
-    def _after(self, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def leave(self, host: nn.Module, output: Tensor, note: None) -> Tensor:
+        """Scale and shift."""
         y = output.movedim(self._channels, -1).to(torch.promote_types(output.dtype, self.scale.dtype)) * self.scale
         y = y if self.shift is None else y + self.shift
         return y.to(output.dtype).movedim(-1, self._channels)
 
 
 def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
-    """Scale and shift after every norm and linear layer inside the blocks that is called as a module.
+    """Scale and shift after every norm and linear layer that is called inside the blocks, or those of `layers`.
 
     Where a model reads a weight without calling its module, as Mamba does with `dt_proj` and `conv1d`, nothing is put.
     Neither is a shift of keys alone, which a softmax does not see.
-
-    Args:
-        subject: the model.
-        layers: which blocks.
 
     Raises:
         UnsuitableError: the blocks have neither norms nor linear layers that are called.
@@ -63,22 +57,17 @@ def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
             "'ssf' stands after norms and linear layers inside the blocks, and this model calls none there. Choose "
             "another method."
         )
-    parameters: list[nn.Parameter] = []
     unique = {id(part.module): part for part in parts}.values()
     require_free((part.module for part in unique), "scale_shift")
-    for part in unique:
-        child = ScaleShift(part.module, not is_key(subject, part.name), *place_of(part.module))
-        parameters.extend(child.parameters())
-    return Trained(parameters, called=[part.name for part in parts])
+    children = [ScaleShift(x.module, not is_key(subject, x.name), *place_of(x.module)) for x in unique]
+    return Trained([p for child in children for p in child.parameters()], called=[part.name for part in parts])
 
 
 def _takes_part(module: nn.Module) -> bool:
-    return is_linear(module) or _is_norm(module)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1 and not module._modules
+    """Return whether a module is a linear layer, or a norm with a weight."""
+    weight = getattr(module, "weight", None)
+    leaf = isinstance(weight, Tensor) and weight.dim() == 1 and not list(module.children())
+    return is_linear(module) or (leaf and "norm" in type(module).__name__.lower())
 
 
 def _features(host: nn.Module) -> int:

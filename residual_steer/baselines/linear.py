@@ -1,4 +1,4 @@
-"""The two ends of the scale: nothing but the head (linear probing), and everything (full fine-tuning)."""
+"""Linear probing: nothing trains but the head."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from torch import nn
 
 from residual_steer.errors import UnsuitableError
 
-from .parts import Subject, Trained
+from ._attach import Subject, Trained
 
-__all__ = ["full", "linear"]
+__all__ = ["linear"]
 
-
-def full(subject: Subject) -> Trained:
-    """Full fine-tuning: every parameter of the model."""
-    return Trained([p for p in subject.model.parameters() if p.is_floating_point()])
+_HEADS = ("classifier", "cls_classifier", "distillation_classifier", "score")
 
 
 def linear(subject: Subject) -> Trained:
-    """Linear probing: the head alone.
+    """Train the head alone.
 
     That is what `train` names, or else timm's `get_classifier()`, transformers' `classifier` or `score`, or the output
     embeddings of a language model. Output embeddings that are tied to the input ones get a tensor of their own first,
@@ -32,23 +29,20 @@ def linear(subject: Subject) -> Trained:
     if subject.opened:
         return Trained([])
     heads = _heads(subject.model)
-    found = [p for head in heads for p in head.parameters()]
-    if not found:
+    if not any(True for head in heads for _ in head.parameters()):
         raise UnsuitableError(
             f"'linear' trains the head of a model, and this {type(subject.model).__name__} has none where timm or "
             "transformers keep theirs. Add one, and name it in `train`."
         )
-    if _untie(subject, heads):
-        found = [p for head in heads for p in head.parameters()]
-    return Trained(found)
+    _untie(subject.model, heads)
+    return Trained([p for head in heads for p in head.parameters()])
 
 
 def _heads(model: Any) -> list[nn.Module]:
     if callable(getattr(model, "get_classifier", None)):  # timm; distilled models have a pair
         given = model.get_classifier()
         return [head for head in (given if isinstance(given, tuple) else (given,)) if isinstance(head, nn.Module)]
-    names = ("classifier", "cls_classifier", "distillation_classifier", "score")
-    found = [getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)]
+    found = [getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)]
     if not found and callable(getattr(model, "get_output_embeddings", None)):
         found = [model.get_output_embeddings()]
     if not found:
@@ -56,29 +50,20 @@ def _heads(model: Any) -> list[nn.Module]:
     return [head for head in found if isinstance(head, nn.Module)]
 
 
-def _untie(subject: Subject, heads: list[nn.Module]) -> bool:
-    """Give heads tensors of their own where others have them too; say whether there were such."""
-    mine = {id(module) for head in heads for module in head.modules()}
-    others = {
-        id(parameter)
-        for module in subject.model.modules()
-        if id(module) not in mine
-        for parameter in module._parameters.values()
-        if parameter is not None
-    }
-    tied = False
-    for module in (module for head in heads for module in head.modules()):
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in others:
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(memory_format=torch.preserve_format))
-                tied = True
-    if tied:
-        _forget_tie(subject.model)
-    return tied
+def _untie(model: nn.Module, heads: list[nn.Module]) -> None:
+    """Give heads tensors of their own where others have them too."""
+    mine = {id(module): module for head in heads for module in head.modules()}
+    rest = (module for module in model.modules() if id(module) not in mine)
+    others = {id(parameter) for module in rest for parameter in module.parameters(recurse=False)}
+    shared = [(m, name, p) for m in mine.values() for name, p in m.named_parameters(recurse=False) if id(p) in others]
+    for module, name, parameter in shared:
+        setattr(module, name, nn.Parameter(parameter.detach().clone(memory_format=torch.preserve_format)))
+    if shared:
+        _forget_tie(model)
 
 
 def _forget_tie(model: Any) -> None:
-    """Tell transformers and `mamba_ssm` too, who would tie a saved model again when it is loaded."""
+    """Let transformers and `mamba_ssm` know too, who would tie a saved model again when it is loaded."""
     for name in ("tie_word_embeddings", "tie_embeddings"):
         if getattr(getattr(model, "config", None), name, False):
             setattr(model.config, name, False)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .parts import Subject
+from ._attach import Subject
 
 __all__ = ["Part", "is_linear", "parts_of"]
 
@@ -42,27 +42,21 @@ def parts_of(subject: Subject, layers: Sequence[int] | None, wanted: Callable[[n
     names = {id(module): name for name, module in subject.model.named_modules()}
     found = []
     for index, block in subject.blocks(layers).items():
-        silent = _bypassed(block)
-        for path, module in block.named_modules():
+        inside = list(block.named_modules())
+        silent = {f"{path}.{name}": way for path, module in inside for name, way in _bypassed_in(module).items()}
+        for path, module in inside:
             if path and wanted(module):
-                found.append(Part(index, names[id(module)], path, module, silent.get(path)))
+                found.append(Part(index, names[id(module)], path, module, silent.get(path, silent.get(f".{path}"))))
     return found
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear layer, or GPT-2's `Conv1D`, which is one with its weight transposed."""
+    """Return whether a module is a linear layer, or GPT-2's `Conv1D`, which is one with its weight transposed."""
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
-def _bypassed(block: nn.Module) -> dict[str, str]:
-    found = {}
-    for path, module in block.named_modules():
-        for name, remedy in _bypassed_in(module).items():
-            found[f"{path}.{name}" if path else name] = remedy
-    return found
-
-
 def _bypassed_in(module: nn.Module) -> dict[str, str]:
+    """Return which children a module does not call, and what makes it do so."""
     found: dict[str, str] = {}
     if isinstance(getattr(module, "conv1d", None), nn.Module):  # a selective SSM
         found |= dict.fromkeys(("conv1d", "dt_proj"), "")
@@ -81,7 +75,7 @@ def _bypassed_in(module: nn.Module) -> dict[str, str]:
 
 
 def _fused(mixer: nn.Module) -> str | None:
-    """Say what switches a mixer's fused kernel off; None if it does not run one."""
+    """Return what switches a mixer's fused kernel off; None if it does not run one."""
     if _package(mixer) == "mamba_ssm":
         convolution = getattr(sys.modules[type(mixer).__module__], "causal_conv1d_fn", None)
         for switch, there in (("use_fast_path", convolution is not None), ("use_mem_eff_path", True)):

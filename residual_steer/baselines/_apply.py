@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +15,12 @@ from residual_steer.config import match_train
 from residual_steer.errors import SteerError
 from residual_steer.steering import begin, steer
 
+from ._attach import Guard, Subject, Trained
 from .bitfit import bitfit
-from .guard import Guard
-from .heads import full, linear
+from .linear import linear
 from .lora import lora, merge_layers
-from .parts import Subject, Trained
+from .parallel_adapter import adaptformer, parallel_adapter
 from .prefix import prefix
-from .presets import adaptformer, hres, parallel_adapter
 from .prompt import prompt
 from .ssf import ssf
 from .vpt import vpt_deep, vpt_shallow
@@ -31,10 +29,16 @@ __all__ = ["apply", "merge", "methods"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-MARK = "_residual_baseline"
+_MARK = "_residual_baseline"  # on the model: the method's name, and what `merge` takes away
+
+
+def _full(subject: Subject) -> Trained:
+    """Full fine-tuning: every parameter of the model."""
+    return Trained([p for p in subject.model.parameters() if p.is_floating_point()])
+
 
 _STEERED: Mapping[str, Callable[..., nn.Module]] = {
-    "hres": hres,
+    "hres": steer,
     "adaptformer": adaptformer,
     "parallel-adapter": parallel_adapter,
 }
@@ -47,23 +51,8 @@ _ATTACHED: Mapping[str, Callable[..., Trained]] = {
     "ssf": ssf,
     "bitfit": bitfit,
     "linear": linear,
-    "full": full,
+    "full": _full,
 }
-
-
-@dataclass
-class Applied:
-    """What was done to a model, kept on the model itself.
-
-    Attributes:
-        method: its name.
-        handles: hooks that the family needs while it trains.
-        guard: the check of the first training step, if the method needs one.
-    """
-
-    method: str
-    handles: list[Handle] = field(default_factory=list)
-    guard: Guard | None = None
 
 
 def methods() -> tuple[str, ...]:
@@ -101,32 +90,31 @@ def apply(
             Nothing has changed.
         UnsuitableError: the method makes no sense on this backbone, with the reason; nothing has changed either.
     """
-    function = _find(method)
-    _check_options(method, function, options)
+    _check_options(method, options)
     _, state = begin(model, arch)
     _refuse_second(model)
     tensors = base_tensors(model)
     opened = [tensors[name] for name in match_train(tensors, train)]
     if method in _STEERED:
-        function(model, arch, train, **options)
+        _STEERED[method](model, arch, train=train, **options)
         return model
     subject = Subject(model, state.backbone, [tensor for tensor in opened if isinstance(tensor, nn.Parameter)])
-    applied = Applied(method)
+    handles: list[Handle] = []
     try:
         if state.backbone.prepare is not None:
-            applied.handles.extend(state.backbone.prepare(state.backbone.blocks))
+            handles.extend(state.backbone.prepare(state.backbone.blocks))
         with torch.inference_mode(False):  # what is made is to be trained, whatever mode the caller is in
-            trained = function(subject, **options)
+            trained = _ATTACHED[method](subject, **options)
     except BaseException:
-        for handle in applied.handles:
+        for handle in handles:
             handle.remove()
         raise
     model.requires_grad_(False)
     for parameter in (*trained.parameters, *subject.opened):
         parameter.requires_grad_(True)
     if trained.called:
-        applied.guard = Guard(model, trained.called)
-    setattr(model, MARK, applied)
+        handles.append(Guard(model, trained.called))
+    setattr(model, _MARK, (method, handles))
     return model
 
 
@@ -139,40 +127,25 @@ def merge(model: Model) -> Model:
     Raises:
         SteerError: it carries no LoRA, or one that has diverged; nothing has changed.
     """
-    applied = model.__dict__.get(MARK) if isinstance(model, nn.Module) else None
-    if not isinstance(applied, Applied) or applied.method != "lora":
-        carried = f"carries {applied.method!r}" if isinstance(applied, Applied) else "carries none"
-        raise SteerError(f"only LoRA can be folded into the weights; this model {carried}.")
+    carried, handles = getattr(model, _MARK, (None, ()))
+    if carried != "lora":
+        carries = "carries none" if carried is None else f"carries {carried!r}"
+        raise SteerError(f"only LoRA can be folded into the weights; this model {carries}.")
     merge_layers(model)
-    if applied.guard is not None:
-        applied.guard.remove()
-    for handle in applied.handles:
+    for handle in handles:
         handle.remove()
-    delattr(model, MARK)
+    delattr(model, _MARK)
     model.requires_grad_(False)
     return model
 
 
-def _find(method: str) -> Callable[..., Any]:
-    """Return the function of a method.
-
-    Raises:
-        SteerError: there is none.
-    """
-    found = {**_STEERED, **_ATTACHED}.get(method) if isinstance(method, str) else None
-    if found is None:
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise if there is no such method, or it has not these options."""
+    function = {**_STEERED, **_ATTACHED}.get(method) if isinstance(method, str) else None
+    if function is None:
         raise SteerError(f"unknown method {method!r}; there are: {', '.join(methods())}.")
-    return found
-
-
-def _check_options(method: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Hold the options against those of the method; H-Res has those of `steer`.
-
-    Raises:
-        SteerError: one that it does not have.
-    """
-    signature = inspect.signature(steer if method == "hres" else function)
-    known = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY and name != "train"]
+    keywords = inspect.signature(function).parameters.items()
+    known = [name for name, p in keywords if p.kind is p.KEYWORD_ONLY and name != "train"]
     for name in options:
         if name not in known:
             listed = f"its options are: {', '.join(known)}" if known else "it has none"
@@ -180,17 +153,12 @@ def _check_options(method: str, function: Callable[..., Any], options: Mapping[s
 
 
 def _refuse_second(model: nn.Module) -> None:
-    """Look for a method in the model and its parts.
-
-    Raises:
-        SteerError: there is one.
-    """
+    """Raise if the model or one of its parts has a method already."""
     for path, module in model.named_modules():
         where = f"its part {path!r}" if path else "it"
-        if ATTRIBUTE in module.__dict__:
+        if ATTRIBUTE in vars(module):
             raise SteerError(f"one method at a time: {where} is steered already. `unsteer` it, or take a fresh model.")
-        applied = module.__dict__.get(MARK)
-        if isinstance(applied, Applied):
-            raise SteerError(f"one method at a time: {where} carries {applied.method!r}. Take a fresh model.")
+        if _MARK in vars(module):
+            raise SteerError(f"one method at a time: {where} carries {vars(module)[_MARK][0]!r}. Take a fresh model.")
         if type(module).__module__.startswith("peft."):
             raise SteerError(f"one method at a time: {where} is PEFT's {type(module).__name__}. Take a fresh model.")
