@@ -133,23 +133,23 @@ def test_two_processes_make_the_losses_of_one(tmp_path):
     assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a.get("grad_norm") == pytest.approx(b.get("grad_norm"), rel=1e-4)
+        assert a.get("grad_norm", 0.0) == pytest.approx(b.get("grad_norm", 0.0), rel=1e-4)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_references_that_fsdp2_replaced_are_not_held_on_to(number, tmp_path):
+def test_references_that_fsdp2_replaced_are_not_held_on_to(tmp_path):
     """A GPT-2, a ViT and a Mamba, sharded: cleared, clipped, measured, saved and resumed as the whole model is."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "sharded").mkdir()
-    run(PROGRAMS / "fit_sharded.py", tmp_path / "whole")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number]
-    run(*launch, PROGRAMS / "fit_sharded.py", tmp_path / "sharded", "sharded")
-    whole, sharded = (json.loads((tmp_path / folder / "found.json").read_text()) for folder in ("whole", "sharded"))
+    launch, found = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"], []
+    for name, command, more in (("whole", [], []), ("1", [*launch, 1], ["sharded"]), ("2", [*launch, 2], ["sharded"])):
+        (tmp_path / name).mkdir()
+        run(*command, PROGRAMS / "fit_sharded.py", tmp_path / name, *more)
+        found.append(json.loads((tmp_path / name / "found.json").read_text()))
+    whole, *sharded = found
     for name, records in whole.items():
         assert len(records) == 7
         assert min(norm for _, _, norm in records[:-1]) > 0.05  # so that every step is clipped
-        for one, other in zip(records, sharded[name], strict=True):
-            assert other == pytest.approx(one, rel=1e-4)
+        for other in sharded:
+            for one, two in zip(records, other[name], strict=True):
+                assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_references_are_taken_once_prepare_has_replaced_the_parameters(monkeypatch):

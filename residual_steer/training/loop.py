@@ -53,7 +53,11 @@ def fit(
     """Train every parameter of `model` that requires a gradient.
 
     Under `accelerate launch` the same call runs on several processes; a loader's batch is then the global batch, split
-    among them, so that the losses do not depend on their number.
+    among them, so that the losses do not depend on their number. A model that `fully_shard` was applied to stays so.
+
+    A step of several batches, or processes, is the step of one batch with all their rows: each weighs as much as labels
+    count in it, those that are not -100 and, in a causal model, not the first of a row; or rows, where there are none.
+    What weighs nothing changes nothing.
 
     Args:
         model: for example a steered one. It is changed in place, on the device that accelerate chooses.
@@ -62,7 +66,8 @@ def fit(
         valid: such a DataLoader to evaluate on.
         steps: number of optimizer steps.
         lr: peak learning rate; unused if an `optimizer` is given, which brings its own.
-        loss: a function of the model and a batch that returns a scalar, in place of the above.
+        loss: a function of the model and a batch that returns a scalar, its mean, in place of the above. If that mean
+            is over something else than labels or rows, give the function an attribute `weight`, from a batch to a number.
         optimizer: any torch optimizer over the model's parameters; AdamW by default.
         save_to: folder for checkpoints, `metrics.jsonl` and trackers' logs; nothing is written without it.
         **options: see `FitOptions`.
