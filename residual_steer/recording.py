@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone, read_stream
-from .registry import find_backbone
 
 __all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
 
@@ -35,8 +34,8 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     with torch.random.fork_rng(devices), torch.no_grad(), eager:
         try:
-            for model in models:
-                model.eval()
+            for module in modes:  # on the modules themselves: a `train` of a model's own may do more than that
+                module.training = False
             yield
         finally:
             for module, mode in modes.items():
@@ -148,6 +147,8 @@ def _points(where: Any, blocks: Iterable[int] | None, site: str) -> Iterator[tup
     if isinstance(where, Mapping):
         yield from ((key, module, read_stream, _first) for key, module in where.items())
         return
+    from .registry import find_backbone  # which finds backbones by watching, and so stands above
+
     backbone = find_backbone(where) if isinstance(where, nn.Module) else where
     whole = site == "block"
     reads = (backbone.read if whole else read_stream), (backbone.left if whole else _first)

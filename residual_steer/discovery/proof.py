@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from residual_steer.backbone import Backbone, Read, Write, read_stream, write_stream
 from residual_steer.errors import SteerError
+from residual_steer.recording import watch
 
 from .candidates import Stack, Step, blocks_of, folder, stacks_of, steps_of
 from .example import Example, examples, given, kind_of
 from .graph import depends, edge_of
 from .layout import MIXERS, MLPS, leaves_and_parts, part_of, width_dimension, within
 from .place import Enter, Layout, Leave, Path, tensors
-from .trace import LISTS, Call, called, differentiable, hooked, is_marked, suspects, undisturbed
+from .trace import LISTS, Call, called, differentiable, is_marked, probed, suspects
 
 __all__ = ["NoStreamError", "discover"]
 
@@ -85,7 +86,7 @@ class _Probe:
         Raises:
             SteerError: it proves none.
         """
-        with undisturbed(self._model):
+        with probed(self._model):
             with torch.no_grad():  # first, so that what a model keeps from its first call is not in the graph
                 self._run()
             with differentiable(self._model), called(suspects(self._model)) as calls:
@@ -246,15 +247,15 @@ class _Probe:
 
     def _written(self, backbone: Backbone, f: Callable[[Tensor, Tensor], Tensor], *, last: bool = False) -> Any:
         """Run the model with what leaves blocks, or the last one, replaced by f(what leaves, what entered)."""
-        blocks = {str(i): block for i, block in enumerate(backbone.blocks) if not last or block is backbone.blocks[-1]}
+        widths = dict(zip(backbone.blocks, backbone.widths, strict=True))
 
-        def leave(index: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-            z, width = backbone.read(args, kwargs), backbone.widths[int(index)]
+        def leave(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            z, width = backbone.read(args, kwargs), widths[block]
             if z.shape[backbone.channels] != width:
                 raise NoStreamError(f"a block's stream is {tuple(z.shape)}, and its width should be {width}.")
             return backbone.write(output, lambda y: f(y, z))
 
-        with hooked(blocks, lambda *call: None, leave):
+        with watch(backbone.blocks[-1:] if last else backbone.blocks, after=leave):
             return self._run()
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from residual_steer.nested import dense
+from residual_steer.recording import undisturbed, watch
 
 from .graph import Edge, edge_of
 from .place import Path, tensors
 
-__all__ = ["LISTS", "Call", "Value", "called", "differentiable", "hooked", "is_marked", "suspects", "undisturbed"]
+__all__ = ["LISTS", "Call", "Value", "called", "differentiable", "is_marked", "probed", "suspects"]
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -90,27 +90,6 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def hooked(modules: Mapping[str, nn.Module], enter: Callable[..., Any], leave: Callable[..., Any]) -> Iterator[None]:
-    """Call `enter(path, module, args, kwargs)` and `leave(…, output)` whenever one of these modules is called.
-
-    What `leave` returns stands for the module's output, unless it is None.
-    """
-    handles = []
-
-    def watch(path: str, module: nn.Module) -> None:
-        handles.append(module.register_forward_pre_hook(lambda *call: enter(path, *call), with_kwargs=True))
-        handles.append(module.register_forward_hook(lambda *call: leave(path, *call), with_kwargs=True))
-
-    try:
-        for path, module in modules.items():
-            watch(path, module)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
 def called(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
     """Record the calls of modules that return, in the order in which they began."""
     calls: list[Call] = []
@@ -121,7 +100,7 @@ def called(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
         values = Value.all({**dict(enumerate(args)), **kwargs})
         open_calls.append(Call(path, module, values, span=(next(clock), -1)))
 
-    def leave(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         while open_calls and open_calls[-1].module is not module:  # of calls that did not return
             open_calls.pop()
         if not open_calls:
@@ -132,40 +111,30 @@ def called(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
         call.span = (call.span[0], next(clock))
         calls.append(call)
 
-    with hooked(modules, enter, leave):
+    with contextlib.ExitStack() as stack:
+        for path, module in modules.items():
+            stack.enter_context(watch([module], partial(enter, path), leave))
         yield calls
     calls.sort(key=lambda call: call.span)
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run what is inside in evaluation mode and put back modes, buffers and random generators, whatever happens.
-
-    The modes are set on the modules themselves: a `train` of a model's own may do more than that.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, b, b.clone()) for module, _ in modes for name, b in module.named_buffers(recurse=False)]
+def probed(model: nn.Module) -> Iterator[None]:
+    """Run what is inside in evaluation mode and put back modes, buffers and random generators, whatever happens."""
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     there = {(module, name) for module, name, _, _ in buffers}
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.inference_mode(False), warnings.catch_warnings():
+    with undisturbed(model), torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for module, _ in modes:
-            module.training = False
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
-            made = [(m, name) for m, _ in modes for name, _ in m.named_buffers(recurse=False) if (m, name) not in there]
-            for module, name in made:  # registered as None, and filled in by the run
-                setattr(module, name, None)
+            for module in model.modules():  # registered as None, and filled in by the run
+                for name in [name for name, _ in module.named_buffers(recurse=False) if (module, name) not in there]:
+                    setattr(module, name, None)
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer)
-                if buffer.shape != value.shape or not torch.equal(buffer.nan_to_num(), value.nan_to_num()):
-                    with torch.no_grad():
-                        buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager
