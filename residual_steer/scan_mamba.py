@@ -23,8 +23,8 @@ _FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who sets one wants mambapy's s
 class _LinearScan:
     """A mixer's `forward` until `remove`: the linear scan where it can be, else the forward pass of its class.
 
-    It is an attribute of the mixer, as accelerate's hooks are, and not one of its class: so it follows copies and
-    pickles. On the class it would reach every Mamba of the process, and be lost where a pickle is read elsewhere.
+    It is an attribute of the mixer, as accelerate's hooks are, and not one of its class: so it follows every copy. On
+    the class it would reach every Mamba of the process, and be lost where a model that was saved whole is read again.
     """
 
     def __init__(self, mixer: nn.Module) -> None:

@@ -78,6 +78,7 @@ def test_outputs_and_gradients_agree_with_those_of_the_models_own_scan(case, sca
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.* train too")
 @pytest.mark.parametrize("case", SCANNING)
 def test_every_weight_gets_the_gradient_of_the_models_own_scan(case, scans):
     fast, slow = (randomise(rs.steer(case.build(), rank=4)).requires_grad_(True) for _ in range(2))
