@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from residual_steer.errors import SteerError
+from residual_steer.training import progress as progress_bar
 
 __all__ = ["Rounds", "Spread", "Variant", "play", "spread"]
 
@@ -145,7 +145,7 @@ def play(
     cuda = torch.device(device).type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in names}
     total = (warmup + rounds) * len(variants)
-    with tqdm(total=total, desc=progress, disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, desc=progress, disable=not progress) as bar:
         draw, order = random.Random(0), list(variants)
         for turn in range(-warmup, rounds):
             order = order[::-1] if turn % 2 else draw.sample(order, len(order))

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 import residual_steer as rs
 from options import parser_of, read
 from output import exit_status, markdown, save_json
+from residual_steer.training import progress
 from rounds import spread
 
 AIMS = {"import": 0.2, "steer": 0.05, "load": 0.1}  # seconds
@@ -69,7 +68,7 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         SteerError: a process failed, or a folder cannot be written.
     """
-    found = [once(options) for _ in tqdm(range(options.rounds), desc="processes", leave=False)]
+    found = [once(options) for _ in progress(range(options.rounds), desc="processes")]
     seconds = {name: [one[name] for one in found] for name in AIMS}
     record = {
         "options": {key: value for key, value in vars(options).items() if key != "output"},

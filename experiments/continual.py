@@ -27,13 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 import residual_steer as rs
 from residual_steer.continual import NullSpace
 from residual_steer.data import ByteBlocks, character_names, digits, english_prose
 from residual_steer.errors import DivergedError
-from residual_steer.training import evaluate
+from residual_steer.training import evaluate, progress
 
 from .backbones import LENGTH, get_backbone, some, with_new_head
 from .harness import LOST, Experiment, Found, parser_of, run
@@ -245,7 +244,7 @@ def runs_of(course: Course, options: argparse.Namespace, ledger: Ledger) -> Runs
     identity |= {"version": VERSION, "course": [lesson.name for lesson in course.lessons], "torch": torch.__version__}
     found: dict[str, list[dict[str, Any]]] = {way.name: [] for way in WAYS}
     seeds = range(min(options.seeds, course.seeds))
-    with tqdm(total=len(WAYS) * len(seeds), unit="run", desc=course.name, leave=False) as bar:
+    with progress(total=len(WAYS) * len(seeds), unit="run", desc=course.name) as bar:
         for seed in seeds:
             first = functools.cache(functools.partial(steered, course, seed))
             for way in WAYS:

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from benchmarks.environment import versions
 from residual_steer import baselines
 from residual_steer.errors import DivergedError, SteerError, UnsuitableError
 from residual_steer.training import fit
+from residual_steer.training import progress as progress_bar
 
 from .ledger import Ledger
 from .problem import Arm, Problem, adapted, trainable
@@ -116,7 +116,7 @@ def sweep(
         raise SteerError(f"seeds are one or more different integers from 0 to 2**32 - 1; received {list(seeds)}.")
     ledger = Ledger() if ledger is None else ledger
     total = sum(_count(problem, arm, seeds) for arm in arms)
-    with tqdm(total=total, unit="run", desc=problem.name, disable=not progress, leave=False) as bar:
+    with progress_bar(total=total, unit="run", desc=problem.name, disable=not progress) as bar:
         return [_compare(problem, arm, seeds, ledger, bar) for arm in arms]
 
 

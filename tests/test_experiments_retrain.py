@@ -13,6 +13,7 @@ from experiments.problem import Arm, Problem
 from experiments.results import Column
 from experiments.sweep import every_run, sweep
 from experiments.tables import comparison, records
+from residual_steer.training import progress
 
 
 class Stack(nn.Module):
@@ -131,12 +132,11 @@ def test_the_bar_counts_every_run(made, monkeypatch):
     bars = []
     module = sys.modules["experiments.sweep"]
 
-    class Bar(module.tqdm):
-        def __init__(self, **options):
-            super().__init__(**{**options, "disable": False})
-            bars.append(self)
+    def bar(**options):
+        bars.append(progress(**{**options, "disable": False}))
+        return bars[-1]
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(module, "progress_bar", bar)
     infinite = dataclasses.replace(problem, loss=lambda model, batch: model.head.weight.sum() * float("inf"))
     for other in (problem, infinite, dataclasses.replace(problem, retrain=None)):
         sweep(other, [ARM], [3, 5])

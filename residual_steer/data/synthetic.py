@@ -13,10 +13,9 @@ from torch.utils.data import TensorDataset
 
 from residual_steer.data._rows import TokenRows, check_integer, check_number, check_tokens, generator
 from residual_steer.errors import SteerError
-from residual_steer.training import randomness
-from residual_steer.training.environment import to_device
 from residual_steer.training.losses import IGNORE
-from residual_steer.training.modes import as_before
+from residual_steer.training.processes import to_device
+from residual_steer.training.undisturbed import apart, as_before
 
 __all__ = ["embedding", "latent", "mqar", "recall", "rule"]
 
@@ -129,7 +128,7 @@ def recall(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> float:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = total = 0
-    with as_before(model), randomness.apart():
+    with as_before(model), apart():
         model.eval()
         for batch in loader:
             if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):

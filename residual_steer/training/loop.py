@@ -67,7 +67,7 @@ def fit(
         steps: number of optimizer steps.
         lr: peak learning rate; unused if an `optimizer` is given, which brings its own.
         loss: a function of the model and a batch that returns a scalar, its mean, in place of the above. If that mean
-            is over something else than labels or rows, give it an attribute `weight`, from a batch to a number.
+            is over something else than labels or rows, give the function a `weight`: from a batch to a number.
         optimizer: any torch optimizer over the model's parameters; AdamW by default.
         save_to: folder for checkpoints, `metrics.jsonl` and trackers' logs; nothing is written without it.
         **options: see `FitOptions`.

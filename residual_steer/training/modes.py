@@ -1,5 +1,0 @@
-"""Moved to `undisturbed`."""
-
-from .undisturbed import as_before, train_mode
-
-__all__ = ["as_before", "train_mode"]
