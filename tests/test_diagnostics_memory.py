@@ -62,7 +62,7 @@ def written_out(case, model, side):
                 rank = mixer.dt_proj.weight.shape[1]
                 found.append(F.softplus(output[..., :rank] @ mixer.dt_proj.weight.T + mixer.dt_proj.bias))
             else:
-                limits = getattr(mixer, "time_step_limit", (0, math.inf))
+                limits = getattr(mixer, "time_step_limit", None) or (0, math.inf)  # which not every release has
                 found.append(F.softplus(output[..., -len(mixer.dt_bias) :] + mixer.dt_bias).clamp(*limits))
 
         handles.append(part.register_forward_hook(look))
@@ -227,6 +227,14 @@ def test_a_second_softplus_of_the_same_shape_is_refused():
     rs.steer(model, rs.Backbone(blocks=list(model), width=4), rank=2)
     with pytest.raises(rs.SteerError, match=r"one result of softplus of the shape \(2, 3, 4\).* has 2 of them"):
         memory_length(model, [torch.randn(2, 3, 4)])
+
+
+def test_as_many_tokens_as_channels_are_refused_where_they_cannot_be_told_apart():
+    model = steered(case_of("mamba").build())
+    with pytest.raises(rs.SteerError, match="the 32 tokens and as many channels"):
+        memory_length(model, [torch.randint(3, 50, (2, 32))])
+    model = steered(case_of("mamba2").build())
+    assert memory_length(model, [torch.randint(3, 50, (2, 4))]).tokens == 8
 
 
 @torch.no_grad()

@@ -123,14 +123,22 @@ def _delta(mixer: nn.Module, watched: _Softplus, rows: int) -> Tensor:
             f"Δ of this {kind} was not seen: compiled kernels compute it inside themselves. Move the model to the CPU, "
             "or measure it where they are not installed."
         )
-    shape = mixer.get_parameter("A_log").shape
-    wanted = (rows, call.length, len(_decay(mixer)))
-    # Mamba-1 computes it as (rows, channels, length), and in Zamba head by head; Mamba-2 as (rows, length, heads), and
-    # `mamba_ssm`'s reference in chunks, (rows, heads, chunks, length of one), of which it may fill up the last
-    seen = [x.flatten(2).transpose(1, 2) if len(shape) > 1 or x.dim() == 4 else x for x in call.seen if x.dim() > 2]
-    if len(shape) == 3 and len(seen) == shape[0]:  # heads
-        seen = [torch.cat(seen, dim=2)]
-    found = [x[:, : call.length] for x in seen if x[:, : call.length].shape == wanted]
+    shape, channels, length = mixer.get_parameter("A_log").shape, len(_decay(mixer)), call.length
+    wanted, found = (rows, length, channels), []
+    by_head = len(shape) == 3 and len(call.seen) == shape[0]  # in Zamba, (rows, channels of the head, length) each
+    for x in [torch.cat(call.seen, dim=1)] if by_head else call.seen:
+        delta = x
+        if x.dim() == 4:  # in `mamba_ssm`'s reference, (rows, heads, chunks, length of one); the last is filled up
+            delta = x.flatten(2).transpose(1, 2)[:, :length]
+        elif len(shape) > 1 and x.shape == (rows, channels, length):  # Mamba-1, in either order by the release
+            if channels == length:
+                raise SteerError(
+                    f"the {length} tokens and as many channels of this {kind} cannot be told apart. Give rows of "
+                    "another length."
+                )
+            delta = x.transpose(1, 2)
+        if delta.shape == wanted:
+            found.append(delta)
     if len(found) != 1:
         shapes = ", ".join(str(tuple(one.shape)) for one in call.seen)
         raise SteerError(
