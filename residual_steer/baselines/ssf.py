@@ -66,7 +66,7 @@ def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
 def _takes_part(module: nn.Module) -> bool:
     """Return whether a module is a linear layer, or a norm with a weight."""
     weight = getattr(module, "weight", None)
-    leaf = isinstance(weight, Tensor) and weight.dim() == 1 and not list(module.children())
+    leaf = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not list(module.children())
     return is_linear(module) or (leaf and "norm" in type(module).__name__.lower())
 
 
