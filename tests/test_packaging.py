@@ -55,7 +55,7 @@ def test_the_wheel_works_from_outside_the_repository(built, tmp_path):
     code = (
         "import residual_steer, residual_steer.backbones as families\n"
         "from residual_steer.backbones import gpt2, mamba, vit\n"
-        "print(residual_steer.__file__, families.__file__, gpt2.__file__, families())"
+        "print(residual_steer.__file__, families.__file__, gpt2.__file__, residual_steer.list_backbones())"
     )
     printed = run(code, cwd=tmp_path, path=tmp_path / "target")
     assert printed.count(str(tmp_path / "target")) == 3
