@@ -1,6 +1,8 @@
 """Prompts, prefixes and VPT: held against sequences put together by hand, and against themselves without a cache."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -287,6 +289,22 @@ def test_hidden_states_that_were_captured_before_are_those_of_the_image():
     rs.baselines.apply(model, "vpt-deep", length=P)
     states = model(**case.inputs(model), output_hidden_states=True).hidden_states
     assert [tuple(state.shape) for state in states[1:]] == [(2, 5, WIDTH)] * 2
+
+
+@pytest.mark.parametrize(("name", "method"), [("gpt2", "prompt"), ("mamba", "vpt-deep")])
+def test_threads_that_serve_one_model_keep_their_calls_apart(name, method):
+    model, ids = ready(name, method), words(rows=1)
+    masks = [torch.tensor([[0] * pads + [1] * (6 - pads)]) for pads in (0, 2)]
+
+    @torch.no_grad()
+    def run(mask):
+        return model(ids, attention_mask=mask).logits
+
+    expected = [run(mask) for mask in masks]
+    both = threading.Barrier(2, timeout=60)  # inside the last block, so that each enters before the other leaves
+    BY_NAME[name].modules(model, "block")[-1].register_forward_pre_hook(lambda *_: (both.wait(), None)[1])
+    with ThreadPoolExecutor(2) as threads:
+        assert all(map(torch.equal, threads.map(run, masks), expected))
 
 
 def test_a_copy_after_a_call_that_failed_is_as_good():
