@@ -37,7 +37,7 @@ def output(bench):
 
 def test_tables_line_up(output):
     lines = output.markdown(["what", "ms"], [["a", "1.00"], ["longer", "10.00"]]).splitlines()
-    assert lines == ["| what   |    ms |", "|--------|------:|", "| a      |  1.00 |", "| longer | 10.00 |"]
+    assert lines == ["| what   |    ms |", "|:-------|------:|", "| a      |  1.00 |", "| longer | 10.00 |"]
 
 
 def test_a_record_names_the_machine_and_replaces_what_was_there_whole(output, tmp_path):

@@ -20,7 +20,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytest.importorskip("peft")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def folder(script, tmp_path_factory):
     assert script("ssm").main(common) == 0
     assert script("startup").main(common) == 0
     pytest.importorskip("sklearn")
-    assert script("last_blocks").main([*common, "--cache", str(folder / "cache")]) == 0
+    assert script("experiments.last_blocks").main([*common, "--cache", str(folder / "cache")]) == 0
     return folder
 
 
@@ -94,10 +95,10 @@ def test_a_point_that_fails_leaves_the_others(script, monkeypatch, tmp_path):
 
 
 def test_plots_show_every_method(script, folder):
-    growth, last = script("growth"), script("last_blocks")
+    growth, page = script("growth"), script("page")
     plot = growth.plot(read(folder, "growth-rank-cpu"))
     assert [series.x for series in plot.series] == [(2.0, 4.0)] * 4
-    plot = last.plot(read(folder, "last_blocks-digits-cpu"))
+    plot = page.plot_of_last_blocks(read(folder, "last_blocks-digits-cpu"))
     assert [(series.name, series.labels) for series in plot.series] == [
         ("H-Res", ("last 1", "last 2")),
         ("LoRA", ("last 1", "last 2")),
@@ -230,16 +231,16 @@ def test_ahead_and_behind_are_told_from_no_difference(script):
 
 
 def test_a_run_that_diverged_is_a_dash(script, folder):
-    last = script("last_blocks")
+    last, page = script("experiments.last_blocks"), script("page")
     run = Run(0.1, 0, None, None, None, 1, 2, None, 1.0)
     arm = Arm("H-Res, last 1", "hres", (0.1,))
     entry = Entry(arm, 0.1, (), (run,))
     assert last.reached(entry, "accuracy", 1) == []
     record = read(folder, "last_blocks-digits-cpu")
     record["points"]["H-Res, last 1"] = []
-    row = next(line for line in last.table(record).splitlines() if line.startswith("| H-Res, last 1"))
+    row = next(line for line in page.table_of_last_blocks(record).splitlines() if line.startswith("| H-Res, last 1"))
     assert row.split("|")[2].strip() == "–"
-    assert last.plot(record).series[0].y[0] is None
+    assert page.plot_of_last_blocks(record).series[0].y[0] is None
 
 
 def test_the_page_holds_every_row_and_says_what_was_not_run(script, folder, tmp_path):
@@ -313,7 +314,9 @@ def test_commands_of_parts(script, tmp_path):
     bench = script("bench")
     assert len({part.name for part in bench.PARTS}) == len(bench.PARTS)
     for part in bench.PARTS:
-        assert (BENCHMARKS / part.command[0]).exists()
+        script_or_module = part.command[0]  # an experiment is run as a module
+        module = ROOT / f"{script_or_module.replace('.', '/')}.py"
+        assert (BENCHMARKS / script_or_module).exists() or module.exists()
     part = next(part for part in bench.PARTS if part.name == "cost-vit")
     options = bench.parse(["--device", "cuda", "--dtype", "bf16", "--compile"])
     command = bench.command_of(part, options, tmp_path, False)
