@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -342,7 +343,8 @@ def test_the_backbone_of_a_problem_is_never_trained_twice():
         compare(problem_of(fresh=lambda seed: model), [HRES])
 
 
-def test_a_bar_is_shown_if_it_is_wanted(capsys):
+def test_a_bar_is_shown_on_a_terminal_if_it_is_wanted(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     sweep(problem_of(), [LINEAR, PROMPT], (0,))
     assert "images" in capsys.readouterr().err
     sweep(problem_of(), [LINEAR], (0,), progress=False)
