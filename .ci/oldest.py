@@ -1,7 +1,7 @@
 """Print requirements that pin what the library runs on to the lower bounds of pyproject.toml.
 
 `torch>=2.6` becomes `torch==2.6.*`: the newest bug fix of the oldest release that is claimed. What stands in `dev` for
-development alone is left to the resolver, and so is every package in FREE.
+development alone is left to the resolver, and so is every package in FREE; those in TIED are pinned even so.
 
     python .ci/oldest.py > oldest.txt
 """
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BOUND = re.compile(r"^([A-Za-z0-9_.-]+)>=([0-9.]+)( *;.+)?$")
 # Our bounds on these hold where no extra is installed; the oldest transformers and datasets need newer ones.
 FREE = ("huggingface_hub", "tqdm")
+TIED = ("torchao",)  # a newer one cannot be imported beside the oldest torch, and then neither can transformers
 
 
 def pins(project: dict, free: Collection[str] = FREE) -> list[str]:
@@ -36,7 +37,7 @@ def pins(project: dict, free: Collection[str] = FREE) -> list[str]:
         named = own.fullmatch(text)
         return [x for part in named[1].split(",") for y in extras[part.strip()] for x in flat(y)] if named else [text]
 
-    rest = [text for text in extras["dev"] if not own.fullmatch(text)]
+    rest = [text for text in extras["dev"] if not own.fullmatch(text) and not text.startswith(TIED)]
     run = [*project["dependencies"], *(x for text in extras["dev"] if text not in rest for x in flat(text))]
     return [*dict.fromkeys(_pin(text, free) for text in run), *rest]
 

@@ -38,7 +38,7 @@ def test_lower_bounds_become_pins(oldest):
             "plots": ["matplotlib>=3.7"],
             "all": ["mine[timm,plots]", "scikit-learn>=1.3"],
             "tables": ["mine[plots]", "scipy>=1.13", "tomli>=2; python_version < '3.11'"],
-            "dev": ["mine[all, tables]", "pytest>=8"],
+            "dev": ["mine[all, tables]", "torchao>=0.11", "pytest>=8"],
         },
     }
     assert oldest.pins(project, free=["tqdm"]) == [
@@ -49,6 +49,7 @@ def test_lower_bounds_become_pins(oldest):
         "scikit-learn==1.3.*",
         "scipy==1.13.*",
         "tomli==2.*; python_version < '3.11'",
+        "torchao==0.11.*",
         "pytest>=8",
     ]
     assert oldest.pins(project, free=[])[1] == "tqdm==4.60.*"
