@@ -20,6 +20,11 @@ serve: $(VENV)/installed  ## Serve many tasks in one batch from one frozen backb
 bench: $(VENV)/installed  ## What steering costs, on a quiet machine; half an hour. RESUME=1 goes on; writes BENCHMARKS.md
 	$(BIN)/python benchmarks/bench.py $(if $(RESUME),--resume)
 
+# A bare machine with a card needs no environment of ours: its own torch and transformers are what is tried.
+.PHONY: gpu
+gpu:  ## What holds on a CUDA device, in nine minutes; GPU="--wheels DIR" builds the kernels, GPU=--resume goes on
+	$(if $(wildcard $(VENV)/installed),$(BIN)/python,$(PYTHON)) benchmarks/gpu $(GPU)
+
 # pyreft pins an old transformers: an environment of its own, which shares torch and the rest with the other one.
 REFT ?= .venv-reft
 bench-loreft: $(REFT)/installed  ## LoReFT beside the frozen model, in an environment of its own; two minutes

@@ -1,0 +1,149 @@
+"""The script for a card, rehearsed on the CPU: cut off, resumed, and run without an installation of this package."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+pytest.importorskip("peft")
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+ONCE = ("contract", "training", "marked", "costs", "many")
+
+
+def command(folder, *more):
+    return [sys.executable, str(BENCHMARKS / "gpu"), "--device", "cpu", "--quick", "--out", str(folder), *more]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def running():
+    """The command lines of this machine's processes."""
+    return subprocess.run(["ps", "-eo", "args"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the script leaves that was killed in the middle, and then went on."""
+    folder = tmp_path_factory.mktemp("gpu")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    few = command(folder, "--only", "contract", "training")
+    first = subprocess.Popen(few, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (folder / "contract.json").exists() or read(folder / "contract.json")["status"] != "done":
+        assert first.poll() is None, "the script ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    while any(str(folder) in line and "gpu." in line for line in running()):  # what it had started ends by itself
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    before = (folder / "contract.json").read_bytes()
+    done = subprocess.run(command(folder, "--resume"), env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert (folder / "contract.json").read_bytes() == before
+    return folder
+
+
+def test_what_was_done_is_not_run_again_and_the_rest_is(folder):
+    records = {name: read(folder / f"{name}.json") for name in (*ONCE, "machine", "summary")}
+    assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(records, "done")
+    assert all(record["quick"] for record in records.values())
+    assert not [line for record in records.values() for line in record.get("wrong", [])]
+    assert set(records["contract"]["points"]) == {"gpt2", "llama", "vit", "mamba", "mamba2"}
+    assert records["marked"]["counts"]["passed"] > 0
+    assert list(records["many"]["held"]) == ["1", "3"]
+
+
+def test_every_column_is_measured_and_judged(folder):
+    found = read(folder / "costs.json")["found"]
+    assert set(found) == {"gpt2", "llama", "vit", "mamba"}
+    for name, record in found.items():
+        assert record["refused"] == {}
+        assert {"step, eager", "prefill, eager"} <= set(record["times"])
+        assert ("decode, 2 rows, eager" in record["times"]) == (name != "vit")
+    assert {"step, compiled", "decode, 1 rows, compiled", "prefill, compiled"} <= set(found["gpt2"]["times"])
+    aims = {row["what"]: row for row in read(folder / "summary.json")["aims"]}
+    assert aims["gpt2: step, eager ÷ floor"]["aim"] == "≤ 1.03"
+    assert aims["gpt2: saved bytes ÷ floor"]["ahead of it"] == "yes"
+    assert aims["gpt2: prefill, eager ÷ frozen"]["aim"] == "–"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """Import parts as the script does."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_a_card_gets_a_section_of_the_page_and_a_rehearsal_none(modules, folder, tmp_path):
+    from gpu import summary
+
+    page, results = tmp_path / "page.md", tmp_path / "results"
+    text = "# What\n\n## On a GPU\n\nNothing.\n\n## After\n\nMore.\n"
+    page.write_text(text)
+    (results / "a-card").mkdir(parents=True)
+    for path in folder.glob("*.json"):
+        (results / "a-card" / path.name).write_bytes(path.read_bytes())
+    assert not summary.write_page(page, results)
+    assert page.read_text() == text
+    for path in (results / "a-card").glob("*.json"):
+        record = read(path)
+        path.write_text(json.dumps({**record, "quick": False, "machine": {**record["machine"], "gpu": "A card"}}))
+    for _ in range(2):  # written again it is the same
+        assert summary.write_page(page, results)
+        shown = page.read_text()
+        assert shown.count("## On a GPU") == shown.count("### A card") == 1
+        assert "Nothing." not in shown
+        assert shown.endswith("## After\n\nMore.\n")
+        assert "| gpt2: step, eager ÷ floor" in shown
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(modules, tmp_path):
+    from gpu import runner
+
+    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
+    inner = f"import time; open({str(tmp_path / 'begun')!r}, 'w'); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", script, inner], start_new_session=True)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    runner.end(process)
+    assert process.returncode == -signal.SIGTERM
+    deadline = time.monotonic() + 20
+    while any(inner in line for line in running()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_compiler_of_one_architecture_stands_in_for_nvcc(modules, tmp_path):
+    from gpu import kernels
+
+    echo, script = tmp_path / "echo", tmp_path / "nvcc"
+    echo.write_text('#!/bin/sh\necho "$@"\n')
+    echo.chmod(0o755)
+    script.write_text(kernels.NVCC.format(python=sys.executable, nvcc=str(echo), code="arch=compute_90,code=sm_90"))
+    script.chmod(0o755)
+    given = [
+        "-O3",
+        "-gencode",
+        "arch=compute_75,code=sm_75",
+        "--threads",
+        "4",
+        "-gencode=arch=compute_80",
+        "-c",
+        "a.cu",
+    ]
+    shown = subprocess.run([str(script), *given], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    assert shown == ["-gencode", "arch=compute_90,code=sm_90", "-O3", "-c", "a.cu"]
