@@ -29,7 +29,9 @@ def read(path):
 
 def running():
     """The command lines of this machine's processes."""
-    return subprocess.run(["ps", "-eo", "args"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        ["ps", "-eww", "-o", "args"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,8 @@ def work(job: Job) -> None:
     command += [*(["-m", "gpu"] * job.cuda), *only, *map(str, sources)]
     if importlib.util.find_spec("xdist") is not None and job.cuda:
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
-    with subprocess.Popen(command, env={**os.environ, LOG: str(log)}) as process:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # of a run around
+    with subprocess.Popen(command, env={**inherited, LOG: str(log)}) as process:
         while True:
             try:
                 status = process.wait(timeout=5)
