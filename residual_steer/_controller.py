@@ -18,6 +18,7 @@ from .config import FieldConfig
 from .errors import SteerError
 from .field import HRes
 from .injector import Injector
+from .names import some
 from .routing import OFF, Mix, Tables
 from .rows import Repeats, batch_of, rows_in_order
 from .selection import Call, Selection, enter_call, leave_call, remember
@@ -165,7 +166,7 @@ class Steering:
                     f"the model was changed since it was steered: {', '.join(lost)}, which a field trains, is gone or "
                     "has another shape. Undo that change first, or `unsteer` and steer again."
                 )
-            self.heads.select(mix, entries, lambda name: self._trains_in(mix, name))
+            self.heads.select(mix, entries, lambda name: self._trains_in(mix, name), self.frozen.move)
         self.mix = mix
         tables: Tables = {}
         for injector in self.injectors.values():
@@ -175,7 +176,8 @@ class Steering:
         points = {
             (name, *key) for key, injector in self.injectors.items() for name in injector.fields if name in mix.names
         }
-        self.selection = Selection(mix, frozenset(filter(self.trains, mix.names)), frozenset(points))
+        trains = frozenset(filter(self.trains, mix.names))
+        self.selection = Selection(mix, trains, frozenset(points), frozenset(self.heads.inner))
         self.repeats, self.unchecked = Repeats(), True
 
     def _let_train(self, module: HRes, name: str, on: bool) -> None:
@@ -259,7 +261,7 @@ class Steering:
         lost = unsaved(model, self.stored())
         if lost and self.mix.names:
             warnings.warn(
-                f"{_some(lost)} train too, and `save` does not store what no field opened: they would be lost. Steer "
+                f"{some(lost)} train too, and `save` does not store what no field opened: they would be lost. Steer "
                 "with `train=[...]` to train them along with a field, or save them yourself.",
                 stacklevel=4,
             )
@@ -347,8 +349,3 @@ class _Watch:
 
 def _parameters(fields: Mapping[int, HRes]) -> list[nn.Parameter]:
     return [parameter for module in fields.values() for parameter in module.parameters()]
-
-
-def _some(names: list[str]) -> str:
-    """Return the first of many names."""
-    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

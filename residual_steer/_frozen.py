@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ._internals import version
 from .backbone import can_train
+from .names import some
 
 __all__ = ["Frozen", "Moving", "plain_name", "unsaved"]
 
 _ADAPTERS = ("peft", "adapters", "pyreft", "pyvene")  # packages whose modules bring parameters of their own
+_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _log = logging.getLogger("residual_steer")
 
 
@@ -40,7 +42,7 @@ class Frozen:
 
     Attributes:
         closed: names of the parameters that were closed.
-        statistics: modules whose running statistics are held still, with the value of the attribute that moves them.
+        statistics: modules with running statistics, and the attribute that moves them with its value before steering.
     """
 
     closed: list[str] = field(default_factory=list)
@@ -61,15 +63,16 @@ class Frozen:
                     parameter.requires_grad_(False)
         _log.info("froze %d tensors of a %s", len(self.closed), type(model).__name__)
         for module in model.modules():
-            if getattr(module, "running_mean", None) is None or any(
-                p.requires_grad for p in module.parameters(recurse=False)
-            ):
-                continue
-            instance = isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
-            attribute = "momentum" if instance else "track_running_stats"
-            if hasattr(module, attribute):
+            attribute = "momentum" if isinstance(module, _INSTANCE) else "track_running_stats"
+            if getattr(module, "running_mean", None) is not None and hasattr(module, attribute):
                 self.statistics.append((module, attribute, getattr(module, attribute)))
-                setattr(module, attribute, 0.0 if attribute == "momentum" else False)
+                self.move(module, any(p.requires_grad for p in module.parameters(recurse=False)))
+
+    def move(self, module: nn.Module, on: bool) -> None:
+        """Let the running statistics of a module move, if it has any, or hold them still."""
+        for each, attribute, value in self.statistics:
+            if each is module:  # without momentum an instance norm keeps what it has, and uses it in evaluation
+                setattr(module, attribute, value if on else 0.0 if attribute == "momentum" else False)
 
     def reopen(self, model: nn.Module) -> None:
         """Put back what `close` changed."""
@@ -97,7 +100,7 @@ class Moving:
         moved = [name for name, tensor, before in self.buffers if version(tensor) != before and id(tensor) not in own]
         if moved:
             warnings.warn(
-                f"a call in training mode changed {', '.join(moved[:6])}, which is frozen and not saved with a field. "
+                f"a call in training mode changed {some(moved)}, which is frozen and not saved with a field. "
                 "Call `eval()` on that module after `model.train()`, or train it along: `train=[...]`.",
                 stacklevel=3,
             )

@@ -1,4 +1,7 @@
-"""Private attributes of torch, in one place. Tried on torch 2.6 to 2.14; tests/test_internals.py names each of them."""
+"""Private attributes of torch, and one of accelerate, in one place; tests/test_internals.py names each of them.
+
+Tried on torch 2.6 and 2.14, and on accelerate 1.10 and 1.15.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ __all__ = [
     "has_hook",
     "is_compiled",
     "is_plainly_called",
+    "offload_hooks",
     "owned_tensors",
     "parts",
     "twin",
@@ -52,6 +56,12 @@ def is_compiled(module: nn.Module) -> bool:
 def is_plainly_called(module: nn.Module) -> bool:
     """Return whether calling a module does no more than its class's `forward`: no hook, no forward of its own."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return what accelerate hung on a module that it dispatches or offloads, one by one."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else (hook, *getattr(hook, "hooks", ()))
 
 
 def owned_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ._internals import offload_hooks
 from .errors import SteerError
 from .nested import dense, moved
 
@@ -303,8 +304,7 @@ def execution_device(module: nn.Module) -> torch.device:
     A module that was put on the meta device, and not offloaded from it, stays there.
     """
     for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)  # accelerate's attribute on a module that it dispatches
-        for each in (hook, *getattr(hook, "hooks", ())):
+        for each in offload_hooks(part):
             if getattr(each, "execution_device", None) is not None:
                 return torch.device(each.execution_device)
     for tensor in (*module.parameters(), *module.buffers()):

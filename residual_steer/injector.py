@@ -152,7 +152,14 @@ class Injector(nn.Module):
                     f"backward() reached field {name!r} after {what}: its gradient would be lost. Call backward() "
                     "before the selection changes, inside the `with`."
                 )
-        return self.route if selection.mix == self.mix else route(selection.mix, held, {})
+        if selection.mix == self.mix:
+            return self.route
+        if selection.inner & {*selection.mix.names, *self.mix.names}:
+            raise SteerError(
+                "activation checkpointing computes a block again in `backward()`, whose own tensors another selection "
+                "has replaced since. Call backward() before the selection changes, inside the `with`."
+            )
+        return route(selection.mix, held, {})
 
     def _add(self, y: Tensor, z: Tensor, route: Route) -> Tensor:
         """Add the fields that act, as functions of z, to y.
@@ -172,7 +179,7 @@ class Injector(nn.Module):
         if route.alone is None:
             return y
         name, weight = route.alone
-        return cast(HRes, self.fields._modules[name]).add_to(y, z, self._compute_dtype, weight)
+        return cast(HRes, self.fields[name]).add_to(y, z, self._compute_dtype, weight)
 
     def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Copy the stream that enters, before a block that works in place overwrites it."""
@@ -242,10 +249,11 @@ class Injector(nn.Module):
 
 def _check_rows(rows: int, batch: int) -> None:
     """Raise if the stream has not the rows of the mix, or of the batch that was checked when the model was called."""
+    if row_factor(rows, batch) == 1:
+        return
     call = current_call()
     backward, _ = selection_of_backward()
-    known = backward or (call is not None and call.batch is not None)
-    if row_factor(rows, batch) != 1 and not known:
+    if not backward and (call is None or call.batch is None):
         raise SteerError(
             f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every "
             "row, also of a part of a model that is called by itself."

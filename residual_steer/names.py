@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import SteerError
 
-__all__ = ["find_names", "plain_key", "plain_keys"]
+__all__ = ["find_names", "plain_key", "plain_keys", "some"]
 
 
 def plain_key(key: str) -> str:
@@ -57,6 +57,11 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> Mapping[str, str]
             "`_orig_mod.`). Drop one of them."
         )
     return found
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of many names, each of them cut where it is very long."""
+    return ", ".join(name[:100] for name in names[:6]) + (", …" if len(names) > 6 else "")
 
 
 def _unwrap(parts: list[str]) -> list[str]:

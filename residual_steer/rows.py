@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._caches import cache_of
 from .backbone import Handle
 from .errors import SteerError
 from .routing import Mix
@@ -76,17 +77,17 @@ class Repeats:
         Raises:
             SteerError: the batch has other rows than were named.
         """
-        caches = [value for value in kwargs.values() if _is_cache(value)]
+        cache = cache_of(kwargs)
         words = next(
             (x for x in (_find(kwargs, "input_ids"), _find(kwargs, "decoder_input_ids")) if x is not None), None
         )
-        generating = not torch.is_grad_enabled() and (bool(caches) or "use_cache" in kwargs)
+        generating = not torch.is_grad_enabled() and (cache is not None or "use_cache" in kwargs)
         if batch % rows == 0 and generating:
-            if any(cache in self._caches for cache in caches) or self._goes_on(words):
+            if (cache is not None and cache in self._caches) or self._goes_on(words):
                 return
             every = [x for x in tensors_in([args, dict(kwargs)]) if x.dim() and x.shape[0] == batch]
             if every and all(_is_repeated(x, batch // rows) for x in every):
-                self._caches.update(caches)
+                self._caches.update([] if cache is None else [cache])
                 if words is not None:
                     self._begun = [*self._begun[-7:], words.clone()]
                 return
@@ -98,7 +99,8 @@ class Repeats:
     def go_on(self, batch: int | None, output: Any) -> None:
         """Remember the cache that a call made, where its rows were accepted as repeated ones."""
         if batch is not None and isinstance(output, Mapping) and any(len(words) == batch for words in self._begun):
-            self._caches.update(value for value in output.values() if _is_cache(value))
+            cache = cache_of(output)
+            self._caches.update([] if cache is None else [cache])
 
     def _goes_on(self, words: Tensor | None) -> bool:
         """Return whether tokens begin as those of a sequence whose rows were accepted."""
@@ -108,10 +110,6 @@ class Repeats:
             and torch.equal(words[:, : first.shape[1]], first)
             for first in self._begun
         )
-
-
-def _is_cache(value: object) -> bool:
-    return "cache" in type(value).__name__.lower() and type(value).__module__.startswith("transformers")
 
 
 def _is_repeated(x: Tensor, times: int) -> bool:
@@ -124,9 +122,8 @@ class _Encoding:
 
     def __init__(self, model: nn.Module, state: Any) -> None:
         self._model = model
-        self._encode = model.__dict__["encode"] = partial(
-            _encode, model, state
-        )  # whose copies follow those of the model
+        # a partial, whose copies follow those of the model
+        self._encode = model.__dict__["encode"] = partial(_encode, model, state)
 
     def remove(self) -> None:
         """Let the model's own `encode` run again."""

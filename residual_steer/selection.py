@@ -42,11 +42,13 @@ class Selection:
         mix: which fields act.
         trains: the fields that train.
         points: where they stand: name, site and block index.
+        inner: the fields that train tensors inside the blocks, which a selection puts in place.
     """
 
     mix: Mix = OFF
     trains: frozenset[str] = frozenset()
     points: frozenset[tuple[str, str, int]] = frozenset()
+    inner: frozenset[str] = frozenset()
 
 
 _selections: OrderedDict[int, Selection] = OrderedDict()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._controller import Steering, base_tensors, steered_part, steering_of
 from ._frozen import unsaved
+from ._internals import offload_hooks
 from .backbone import Backbone, compute_dtype, execution_device
 from .card import model_card
 from .config import FieldConfig, check_name, check_site
@@ -23,7 +24,7 @@ from .files import as_path, make_folder, write_whole
 from .format import DESCRIPTION, TENSORS, open_field, pack
 from .hub import check_repo, fetch, is_repo, upload
 from .identity import Identity
-from .names import find_names, plain_keys
+from .names import find_names, plain_keys, some
 from .registry import AUTO
 from .steering import begin, install
 from .trained_modules import master_dtype
@@ -194,7 +195,7 @@ def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldCo
     lost = unsaved(base, state.stored())
     if lost:
         warnings.warn(
-            f"{_some(lost)} require a gradient and belong to no field, so they are not stored with it. Steer with "
+            f"{some(lost)} require a gradient and belong to no field, so they are not stored with it. Steer with "
             "`train=[...]` to train them along, or save them yourself.",
             stacklevel=3,
         )
@@ -204,7 +205,7 @@ def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldCo
 @contextlib.contextmanager
 def _in_place(module: nn.Module) -> Iterator[None]:
     """Bring a module's tensors from where accelerate offloaded them."""
-    if hasattr(module, "_hf_hook"):
+    if offload_hooks(module):
         from accelerate.utils import align_module_device
 
         with align_module_device(module, execution_device="cpu"):
@@ -242,7 +243,7 @@ def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldConfig) -> tu
     absent = [key for key in spec.train if key not in names]
     if absent:
         raise SteerError(
-            f"the field comes with trained base tensors that this model lacks: {_some(absent)}. "
+            f"the field comes with trained base tensors that this model lacks: {some(absent)}. "
             "Give the model the same head before loading."
         )
     spec = replace(spec, train=tuple(names[key] for key in spec.train))
@@ -268,7 +269,7 @@ def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
     twins = "" if plain_keys(shapes) else " Some of its names become one without those of wrappers, `module.` in front."
     for what, left in (("missing", wanted.keys() - keys.keys()), ("left over", shapes.keys() - set(keys.values()))):
         if left:
-            raise SteerError(f"{TENSORS} does not hold what it says: {what} are {_some(sorted(left))}.{twins}")
+            raise SteerError(f"{TENSORS} does not hold what it says: {what} are {some(sorted(left))}.{twins}")
     for key, tensor in wanted.items():
         if tuple(tensor.shape) != shapes[keys[key]]:
             raise SteerError(f"tensor {key} has shape {shapes[keys[key]]}; this model needs {tuple(tensor.shape)}.")
@@ -296,9 +297,4 @@ def _as_type(key: str, stored: Tensor, like: Tensor) -> Tensor:
 
 def _shape(identity: Identity) -> str:
     widths = sorted(set(identity.widths))
-    return f"{identity.name[:100]}, {len(identity.widths)} blocks of width {_some([*map(str, widths)])}"
-
-
-def _some(names: list[str]) -> str:
-    """Name the first of many."""
-    return ", ".join(name[:100] for name in names[:6]) + (", …" if len(names) > 6 else "")
+    return f"{identity.name[:100]}, {len(identity.widths)} blocks of width {some([*map(str, widths)])}"

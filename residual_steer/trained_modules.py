@@ -2,7 +2,8 @@
 
 A selection puts the tensors themselves in place, not their values. So each has its gradient and its optimizer state to
 itself, a backward pass finds those that the forward pass used, and the base's are never written to. Beside a bf16 base
-they are fp32, as fields are: updates smaller than bf16 resolves are not lost. Whoever reads them gets them in bf16.
+and outside the blocks they are fp32, as fields are: updates smaller than bf16 resolves are not lost. The `forward` of
+their module sees them in bf16.
 
 Whole models that differ there cannot share a batch, but a module that comes after the blocks, or before them, can be
 computed once for every field and its rows chosen: that is the `Switch` on it.
@@ -36,12 +37,14 @@ class Heads:
         base: the base's own, by plain name, as they were last seen in place.
         own: each field's, by field and plain name.
         there: whose are in place, by plain name: a field's, `""` for a sum; those of the base are not listed.
+        inner: the fields that have tensors inside the blocks.
         switches: the module at each place that can be computed for several fields in one batch.
     """
 
     base: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     there: dict[str, str] = field(default_factory=dict)
+    inner: set[str] = field(default_factory=set)
     switches: list[Switch] = field(default_factory=list)
 
     def open(self, name: str, keys: Collection[str], entries: list[Entry], inside: Collection[int]) -> None:
@@ -58,6 +61,8 @@ class Heads:
         made = {  # tied ones once
             id(tensors[key]): _copy(tensors[key], master=id(tensors[key]) not in within) for key in keys
         }
+        if any(id(tensors[key]) in within for key in keys):
+            self.inner.add(name)
         self.own[name] = {key: made[id(tensors[key])] for key in keys}
         self.base |= {key: tensors[key] for key in keys}
         opened = {id(tensor) for tensor in self.base.values()}
@@ -70,6 +75,7 @@ class Heads:
     def close(self, name: str, entries: list[Entry]) -> None:
         """Forget a field's tensors; they are not in place."""
         self.own.pop(name, None)
+        self.inner.discard(name)
         opened = {key for own in self.own.values() for key in own}
         self.base = {key: tensor for key, tensor in self.base.items() if key in opened}
         kept = {id(tensor) for key, _, _, tensor in entries if key in opened}
@@ -89,11 +95,14 @@ class Heads:
         own = {key: tensor.shape for name in names for key, tensor in self.own.get(name, {}).items()}
         return [key for key, shape in own.items() if not shapes.get(key) == shape == self.base[key].shape]
 
-    def select(self, mix: Mix, entries: list[Entry], trains: Callable[[str], bool]) -> None:
+    def select(
+        self, mix: Mix, entries: list[Entry], trains: Callable[[str], bool], move: Callable[[nn.Module, bool], None]
+    ) -> None:
         """Put in place what a mix asks for; everything that can fail comes before anything is changed.
 
         A field that acts alone has its own tensors in place. With weights, base + Σ w·(own − base) is, or a field's own
-        where no other has its own and it weighs 1. Row by row, modules are computed for each field.
+        where no other has its own and it weighs 1. Row by row, modules are computed for each field. Statistics `move`
+        in a module where a field's own are in place.
 
         Raises:
             SteerError: rows cannot differ in what a field trained, or statistics cannot be summed.
@@ -127,7 +136,7 @@ class Heads:
             if isinstance(placed, nn.Parameter) and placed.is_floating_point():
                 placed.requires_grad_(bool(owner) and trains(str(owner)))
             for _, module, _, _ in group:
-                _track(module, bool(owner))
+                move(module, bool(owner))
         for switch in self.switches:
             switch.select(mix, (switched or {}).get(id(switch), {}), trains)
 
@@ -354,11 +363,3 @@ def _follow(tensor: Tensor, device: torch.device, dtype: torch.dtype, *, own: bo
         return tensor.to(device, dtype)
     tensor.data, tensor.grad = tensor.data.to(device, dtype), None
     return tensor
-
-
-def _track(module: nn.Module, on: bool) -> None:
-    """Let statistics move where a field's own are in place, and hold the base's still."""
-    if getattr(module, "running_mean", None) is not None and isinstance(
-        getattr(module, "track_running_stats", None), bool
-    ):
-        module.track_running_stats = on  # type: ignore[assignment]

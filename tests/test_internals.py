@@ -14,6 +14,7 @@ from residual_steer._internals import (
     has_hook,
     is_compiled,
     is_plainly_called,
+    offload_hooks,
     owned_tensors,
     parts,
     twin,
@@ -54,6 +55,15 @@ def test_forward_hooks_and_a_forward_of_its_own_make_a_call_more_than_plain():
         handle.remove()
     module.forward = lambda x: x
     assert not is_plainly_called(module)
+
+
+def test_what_accelerate_hangs_on_an_offloaded_module_is_found():
+    from accelerate import cpu_offload
+
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert offload_hooks(module[0]) == ()
+    cpu_offload(module, execution_device="cpu")
+    assert any(str(hook.execution_device) == "cpu" for hook in offload_hooks(module[0]))
 
 
 def test_backward_hooks_of_a_tensor_are_found_by_kind():

@@ -152,6 +152,25 @@ def test_a_recomputation_that_cannot_be_what_it_was_is_an_error(reentrant, then)
         recomputed(reentrant, "block", then)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_with_other_trained_tensors_in_place_is_an_error(reentrant):
+    def made():
+        model = Recomputed(reentrant)
+        described = rs.Backbone(blocks=model.blocks, width=8)
+        rs.steer(model, described, rank=2, name="a", train="blocks.1.mixer")
+        rs.steer(model, rank=2, name="b")
+        randomise(model)
+        rs.use(model, {"a": 1.0})
+        rs.thaw(model, "a")
+        return model, model(torch.ones(1, 2, 8, requires_grad=True)).sum()
+
+    made()[1].backward()
+    model, loss = made()
+    rs.use(model, {"a": 0.5})
+    with pytest.raises(rs.SteerError, match="own tensors another selection has replaced"):
+        loss.backward()
+
+
 def test_a_part_called_by_itself_is_recomputed_under_one_selection_alone():
     model = Recomputed(False)
     rs.steer(model, rs.Backbone(blocks=model.blocks, width=8), rank=2)
@@ -373,6 +392,38 @@ def test_statistics_of_the_frozen_base_stay_in_a_loop_of_ones_own(tmp_path):
     trained.train()
     RESNET.run(trained)
     assert any(not torch.equal(value, keys[key]) for key, value in trained.state_dict().items())  # as before steering
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+@pytest.mark.parametrize("frozen_before", [True, False])
+def test_statistics_that_a_field_trains_are_its_own_and_the_bases_come_back(kind, frozen_before):
+    norm = nn.BatchNorm1d(8, momentum=0.3)
+    if kind == "instance":
+        norm = nn.InstanceNorm1d(8, momentum=0.3, affine=True, track_running_stats=True)
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.norm = nn.ModuleList([Residual(8)]), norm
+
+        def forward(self, x):
+            return self.norm(self.blocks[0](x).transpose(1, 2))
+
+    model, x = Head(), torch.randn(4, 5, 8)
+    model.blocks.requires_grad_(not frozen_before)  # by somebody who left the norm open
+    before = {name: getattr(norm, name) for name in ("momentum", "track_running_stats")}
+    off = model.eval()(x)
+    rs.steer(model, rs.Backbone(blocks=model.blocks, width=8), rank=2, train="norm")
+    mean = norm.running_mean.clone()
+    model.train()(x + 3)
+    assert not torch.equal(norm.running_mean, mean)
+    rs.use(model, None)
+    model(x + 3)
+    assert torch.equal(norm.running_mean, mean)
+    torch.testing.assert_close(model.eval()(x), off)
+    rs.unsteer(model)
+    assert {name: getattr(norm, name) for name in before} == before
+    torch.testing.assert_close(model(x), off)
 
 
 class Counting(nn.Module):
