@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from residual_steer import SteerError
-from residual_steer.files import make_folder, write_whole
+from residual_steer._files import make_folder, write_whole
 
 __all__ = ["command_line", "hardware", "machine", "portable", "read_json", "save_json", "versions"]
 

@@ -22,7 +22,7 @@ from environment import hardware, read_json
 from options import RESULTS
 from output import exit_status, markdown
 from residual_steer import SteerError
-from residual_steer.files import make_folder, write_whole
+from residual_steer._files import make_folder, write_whole
 from rounds import spread
 from shapes import SHAPES
 

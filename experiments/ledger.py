@@ -10,8 +10,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from residual_steer._files import as_path, lock, make_folder, sync_folder
 from residual_steer.errors import SteerError
-from residual_steer.files import as_path, lock, make_folder, sync_folder
 
 __all__ = ["Ledger"]
 

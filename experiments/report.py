@@ -20,7 +20,7 @@ import jinja2
 from benchmarks.charts import INK, PAPER, QUIET, save, svg
 from benchmarks.environment import hardware, read_json
 from residual_steer import SteerError
-from residual_steer.files import make_folder, write_whole
+from residual_steer._files import make_folder, write_whole
 
 from .cells import NOTHING, escaped, head_of, is_numeric, markdown, notes_of, table_markdown, texts
 from .plots import describe, draw

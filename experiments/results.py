@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from benchmarks.charts import Axis, Measured, Plot, Series
 from benchmarks.environment import portable, read_json
 from residual_steer import SteerError
-from residual_steer.files import make_folder, write_whole
+from residual_steer._files import make_folder, write_whole
 
 __all__ = [
     "Arrows",

@@ -15,10 +15,9 @@ from ._frozen import Frozen, Moving, plain_name, unsaved
 from ._internals import has_hook, owned_tensors, parts
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
 from .config import FieldConfig
-from .errors import SteerError
+from .errors import SteerError, some
 from .field import HRes
 from .injector import Injector
-from .names import some
 from .routing import OFF, Mix, Tables
 from .rows import Repeats, batch_of, rows_in_order
 from .selection import Call, Selection, enter_call, leave_call, remember

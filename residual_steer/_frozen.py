@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ._internals import version
 from .backbone import can_train
-from .names import some
+from .errors import some
 
 __all__ = ["Frozen", "Moving", "plain_name", "unsaved"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ._files import make_folder
 from .errors import SteerError
-from .files import make_folder
 from .injector import Injector
 from .training.losses import rows_of
 from .training.undisturbed import apart

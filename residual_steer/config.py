@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._checks import check_choice
 from .backbone import SITES, Backbone
 from .errors import SteerError
 from .field import HRes
@@ -19,7 +20,7 @@ __all__ = ["FieldConfig", "check_name", "check_ranks", "check_site", "match_trai
 
 @dataclass(frozen=True)
 class FieldConfig:
-    """One field as it was asked for: everything needed to build it again.
+    """One field as it was asked for: everything needed to build it again, and what is stored of it besides tensors.
 
     Attributes:
         name: how users select it.
@@ -28,8 +29,8 @@ class FieldConfig:
         scale: λ.
         activation: σ.
         bias: whether its projections have biases.
-        dropout: dropout of its hidden units in training mode.
-        train: the base parameters and buffers that were opened with it, by full name.
+        dropout: of its hidden units, in training mode.
+        train: the base parameters and buffers that train with it, by full name.
     """
 
     name: str
@@ -42,7 +43,7 @@ class FieldConfig:
     train: tuple[str, ...] = ()
 
     def build(self, index: int, backbone: Backbone, **factory: Any) -> HRes:
-        """Make the field of block `index`."""
+        """Make the field of block `index`; `factory` is the device and dtype of its parameters."""
         return HRes(
             backbone.widths[index],
             self.ranks[index],
@@ -75,8 +76,7 @@ def check_site(site: str, backbone: Backbone) -> str:
     Raises:
         SteerError: it is no site, or the backbone has no such part.
     """
-    if not isinstance(site, str) or site not in SITES:
-        raise SteerError(f"`site` is one of {', '.join(SITES)}; received {site!r}.")
+    check_choice("site", site, SITES)
     if site not in backbone.sites:
         raise SteerError(f"backbone {backbone.name!r} has the sites {', '.join(backbone.sites)}; received {site!r}.")
     return site
@@ -88,7 +88,7 @@ def check_ranks(rank: int | Mapping[int, int], layers: Sequence[int] | None, blo
     Raises:
         SteerError: a block that is not there, named twice, or missing in a table of ranks.
     """
-    chosen = _check_layers(layers, blocks)
+    chosen = _check_layers(range(blocks) if layers is None else layers, blocks)
     if not isinstance(rank, Mapping):
         return dict.fromkeys(chosen, rank)
     if not rank:
@@ -102,23 +102,20 @@ def check_ranks(rank: int | Mapping[int, int], layers: Sequence[int] | None, blo
     return {index: table[index] for index in chosen}
 
 
-def _check_layers(layers: Sequence[int] | None, blocks: int) -> list[int]:
-    if layers is None:
-        return list(range(blocks))
+def _check_layers(layers: Sequence[int], blocks: int) -> list[int]:
     if not isinstance(layers, (Sequence, Set)) or isinstance(layers, str) or not len(layers):
         raise SteerError(f"`layers` is a non-empty list of block indices, or None for all; received {layers!r}.")
-    found = []
     for index in layers:
         if not isinstance(index, int) or isinstance(index, bool) or not -blocks <= index < blocks:
             raise SteerError(f"a layer is an integer from {-blocks} to {blocks - 1}; received {index!r}.")
-        found.append(index % blocks)
+    found = [index % blocks for index in layers]
     if len(set(found)) < len(found):
         raise SteerError(f"a layer is named once; received {list(layers)}.")
     return found
 
 
 def match_train(tensors: Mapping[str, Tensor], patterns: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the names of the tensors that the patterns select.
+    """Return the names of the tensors that the patterns select: names or globs of tensors or of modules around them.
 
     Raises:
         SteerError: a pattern that matches no parameter, or is no string.

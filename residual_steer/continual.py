@@ -25,11 +25,11 @@ from torch.optim import Optimizer
 
 from ._batches import batches, require_finite, tokens_of
 from ._controller import Steering, steering_of
+from ._files import as_path, make_folder, write_whole
 from ._subspace import Protected, Protection, SecondMoment, Subspace, inputs_of, listed, unwrapped
 from .diagnostics._table import Table
 from .errors import SteerError
 from .field import Projection
-from .files import as_path, make_folder, write_whole
 from .recording import record, undisturbed
 
 __all__ = ["NullSpace"]

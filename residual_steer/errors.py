@@ -1,6 +1,8 @@
 """The one exception of the library, and the two kinds of it that a program may want to tell apart."""
 
-__all__ = ["DivergedError", "SteerError", "UnsuitableError"]
+from collections.abc import Sequence
+
+__all__ = ["DivergedError", "SteerError", "UnsuitableError", "some"]
 
 
 class SteerError(ValueError):
@@ -16,3 +18,8 @@ class DivergedError(SteerError):
 
 class UnsuitableError(SteerError):
     """A method that makes no sense on a backbone, such as prefix tuning on a model without keys and values."""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of many names for a message, each of them cut where it is very long."""
+    return ", ".join(name[:100] for name in names[:6]) + (", …" if len(names) > 6 else "")

@@ -1,62 +1,45 @@
-"""The Hugging Face Hub: fetch two files of one commit, upload some in one commit, and say what went wrong.
+"""The Hugging Face Hub: fetch files of one commit, upload some in one commit, and the card that goes with them.
 
-`huggingface_hub` is imported when the Hub is first asked, so that nobody waits for it who does not.
+`huggingface_hub` is imported when the Hub is first needed, so that nobody waits for it who does not use it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from .errors import SteerError
 
-__all__ = ["check_repo", "fetch", "is_repo", "upload"]
+__all__ = ["fetch", "is_repo", "model_card", "upload"]
 
 _LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 
 def is_repo(name: object) -> bool:
-    """Say whether `name` looks like a repository's: "owner/name", with no leading `./`, `~` or `/`."""
+    """Return whether `name` looks like a repository's: "owner/name", with no leading `./`, `~` or `/`."""
     return (
         isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII) is not None
     )
 
 
-def check_repo(name: object) -> str:
-    """Return the name of a repository.
-
-    Raises:
-        SteerError: it does not look like one.
-    """
-    if not isinstance(name, str) or not is_repo(name):
-        raise SteerError(f"a repository on the Hub is named 'owner/name'; received {name!r}.")
-    return name
-
-
 def fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
-    """Fetch files of a repository, all of the same commit, into the Hub's cache.
-
-    Args:
-        repo: "owner/name".
-        revision: a branch, tag or commit; None is the main branch.
-        files: their names.
-
-    Returns:
-        The folder in the cache.
+    """Fetch files of a repository into the Hub's cache, all of the same commit, and return their folder there.
 
     Raises:
         SteerError: the Hub cannot be reached, refuses, or has no such repository, revision or files.
     """
-    at = f" at revision {revision!r}" if revision is not None else ""
-    looked = f"found no field: there is no local folder {repo!r}, and on the Hub, {repo}{at}"
     from huggingface_hub import snapshot_download
 
-    try:
+    at = f" at revision {revision!r}" if revision is not None else ""
+    looked = f"found no field: there is no local folder {repo!r}, and on the Hub, {repo}{at}"
+    with _explained(looked):
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
-    except Exception as error:  # the client passes on what several libraries raise
-        what, remedy = _explain(error)
-        raise SteerError(f"{looked}: {what}. {remedy}") from error
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise SteerError(f"{looked}: it holds no {' and no '.join(absent)}. `residual_steer.push` uploads both.")
@@ -64,79 +47,141 @@ def fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
 
 
 def upload(repo: str, files: Mapping[str, bytes], message: str, *, private: bool) -> str:
-    """Upload files to a repository in one commit, making it first where it is not there.
-
-    Args:
-        repo: "owner/name".
-        files: contents by name.
-        message: of the commit.
-        private: whether only the owner may see the repository.
-
-    Returns:
-        The repository's address.
+    """Upload files, contents by name, in one commit, to a repository that is made if need be; return its address.
 
     Raises:
         SteerError: the Hub cannot be reached or refuses, or the repository is public and was to be private.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    try:
+    failed = f"could not push to {repo}"
+    with _explained(failed):
         hub = HfApi()
         url = str(hub.create_repo(repo, private=private, exist_ok=True))
         hidden = not private or hub.model_info(repo).private
         if hidden:  # not `upload_folder`, which may spread a folder over several commits
             added = [CommitOperationAdd(name, content) for name, content in files.items()]
             hub.create_commit(repo, added, commit_message=message)
-    except Exception as error:  # the client passes on what several libraries raise
-        what, remedy = _explain(error)
-        raise SteerError(f"could not push to {repo}: {what}. {remedy}") from error
     if not hidden:
         raise SteerError(
-            f"could not push to {repo}: it is there already, and public. Nothing was uploaded; make it private in its "
-            "settings, or leave `private` out."
+            f"{failed}: it is there already, and public. Nothing was uploaded; make it private in its settings, or "
+            "leave `private` out."
         )
     return url
 
 
-def _explain(error: Exception) -> tuple[str, str]:
-    """Say in words what went wrong, and what to do."""
+@contextlib.contextmanager
+def _explained(failed: str) -> Iterator[None]:
+    """Turn whatever the client raises, which passes on what several libraries raise, into an error that helps."""
+    try:
+        yield
+    except Exception as error:
+        raise SteerError(f"{failed}: {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    """Return what went wrong, and what to do."""
     from huggingface_hub import errors
 
-    chain = _chain(error)
-    status = next((found for one in chain if (found := _status(one)) is not None), None)
+    chain: list[BaseException] = [error]  # down to the first cause
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    codes = [getattr(getattr(one, "response", None), "status_code", None) for one in chain]
+    status = next((code for code in codes if isinstance(code, int)), None)
+    brief, first = (" ".join(str(one).split())[:200] for one in (error, chain[-1]))
     if any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
-        return "the Hub was not asked, since HF_HUB_OFFLINE is set", "Unset it to use the Hub."
+        return "the Hub was not asked, since HF_HUB_OFFLINE is set. Unset it to use the Hub."
     if isinstance(error, errors.HFValidationError):
-        return f"that is no name ({_brief(error)})", "Name a repository 'owner/name', as on the Hub."
+        return f"that is no name ({brief}). Name a repository 'owner/name', as on the Hub."
     if isinstance(error, errors.GatedRepoError):
-        return "access to it is gated", f"Ask for access on its page, then {_LOG_IN}."
+        return f"access to it is gated. Ask for access on its page, then {_LOG_IN}."
     if isinstance(error, errors.RevisionNotFoundError):
-        return "there is no such revision", "Name a branch, tag or commit that is there, or leave `revision` out."
+        return "there is no such revision. Name a branch, tag or commit that is there, or leave `revision` out."
     if status == 401 or isinstance(error, errors.RepositoryNotFoundError):
-        return "there is none that you may use", f"Check the name; if it is right, {_LOG_IN}."
+        return f"there is none that you may use. Check the name; if it is right, {_LOG_IN}."
     if status == 403:
-        return "your token does not allow that", f"Check the owner's name, and {_LOG_IN} with a token that may write."
+        return f"your token does not allow that. Check the owner's name, and {_LOG_IN} with a token that may write."
     if status is not None:
-        return f"the Hub answered {status} ({_brief(error)})", "Try again later."
+        return f"the Hub answered {status} ({brief}). Try again later."
     return (
-        f"the Hub could not be asked ({type(chain[-1]).__name__}: {_brief(chain[-1])})",
-        "Check the connection, and that the cache of huggingface_hub can be written.",
+        f"the Hub could not be asked ({type(chain[-1]).__name__}: {first}). Check the connection, and that the cache "
+        "of huggingface_hub can be written."
     )
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """Return an error and what caused it, down to the first cause."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
+def model_card(
+    repo: str,
+    model: nn.Module,
+    inner: nn.Module,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    size: int,
+) -> str:
+    """Return the card of a field: a README.md with the front matter that the Hub reads.
+
+    Args:
+        repo: "owner/name", where the card goes.
+        model: the model that the field steers.
+        inner: the part of it that is the backbone.
+        described: the field and its backbone, as `steering.json` has them.
+        tensors: what is stored of the field.
+        size: bytes of the file that holds them.
+    """
+    from huggingface_hub import ModelCardData
+
+    field, backbone = described["field"], described["backbone"]
+    base = _base_model(model) or _base_model(inner)
+    data = ModelCardData(
+        library_name="residual-steer",
+        tags=["residual-steer", backbone["name"]],
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+    )
+    trained = [f"`{key}` {tuple(tensors[f'train.{key}'].shape)}" for key in field["train"]]
+    blocks = f"{backbone['blocks']} blocks of width {', '.join(map(str, sorted(set(backbone['widths']))))}"
+    rows = {
+        "backbone": f"{backbone['name']}: `{backbone['class']}`, {blocks}",
+        "base model": f"[{base}](https://huggingface.co/{base})" if base else "not recorded",
+        "site": f"`{field['site']}`",
+        "steered blocks": ", ".join(field["ranks"]),
+        "rank": ", ".join(map(str, sorted(set(field["ranks"].values())))),
+        "scale": f"{field['scale']:g}",
+        "activation": field["activation"],
+        "trained base tensors": ", ".join(trained) or "none",
+        "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+        "size": f"{size:,} bytes",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    kind = type(model)
+    if base and kind.__module__.startswith("transformers."):
+        first, made = f"from transformers import {kind.__name__}\n", f'{kind.__name__}.from_pretrained("{base}")'
+    else:
+        first, made = "", f"...  # {backbone['class']} with {blocks}, and the weights that the field was trained on"
+    if trained:
+        made += "\n# the model needs the trained base tensors above, in these shapes, before the field is loaded"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {repo.partition("/")[2]}
+
+A steering field for a frozen backbone: a small vector field beside its residual stream (H-Res, \
+[arXiv 2606.24396](https://arxiv.org/abs/2606.24396)), stored by `residual_steer`.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+{first}import residual_steer as rs
+
+model = {made}
+rs.load(model, "{repo}")
+```
+"""
 
 
-def _status(error: BaseException) -> int | None:
-    """Return the status with which the Hub answered, if it did."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _base_model(model: nn.Module) -> str | None:
+    """Return the name on the Hub that a model's config has, if it has one, and it is no folder here."""
+    name: Any = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and is_repo(name) and not os.path.exists(name) else None

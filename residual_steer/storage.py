@@ -5,33 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ._controller import Steering, base_tensors, steered_part, steering_of
+from ._files import as_path, make_folder, write_whole
+from ._format import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
 from ._frozen import unsaved
 from ._internals import offload_hooks
 from .backbone import Backbone, compute_dtype, execution_device
-from .card import model_card
 from .config import FieldConfig, check_name, check_site
-from .errors import SteerError
-from .files import as_path, make_folder, write_whole
-from .format import DESCRIPTION, TENSORS, open_field, pack
-from .hub import check_repo, fetch, is_repo, upload
-from .identity import Identity
-from .names import find_names, plain_keys, some
+from .errors import SteerError, some
+from .hub import fetch, is_repo, model_card, upload
 from .registry import AUTO
 from .steering import begin, install
 from .trained_modules import master_dtype
 
 __all__ = ["load", "push", "save"]
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # these load into one another
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # these load into one another
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,19 +52,19 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
             what it held before is untouched.
     """
     base, state = steering_of(model)
-    spec, tensors, first = _gather(base, state, name)
+    name = state.name_of(name)
+    described, tensors = _collect(base, state, name)
     folder = as_path(folder)
-    if first:
-        make_folder(folder)
-        contents = pack(spec, Identity.of(base, state.backbone), tensors)
-        write_whole({folder / file: content for file, content in contents.items()})
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in state.tensors(base, name).values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        _write(folder, described, tensors)
     return folder
 
 
 def push(
     model: nn.Module, repo: str, name: str | None = None, *, private: bool = False, message: str | None = None
 ) -> str:
-    """Upload a field to the Hugging Face Hub, with a card that says what it is: one commit.
+    """Upload a field to the Hugging Face Hub, with a card that describes it: one commit.
 
     The repository is made if it is not there; what else it holds stays. `load(model, repo)` fetches the field.
 
@@ -76,7 +73,7 @@ def push(
         repo: "owner/name" on the Hub.
         name: which field; None is the selected one.
         private: whether only the owner may see the repository. One that is public already is refused.
-        message: of the commit; None says which field it is.
+        message: of the commit; None names the field.
 
     Returns:
         The repository's address.
@@ -86,16 +83,14 @@ def push(
             the message says what to do. Nothing was uploaded.
     """
     base, state = steering_of(model)
-    spec, tensors, _ = _gather(base, state, name)
-    repo = check_repo(repo)
-    contents = pack(spec, Identity.of(base, state.backbone), tensors)
-    card = model_card(repo, base, state, spec, tensors, len(contents[TENSORS]))
-    return upload(
-        repo,
-        {**contents, "README.md": card.encode()},
-        message or f"Field {spec.name}, stored by residual_steer",
-        private=private,
-    )
+    described, tensors = _collect(base, state, state.name_of(name))
+    if not is_repo(repo):
+        raise SteerError(f"a repository on the Hub is named 'owner/name'; received {repo!r}.")
+    files = pack(described, tensors)
+    inner = base.get_submodule(state.backbone.path)
+    files["README.md"] = model_card(repo, base, inner, described, tensors, len(files[TENSORS])).encode()
+    message = message or f"Field {described['field']['name']}, stored by residual_steer"
+    return upload(repo, files, message, private=private)
 
 
 def load(
@@ -113,7 +108,7 @@ def load(
 
     Args:
         model: holds a backbone with the same number of blocks and the same widths. Another class or config of that
-            shape is accepted with a warning that says what differs.
+            shape is accepted with a warning that names what differs.
         folder: the folder that was given to `save`, or, where there is no such folder, "owner/name" on the Hub.
         name: what to call the field here; None keeps its name.
         revision: a branch, tag or commit on the Hub; None is the main branch.
@@ -127,29 +122,30 @@ def load(
         SteerError: no, foreign or damaged files, another backbone, missing or extra tensors, a name in use, or the Hub
             refuses or cannot be reached. The model is as it was.
     """
-    with open_field(_find(folder, revision)) as stored:
-        base_model, state = begin(model, _arch(model, arch, stored.identity))
-        spec = stored.spec if name is None else replace(stored.spec, name=name)
-        check_name(spec.name, state.specs)
-        here = Identity.of(base_model, state.backbone)
-        if here.widths != stored.identity.widths or here.name != stored.identity.name:
-            raise SteerError(
-                f"the field was trained on {_shape(stored.identity)}; this model has {_shape(here)}. "
-                "A field fits a backbone of its own kind, with as many blocks of the same widths."
-            )
-        check_site(spec.site, state.backbone)
-        base = base_tensors(base_model)
-        if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
-            raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
-        spec, wanted = _needs(base, state, spec)
-        keys = _match(wanted, stored.shapes)
-        tensors = stored.read()  # now that what the header says is what this model holds, and no more
+    stored = open_field(_find(folder, revision))
+    there = stored.described["backbone"]
+    if arch is None and steered_part(model) is None and there["name"] == AUTO:
+        arch = AUTO  # a family may have been registered since
+    base_model, state = begin(model, arch)
+    spec = stored.spec if name is None else replace(stored.spec, name=name)
+    check_name(spec.name, state.specs)
+    here = describe(spec, base_model, state.backbone)["backbone"]
+    if (here["name"], here["widths"]) != (there["name"], there["widths"]):
+        raise SteerError(
+            f"the field was trained on {_shape(there)}; this model has {_shape(here)}. "
+            "A field fits a backbone of its own kind, with as many blocks of the same widths."
+        )
+    check_site(spec.site, state.backbone)
+    if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
+        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
+    spec, wanted = _needs(base_model, state, spec)
+    keys = _match(wanted, stored.shapes)
+    tensors = stored.read()  # now that what the header claims is what this model needs, and no more
     values = {key: _as_type(key, tensors[keys[key]], like) for key, like in wanted.items()}
-    different = stored.identity.differences(here)
+    different = differences(there, here)
     if different:
         warnings.warn(
-            f"the field {spec.name!r} was trained on another backbone of the same shape "
-            f"({'; '.join(different)[:600]}). "
+            f"the field {spec.name!r} was trained on another backbone of the same shape ({different:.600}). "
             "It runs; whether it does here what it did there is for you to see.",
             stacklevel=2,
         )
@@ -160,35 +156,10 @@ def load(
     return model
 
 
-def _arch(model: nn.Module, arch: str | Backbone | None, stored: Identity) -> str | Backbone | None:
-    """Return how to look for a field's backbone: a family may have been registered since "auto" found its stream."""
-    fresh = steered_part(model) is None
-    return AUTO if arch is None and fresh and stored.name == AUTO else arch
-
-
-def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldConfig, dict[str, Tensor], bool]:
-    """Return a field, copies of all that is stored of it, and whether this process is the one that stores them.
-
-    What is returned is what `load` takes: nothing is missing, left over, of another shape or kind, or not finite.
-
-    Raises:
-        SteerError: it is not, or has no values.
-    """
-    name = state.name_of(name)
-    spec, tensors, sharded = state.specs[name], {}, False
-    with contextlib.ExitStack() as stack:
-        for module in state.fields(name).values():
-            stack.enter_context(_in_place(module.down))
-            stack.enter_context(_in_place(module.up))
-        for key, part in state.tensors(base, name).items():
-            sharded = sharded or hasattr(part, "full_tensor")
-            value: Tensor = part.full_tensor() if hasattr(part, "full_tensor") else part
-            if value.is_meta:
-                raise SteerError(
-                    f"tensor {key} has no value: it is on the meta device. Materialise the model, then save."
-                )
-            tensors[key] = value.detach().cpu().contiguous().clone()
-    _, wanted = _needs(base_tensors(base), state, spec)
+def _collect(base: nn.Module, state: Steering, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `load` takes: a field's description and tensors, none missing, of another shape or not finite."""
+    spec, tensors = state.specs[name], _gather(base, state, name)
+    _, wanted = _needs(base, state, spec)
     _match(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
         _as_type(key, tensor, wanted[key])
@@ -199,27 +170,36 @@ def _gather(base: nn.Module, state: Steering, name: str | None) -> tuple[FieldCo
             "`train=[...]` to train them along, or save them yourself.",
             stacklevel=3,
         )
-    return spec, tensors, not sharded or torch.distributed.get_rank() == 0
+    return describe(spec, base, state.backbone), tensors
 
 
-@contextlib.contextmanager
-def _in_place(module: nn.Module) -> Iterator[None]:
-    """Bring a module's tensors from where accelerate offloaded them."""
-    if offload_hooks(module):
-        from accelerate.utils import align_module_device
+def _gather(base: nn.Module, state: Steering, name: str) -> dict[str, Tensor]:
+    """Return copies on the CPU of all tensors of a field: sharded ones whole, offloaded ones brought back."""
+    tensors = {}
+    with contextlib.ExitStack() as stack:
+        for module in (part for field in state.fields(name).values() for part in (field.down, field.up)):
+            if offload_hooks(module):
+                from accelerate.utils import align_module_device
 
-        with align_module_device(module, execution_device="cpu"):
-            yield
-    else:
-        yield
+                stack.enter_context(align_module_device(module, execution_device="cpu"))
+        for key, tensor in state.tensors(base, name).items():
+            value = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if value.is_meta:
+                raise SteerError(
+                    f"tensor {key} has no value: it is on the meta device. Materialise the model, then save."
+                )
+            tensors[key] = value.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def _write(folder: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put the two files of a field in place."""
+    make_folder(folder)
+    write_whole({folder / file: content for file, content in pack(described, tensors).items()})
 
 
 def _find(folder: str | Path, revision: str | None) -> Path:
-    """Return the folder that holds a field: a local one if there is one, else what was fetched from the Hub.
-
-    Raises:
-        SteerError: the Hub does not give it, or `revision` was given with a folder.
-    """
+    """Return the folder that holds a field: a local one if there is one, else what was fetched from the Hub."""
     path = as_path(folder)
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise SteerError(f"`revision` is a branch, tag or commit on the Hub, or None; received {revision!r}.")
@@ -232,13 +212,9 @@ def _find(folder: str | Path, revision: str | None) -> Path:
     return path
 
 
-def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldConfig) -> tuple[FieldConfig, dict[str, Tensor]]:
-    """Return a stored field with the names of this model, and the tensors that it has here, its own on no device.
-
-    Raises:
-        SteerError: the model lacks a tensor that was trained with the field, or the field has a rank or an option
-            that none can have.
-    """
+def _needs(model: nn.Module, state: Steering, spec: FieldConfig) -> tuple[FieldConfig, dict[str, Tensor]]:
+    """Return a field with the names of this model, and its tensors here: their types and shapes, on no device."""
+    base = base_tensors(model)
     names = find_names(spec.train, base)
     absent = [key for key in spec.train if key not in names]
     if absent:
@@ -247,7 +223,11 @@ def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldConfig) -> tu
             "Give the model the same head before loading."
         )
     spec = replace(spec, train=tuple(names[key] for key in spec.train))
-    wanted = {f"train.{key}": base[key].to("meta", _trained_dtype(base[key])) for key in spec.train}
+    wanted = {}
+    for key in spec.train:
+        tensor = base[key]
+        dtype = master_dtype(tensor.dtype) if isinstance(tensor, nn.Parameter) else tensor.dtype
+        wanted[f"train.{key}"] = tensor.to("meta", dtype)
     for index in spec.ranks:
         dtype = torch.promote_types(compute_dtype(state.backbone.blocks[index]), torch.float32)
         field = spec.build(index, state.backbone, device="meta", dtype=dtype)
@@ -255,21 +235,14 @@ def _needs(base: Mapping[str, Tensor], state: Steering, spec: FieldConfig) -> tu
     return spec, wanted
 
 
-def _trained_dtype(tensor: Tensor) -> torch.dtype:
-    return master_dtype(tensor.dtype) if isinstance(tensor, nn.Parameter) else tensor.dtype
-
-
 def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
-    """Find every tensor that the model needs among those of a file.
-
-    Raises:
-        SteerError: one is missing, left over, or of another shape.
-    """
+    """Return by which key of a file the model finds each tensor; none may be missing, left over or of another shape."""
     keys = find_names(wanted, shapes)
-    twins = "" if plain_keys(shapes) else " Some of its names become one without those of wrappers, `module.` in front."
+    twins = len({*map(plain_key, shapes)}) < len(shapes)
+    more = " Some of its names become one without those of wrappers, `module.` in front." if twins else ""
     for what, left in (("missing", wanted.keys() - keys.keys()), ("left over", shapes.keys() - set(keys.values()))):
         if left:
-            raise SteerError(f"{TENSORS} does not hold what it says: {what} are {some(sorted(left))}.{twins}")
+            raise SteerError(f"{TENSORS} does not hold what it says: {what} are {some(sorted(left))}.{more}")
     for key, tensor in wanted.items():
         if tuple(tensor.shape) != shapes[keys[key]]:
             raise SteerError(f"tensor {key} has shape {shapes[keys[key]]}; this model needs {tuple(tensor.shape)}.")
@@ -277,24 +250,18 @@ def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _as_type(key: str, stored: Tensor, like: Tensor) -> Tensor:
-    """Return a stored tensor in the type of the model's.
-
-    Raises:
-        SteerError: that would be another kind of number, or some of them are not finite, or too large for it.
-    """
-    if stored.dtype != like.dtype and not {stored.dtype, like.dtype} <= set(_FLOATS):
+    """Return a stored tensor in the type of the model's, if that is the same kind of number, and all are finite."""
+    if stored.dtype != like.dtype and not {stored.dtype, like.dtype} <= _FLOATS:
         raise SteerError(f"tensor {key} is stored as {stored.dtype}; this model needs {like.dtype}.")
     numbers = stored.float() if stored.is_floating_point() and stored.itemsize == 1 else stored  # torch: no float8
     if not numbers.isfinite().all():
         raise SteerError(f"tensor {key} holds NaN or infinite numbers, which would spoil every batch. Train it again.")
-    if stored.dtype == like.dtype:
-        return stored
     value = stored.to(like.dtype)
-    if not value.isfinite().all():
+    if value.dtype != stored.dtype and not value.isfinite().all():
         raise SteerError(f"tensor {key} holds numbers too large for {like.dtype}, which this model needs.")
     return value
 
 
-def _shape(identity: Identity) -> str:
-    widths = sorted(set(identity.widths))
-    return f"{identity.name[:100]}, {len(identity.widths)} blocks of width {some([*map(str, widths)])}"
+def _shape(backbone: Mapping[str, Any]) -> str:
+    widths = sorted(set(backbone["widths"]))
+    return f"{backbone['name']:.100}, {len(backbone['widths'])} blocks of width {some([*map(str, widths)])}"

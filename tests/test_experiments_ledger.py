@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import residual_steer as rs
 from experiments.ledger import Ledger
-from residual_steer.files import fcntl, lock
+from residual_steer._files import fcntl, lock
 
 PROGRAMS = Path(__file__).parent / "programs"
 KEY, VALUE = {"seed": 0, "rate": 1e-3}, {"loss": 0.1 + 0.2, "accuracy": None}

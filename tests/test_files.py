@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import residual_steer as rs
-from residual_steer import files
-from residual_steer.files import write_whole
+from residual_steer import _files as files
+from residual_steer._files import write_whole
 
 PROGRAM = Path(__file__).parent / "programs" / "kill_saves.py"
 needs_locks = pytest.mark.skipif(files.fcntl is None, reason="this system has no locks that end with a process")
@@ -73,14 +73,14 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeyp
 @needs_locks
 def test_only_what_dead_writers_left_is_removed(tmp_path):
     alive = files._open_aside(tmp_path / "file")
-    kept = {alive[0].name, ".file.swp", ".file.safetensors.0.old", "file.partial", ".other.1.partial"}
-    for name in (*kept - {alive[0].name}, ".file.0123.partial"):
+    kept = {Path(alive.name).name, ".file.swp", ".file.safetensors.0.old", "file.partial", ".other.1.partial"}
+    for name in (*kept - {Path(alive.name).name}, ".file.0123.partial"):
         (tmp_path / name).write_bytes(b"")
     write_whole({tmp_path / "file": b"new"})
     assert {path.name for path in tmp_path.iterdir()} == kept | {"file"}
-    alive[1].close()
+    alive.close()
     write_whole({tmp_path / "file": b"newer"})
-    assert {path.name for path in tmp_path.iterdir()} == (kept - {alive[0].name}) | {"file"}
+    assert {path.name for path in tmp_path.iterdir()} == (kept - {Path(alive.name).name}) | {"file"}
 
 
 def test_where_nothing_can_be_locked_nothing_is_removed(tmp_path, monkeypatch):

@@ -28,7 +28,6 @@ PRIVATE = {
     "discovery/graph.py": True,
     "_controller.py": {"_orig_mod"},
     "_frozen.py": {"_orig_mod"},
-    "card.py": {"_name_or_path"},
     "diagnostics/attention.py": {"_attn_implementation"},
     "field.py": {
         "_apply",
@@ -36,9 +35,8 @@ PRIVATE = {
         "_parameters",
         "_is_hf_initialized",
     },  # torch's seams for subclasses
-    "identity.py": {"_attn_implementation_autoset", "_name_or_path"},  # entries of a config's dict
+    "hub.py": {"_name_or_path"},  # an entry of a config
     "injector.py": {"_apply"},
-    "names.py": {"_orig_mod"},
     "recording.py": {"_orig_mod", "_dynamo"},
     "trained_modules.py": {"_apply"},
     "training/processes.py": {"_original_forward"},

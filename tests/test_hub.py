@@ -13,8 +13,8 @@ import residual_steer as rs
 from fields import assert_as, shake, snapshot, vit
 from hub_server import TOKEN, HubServer
 from residual_steer._controller import steering_of
-from residual_steer.card import model_card
-from residual_steer.format import DESCRIPTION, TENSORS
+from residual_steer._format import DESCRIPTION, TENSORS, describe
+from residual_steer.hub import model_card
 
 PROGRAM = Path(__file__).parent / "programs" / "hub_session.py"
 
@@ -78,7 +78,7 @@ REFUSES = {
     "no repository's name": "a repository on the Hub is named 'owner/name'; received 'field'",
     "push privately to a public one": "it is there already, and public. Nothing was uploaded",
     "a revision of a local folder": "`revision` is for names on the Hub.*received 'main' with 'me/field'",
-    "a path is no name": "could not read a field from me/absent: No such file",
+    "a path is no name": "could not read a field from me/absent: .*No such file",
     "privately, not logged in": "me/secret.*there is none that you may use.*hf auth login",
     "push, not logged in": "could not push to me/field: there is none that you may use.*hf auth login",
     "server gone": r"no local folder 'me/never'.*the Hub could not be asked.*refused.*Check the connection",
@@ -144,7 +144,8 @@ def gpt2(name):
 
 def card_of(model):
     base, state = steering_of(model)
-    return model_card("me/field", base, state, state.specs["default"], state.tensors(base, "default"), 1)
+    described = describe(state.specs["default"], base, state.backbone)
+    return model_card("me/field", base, base, described, state.tensors(base, "default"), 1)
 
 
 def test_the_code_on_a_card_runs(tmp_path, monkeypatch):

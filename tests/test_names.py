@@ -8,8 +8,7 @@ from torch import nn
 
 import residual_steer as rs
 from fields import IMAGES, rewrite, save_one, shake, vit
-from residual_steer.format import DESCRIPTION, TENSORS
-from residual_steer.names import find_names, plain_key, plain_keys
+from residual_steer._format import DESCRIPTION, TENSORS, find_names, plain_key
 
 
 @pytest.mark.parametrize(
@@ -31,11 +30,6 @@ from residual_steer.names import find_names, plain_key, plain_keys
 def test_the_names_of_wrappers_are_stripped(wrapped, plain):
     assert plain_key(wrapped) == plain
     assert plain_key(plain) == plain
-
-
-def test_two_names_that_become_one_are_not_plain():
-    assert plain_keys(["a", "module.b"]) == {"a": "a", "module.b": "b"}
-    assert plain_keys(["a", "module.a"]) is None
 
 
 def test_names_are_found_as_they_stand_before_they_are_stripped():

@@ -768,11 +768,12 @@ def test_ids_of_tokens_and_storage_make_no_other_backbone(tmp_path):
 
 
 def test_a_difference_inside_a_config_is_named():
-    from residual_steer.identity import Identity
+    from residual_steer._format import differences
 
-    def identity(**config):
-        return Identity("x", "k", (4,), config, "")
+    def backbone(**config):
+        return {"class": "k", "config": config}
 
-    stored = identity(**{"rope.theta": 1.0, "heads": 2})
-    assert stored.differences(identity(**{"rope.theta": 2.0, "heads": 2})) == ["config: rope.theta 1.0 against 2.0"]
-    assert stored.differences(identity(heads=2)) == []
+    stored = backbone(**{"rope.theta": 1.0, "heads": 2})
+    there = backbone(**{"rope.theta": 2.0, "heads": 2})
+    assert differences(stored, there) == "config: rope.theta 1.0 against 2.0"
+    assert not differences(stored, backbone(heads=2))

@@ -14,7 +14,8 @@ from torch import nn
 import residual_steer as rs
 from fields import IMAGES, assert_as, rewrite, save_one, shake, snapshot, vit
 from residual_steer._controller import steering_of
-from residual_steer.format import DESCRIPTION, TENSORS
+from residual_steer._format import DESCRIPTION, TENSORS
+from residual_steer.config import FieldConfig
 
 PACKAGE = Path(rs.__file__).parent
 
@@ -36,6 +37,18 @@ def test_all_of_a_field_comes_back(saved):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if "steering_" in name or name.startswith("head")
     }
+
+
+def test_a_field_that_version_0_1_wrote_loads():
+    model = rs.load(vit(), Path(__file__).parent / "data" / "field-0.1")
+    base, state = steering_of(model)
+    assert state.specs["old"] == FieldConfig(
+        "old", "block", {0: 1, 2: 2}, 0.5, "silu", True, 0.1, ("head.weight", "head.bias")
+    )
+    tensors = state.tensors(base, "old")
+    assert len(tensors) == 10
+    for tensor in tensors.values():
+        assert torch.equal(tensor, torch.linspace(-1, 1, tensor.numel()).reshape(tensor.shape))
 
 
 def test_a_field_that_does_not_act_is_saved_with_its_own_head(saved, tmp_path):
@@ -134,7 +147,7 @@ DAMAGE = {
     "no tensors": (lambda f: (f / TENSORS).unlink(), rf"No such file.*{TENSORS}"),
     "no description": (lambda f: (f / DESCRIPTION).unlink(), rf"No such file.*{DESCRIPTION}"),
     "a folder as file": (lambda f: ((f / TENSORS).unlink(), (f / TENSORS).mkdir()), "could not read a field"),
-    "empty": (lambda f: (f / TENSORS).write_bytes(b""), "holds no field, or a damaged one"),
+    "empty": (lambda f: (f / TENSORS).write_bytes(b""), "there is none, or a damaged one"),
     "truncated": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-9]), "damaged"),
     "not safetensors": (lambda f: (f / TENSORS).write_bytes(b"PK\x03\x04" * 99), "damaged"),
     "foreign safetensors": (
@@ -161,7 +174,7 @@ DAMAGE = {
     "another format": (lambda f: rewrite(f, None, lambda d: d.update(format="peft")), "of format 'peft'"),
     "a bool for a number": (
         lambda f: rewrite(f, None, lambda d: d["field"].update(scale=True)),
-        "int or float at 'field.scale'; found True",
+        "float at 'field.scale'; found True",
     ),
     "an infinite scale": (
         lambda f: rewrite(f, None, lambda d: d["field"].update(scale=float("inf"))),
@@ -173,11 +186,11 @@ DAMAGE = {
     ),
     "an entry that is too deep": (
         lambda f: rewrite(f, None, lambda d: d["backbone"]["config"].update(more={"deeper": {}})),
-        "nested more deeply than any description",
+        "config, whose values are not plain",
     ),
     "an entry that stands there twice": (
         lambda f: (f / DESCRIPTION).write_text((f / DESCRIPTION).read_text().replace("{", '{"format": "x",', 1)),
-        "a key that stands there twice",
+        "has a key twice",
     ),
     "a huge rank": (lambda f: rewrite(f, None, lambda d: d["field"].update(ranks={"0": 10**30})), "`rank` is"),
     "a block too many": (lambda f: rewrite(f, None, lambda d: d["field"].update(ranks={"3": 1})), "as ranks of 3"),

@@ -14,7 +14,7 @@ import torch
 import residual_steer as rs
 from fields import assert_as, rewrite, save_one, shake, snapshot, vit
 from residual_steer._controller import steering_of
-from residual_steer.format import DESCRIPTION, TENSORS, digest, open_field
+from residual_steer._format import DESCRIPTION, TENSORS, digest, open_field
 
 CASES = 1000
 KEY = "residual_steer"
@@ -248,9 +248,8 @@ def contents(model):
 
 def says(path):
     """Return the field that the files say, read without the model."""
-    with open_field(path) as stored:
-        header, data = split((path / TENSORS).read_bytes())
-        return stored, tensors_of(header, data)
+    header, data = split((path / TENSORS).read_bytes())
+    return open_field(path).spec, tensors_of(header, data)
 
 
 def same_bits(one, other):
@@ -291,8 +290,8 @@ def test_a_thousand_changed_folders_are_refused_or_say_what_they_give(tmp_path, 
             continue
         outcomes["another"] += 1
         assert kind.startswith("signed"), f"case {case}, {kind}, gave another field than was saved"
-        stored, inside = says(place)
-        assert spec == stored.spec, f"case {case}"
+        said, inside = says(place)
+        assert spec == said, f"case {case}"
         for key, value in tensors.items():
             assert same_bits(value, inside[key].to(value.dtype)), f"case {case}, {key}"
     assert min(outcomes.values()) > 0, outcomes
@@ -322,13 +321,13 @@ HUGE = {
     ),
     "more bytes than its shape takes": (
         lambda f: enlarge(f, "train.head.weight", [5, 32], 2**32),
-        "4294967936 bytes for",
+        "deserializing header: invalid",
     ),
     "a header as long as the file": (
         lambda f: ((f / TENSORS).write_bytes(struct.pack("<Q", 2**32)), enlarge_file(f, 2**32 + 8)),
-        "a header of 4294967296 bytes",
+        "header too large",
     ),
-    "bytes after the tensors": (lambda f: enlarge_file(f, 2**32), "tensors that end at byte"),
+    "bytes after the tensors": (lambda f: enlarge_file(f, 2**32), "file not fully covered"),
     "a rank that needs gigabytes": (
         lambda f: rewrite(f, None, lambda described: described["field"].update(ranks={"0": 2**30})),
         "`rank` is an integer from 1 to the width, here 32; received 1073741824",

@@ -290,9 +290,9 @@ def test_training_knows_nothing_of_steering():
     }
     assert own <= {
         "residual_steer._checks",
+        "residual_steer._files",
         "residual_steer._progress",
         "residual_steer.errors",
-        "residual_steer.files",
     }
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from residual_steer._files import make_folder, sync_folder, write_whole
 from residual_steer.errors import SteerError
-from residual_steer.files import make_folder, sync_folder, write_whole
 
 __all__ = ["newest", "read", "write"]
 

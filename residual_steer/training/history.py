@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from residual_steer._files import write_whole
 from residual_steer.errors import SteerError
-from residual_steer.files import write_whole
 
 __all__ = ["History", "Journal"]
 

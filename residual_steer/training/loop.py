@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from residual_steer._files import as_path, make_folder
 from residual_steer._progress import progress
 from residual_steer.errors import DivergedError, SteerError
-from residual_steer.files import as_path, make_folder
 
 from . import checkpoint, undisturbed
 from .data_order import BatchStream, Share

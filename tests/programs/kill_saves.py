@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from residual_steer.format import DESCRIPTION, TENSORS, open_field
+from residual_steer._format import DESCRIPTION, TENSORS, open_field
 
 BATCH = torch.linspace(-1, 1, 64).reshape(1, 2, 32)
 WHOLE = {DESCRIPTION, TENSORS}
@@ -89,8 +89,8 @@ def main(folder, kills):
         for left in files - WHOLE:
             seen[f"left {left.split('.')[2]}"] += 1  # .steering.json.….partial
         seen["most left at once"] = max(seen["most left at once"], len(files - WHOLE))
-        with open_field(folder) as stored:
-            seen["between the renames"] += json.loads((folder / DESCRIPTION).read_text()) != stored.described
+        described = json.loads((folder / DESCRIPTION).read_text())
+        seen["between the renames"] += described != open_field(folder).described
     rs.save(model, folder, "A")
     assert {path.name for path in folder.iterdir()} == WHOLE
     print(json.dumps({**seen, "seconds a save": took}))

@@ -1,8 +1,7 @@
-"""Writing so that what is on disk is always whole: beside its place first, then renamed.
+"""Files that are whole at every moment: written beside their place, then renamed.
 
-A process that is killed while it writes leaves a file `.….partial` behind. It held a lock on that file, which the
-system lifted with the process; so the next write to the same place can tell it from the file of a writer that lives,
-and removes it. Where there are no such locks (Windows, some network drives) it stays, since nothing can tell.
+A killed writer leaves a file `.….partial` behind. Its lock on it ended with the process, so the next writer can tell it
+from the file of one that lives, and removes it. Where there are no such locks (Windows, some network drives) it stays.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
     Raises:
         SteerError: a folder cannot be written or the disk is full; what was there is untouched.
     """
-    aside: dict[Path, tuple[Path, IO[bytes]]] = {}
+    aside: dict[Path, IO[bytes]] = {}
     try:
         for path, content in contents.items():
             _sweep(path)
-            aside[path] = name, file = _open_aside(path)
+            aside[path] = file = _open_aside(path)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             if fcntl is None:
                 file.close()  # Windows renames no open file
-        for path, (name, _) in aside.items():
-            os.replace(name, path)
+        for path, file in aside.items():
+            os.replace(file.name, path)
             sync_folder(path.parent)
     except OSError as error:
         raise SteerError(
@@ -53,23 +52,19 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
             "free some space or choose a folder that can be written."
         ) from error
     finally:
-        for name, file in aside.values():
+        for file in aside.values():
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                os.unlink(file.name)
             with contextlib.suppress(OSError):  # closing tries again to write what a full disk did not take
                 file.close()
 
 
-def _open_aside(path: Path) -> tuple[Path, IO[bytes]]:
-    """Make the file that is to become `path`, locked for as long as it is open; return its name too.
-
-    Not by `tempfile`, which makes files that nobody else may read, also once they are in place.
-    """
+def _open_aside(path: Path) -> IO[bytes]:
+    """Make the file that is to become `path`, locked while it is open; `tempfile`'s would be readable to its owner."""
     while True:
-        name = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
-        file = open(name, "xb")  # noqa: SIM115 – who asked for it closes it, once it is in place
-        if not lock(file, wait=True) or _is_at(file, name):
-            return name, file
+        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}"), "xb")  # noqa: SIM115
+        if not lock(file, wait=True) or _is_in_place(file):
+            return file
         file.close()  # another writer swept it away before it was locked
 
 
@@ -78,12 +73,12 @@ def _sweep(path: Path) -> None:
     for found in path.parent.iterdir():
         if found.name.startswith(f".{path.name}.") and found.name.endswith(_SUFFIX):
             with contextlib.suppress(OSError), open(found, "r+b") as file:
-                if lock(file, wait=False) and _is_at(file, found):
+                if lock(file, wait=False) and _is_in_place(file):
                     os.unlink(found)
 
 
 def lock(file: IO[bytes], *, wait: bool) -> bool:
-    """Lock an open file until it is closed; return False where that cannot be done, or somebody else holds it."""
+    """Lock an open file until it is closed; return False where that cannot be done, or another has the lock."""
     if fcntl is None:
         return False
     try:
@@ -93,10 +88,10 @@ def lock(file: IO[bytes], *, wait: bool) -> bool:
     return True
 
 
-def _is_at(file: IO[bytes], name: Path) -> bool:
-    """Say whether an open file still goes by `name`."""
+def _is_in_place(file: IO[bytes]) -> bool:
+    """Return whether the name of an open file is still its own."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
         return False
 
@@ -121,10 +116,8 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise SteerError(
-            f"could not make the folder {folder}: {reason}. Choose a folder that can be written."
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise SteerError(f"could not make the folder {folder}: {reason}. Choose one that can be written.") from error
 
 
 def sync_folder(folder: Path) -> None:
