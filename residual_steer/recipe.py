@@ -1,0 +1,319 @@
+"""A training run in words: which model, which data, which field, how it trains; read from YAML, checked, and run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .data import ByteBlocks, TokenBlocks, images, splits, vtab, wikitext
+from .errors import SteerError
+from .files import as_path
+from .steering import steer
+from .storage import load, save
+from .training import FitOptions, History, evaluate, fit
+
+__all__ = ["Recipe", "open_model"]
+
+KINDS = ("text", "wikitext", "images", "vtab")
+_FIELD = tuple(name for name in inspect.signature(steer).parameters if name not in ("model", "arch"))
+_FIT = ("steps", "lr", *(option.name for option in dataclasses.fields(FitOptions)))
+_NEITHER = ("protect",)  # an object, which a file cannot name
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on: exactly one of the sources, and how it is cut.
+
+    Attributes:
+        text: a file, of which the last tenth is held out; bytes, if the model has no tokenizer.
+        wikitext: text in rows, a name on the Hub or a local copy, as `residual_steer.data.wikitext`.
+        images: labelled images, as `residual_steer.data.images`.
+        vtab: a task of VTAB-1k, 800 rows to train on and 200 held out, as `residual_steer.data.vtab`.
+        length: tokens of a row.
+        batch: rows of a batch.
+        limit: rows that are held out at most.
+    """
+
+    text: str | None = None
+    wikitext: str | None = None
+    images: str | None = None
+    vtab: str | None = None
+    length: int = 128
+    batch: int = 16
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("batch", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if not (value is None and name == "limit") and (type(value) is not int or value < least):
+                raise SteerError(f"`{name}` is an integer of at least {least}; received {value!r}.")
+
+    @property
+    def kind(self) -> str:
+        """Which of the sources is given.
+
+        Raises:
+            SteerError: none is, or several are.
+        """
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise SteerError(f"the data are one of {', '.join(KINDS)}; received {', '.join(given) or 'none of them'}.")
+        return given[0]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run in words.
+
+    Attributes:
+        model: a folder or a name on the Hub for transformers, or `timm:NAME`.
+        data: see `Data`.
+        field: what `steer` takes: name, rank, scale, layers, site, ….
+        fit: what `fit` takes: steps, lr, and every one of `FitOptions`.
+        arch: the backbone; None finds it.
+        seed: of the new field and head; that of the data's order is `seed` of `fit`.
+
+    >>> Recipe.of({"model": "gpt2", "data": {"text": "my.txt"}, "fit": {"steps": 500}}).train("my-task")
+    """
+
+    model: str
+    data: Data
+    field: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arch: str | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, words: Any) -> Recipe:
+        """Check a recipe that was read.
+
+        Raises:
+            SteerError: a key that is not known, one that is missing, or a value that is not allowed.
+        """
+        words = _keys("the recipe", words, [option.name for option in dataclasses.fields(cls)])
+        for name in ("model", "data"):
+            if not words.get(name):
+                raise SteerError(f"the recipe lacks `{name}`; it has {', '.join(words) or 'nothing'}.")
+        if not isinstance(words["model"], str):
+            raise SteerError(f"`model` is a folder, a name on the Hub or timm:NAME; received {words['model']!r}.")
+        data = _at("data", lambda: Data(**_keys("data", words["data"], [o.name for o in dataclasses.fields(Data)])))
+        _at("data", lambda: data.kind)
+        field = _keys("field", words.get("field") or {}, _FIELD)
+        options = _keys("fit", words.get("fit") or {}, [name for name in _FIT if name not in _NEITHER])
+        if "steps" not in options:
+            raise SteerError("the recipe lacks `fit.steps`, the number of optimizer steps.")
+        _at("fit", lambda: FitOptions.of({k: v for k, v in options.items() if k not in ("steps", "lr")}))
+        seed = words.get("seed", 0)
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise SteerError(f"`seed` is an integer from 0 to 2**32 - 1; received {seed!r}.")
+        return cls(words["model"], data, field, options, words.get("arch"), seed)
+
+    @classmethod
+    def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Args:
+            path: the file.
+            changes: values put over it, by key: `{"field.rank": 8}`.
+
+        Raises:
+            SteerError: the file cannot be read, is no YAML, or no recipe.
+        """
+        import yaml  # which huggingface_hub needs
+
+        path = as_path(path)
+        try:
+            words = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SteerError(f"the recipe {str(path)!r} cannot be read: {error}.") from error
+        except yaml.YAMLError as error:
+            raise SteerError(f"the recipe {str(path)!r} is no YAML: {error}.") from error
+        return cls.of(changed(words, changes or {}))
+
+    def words(self) -> dict[str, Any]:
+        """Return the recipe as it is written, without what was left out."""
+        data = {key: value for key, value in vars(self.data).items() if value is not None}
+        words = {"model": self.model, "arch": self.arch, "data": data, "field": dict(self.field), "fit": dict(self.fit)}
+        return {key: value for key, value in words.items() if value not in (None, {})} | {"seed": self.seed}
+
+    def train(self, folder: str | Path) -> tuple[nn.Module, History]:
+        """Steer the model, train its field, and save field and recipe in a folder.
+
+        Returns:
+            The steered model, and the run's history.
+
+        Raises:
+            SteerError: as the calls that it is made of: `steer`, `fit`, `save`.
+        """
+        import yaml
+
+        folder = as_path(folder)
+        torch.manual_seed(self.seed)
+        model, train, valid = self._open()
+        steer(model, self.arch, **{"name": "default", **self.field})
+        if valid is not None:
+            valid = self._batches(valid)
+        history = fit(model, self._batches(train, shuffle=True), valid, **self.fit)
+        save(model, folder)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.words(), sort_keys=False), "utf-8")
+        return model, history
+
+    def evaluate(self, folder: str | Path) -> dict[str, dict[str, float]]:
+        """Measure the held-out data under the field in a folder, and under the frozen model.
+
+        Raises:
+            SteerError: as `load` and `residual_steer.training.evaluate`.
+        """
+        torch.manual_seed(self.seed)
+        model, _, valid = self._open()
+        frozen = evaluate(model, self._batches(valid))
+        load(model, folder, arch=self.arch)
+        return {"frozen": frozen, "steered": evaluate(model, self._batches(valid))}
+
+    def _batches(self, rows: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
+        return DataLoader(rows, batch_size=self.data.batch, shuffle=shuffle)
+
+    def _open(self) -> tuple[nn.Module, Dataset[Any], Any]:
+        """Return the model, and what it trains on and is held out."""
+        data, kind = self.data, self.data.kind
+        source = getattr(data, kind)
+        train: Any
+        valid: Any
+        if kind in ("text", "wikitext"):
+            model = open_model(self.model, head="CausalLM")
+            train, valid = _text(self.model, data, kind, source)
+        else:
+            prepare = _prepare(self.model)
+            if kind == "vtab":
+                train, valid = (vtab(source, split, prepare=prepare) for split in ("train800", "val200"))
+            else:
+                train, valid = (images(source, split, prepare=prepare) for split in _two_splits(source))
+            model = open_model(self.model, head="ImageClassification", classes=len(train.classes))
+        if data.limit is not None and len(valid) > data.limit:
+            valid = Subset(valid, range(data.limit))
+        return model, train, valid
+
+
+def changed(words: Any, changes: Mapping[str, Any]) -> Any:
+    """Return nested words with the values of some keys, `field.rank`, replaced or added."""
+    words = dict(words) if isinstance(words, Mapping) else words
+    for key, value in changes.items():
+        place, _, rest = key.partition(".")
+        if isinstance(words, dict):
+            words[place] = changed(words.get(place) or {}, {rest: value}) if rest else value
+    return words
+
+
+def open_model(name: str, *, head: str | None = None, classes: int | None = None, weights: bool = True) -> nn.Module:
+    """Return a model of transformers or timm.
+
+    Args:
+        name: a name on the Hub, a folder, a `config.json` alone, or `timm:NAME`.
+        head: as in transformers' class names: `"CausalLM"`, `"ImageClassification"`; None is what the config names.
+        classes: of the head.
+        weights: read them; otherwise the model stands on the meta device, which takes neither time nor memory.
+
+    Raises:
+        SteerError: it cannot be had, or the package that makes it is not installed.
+    """
+    if name.startswith("timm:"):
+        timm = _package("timm")
+        with torch.device("cpu" if weights else "meta"):
+            options = {} if classes is None else {"num_classes": classes}
+            made = _reason(name, lambda: timm.create_model(name[5:], pretrained=weights, **options))
+        return cast(nn.Module, made)
+    transformers = _package("transformers")
+    if not name or (Path(name).suffix == ".json" and weights):
+        raise SteerError(f"a model is a name on the Hub, a folder with weights, or timm:NAME; received {name!r}.")
+    config = _reason(name, lambda: transformers.AutoConfig.from_pretrained(name))
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    kind = getattr(transformers, f"AutoModelFor{head}" if head else named, transformers.AutoModel)
+    if weights:
+        loading: dict[str, Any] = (
+            {"dtype": "auto"} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
+        )
+        return cast(nn.Module, _reason(name, lambda: kind.from_pretrained(name, **loading)))
+    with torch.device("meta"):
+        build = getattr(kind, "from_config", kind)
+        return cast(nn.Module, _reason(name, lambda: build(config)))
+
+
+def _text(name: str, data: Data, kind: str, source: str) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return what a language model trains on, and what is held out."""
+    transformers = _package("transformers")
+    if kind == "wikitext":
+        tokenizer = _reason(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+        first, second = (wikitext(source, s, tokenizer=tokenizer, length=data.length) for s in _two_splits(source))
+        return first, second
+    try:
+        text = Path(source).read_bytes()
+    except OSError as error:
+        raise SteerError(f"`data.text` is a file; {source!r} cannot be read: {error}.") from error
+    vocabulary = getattr(transformers.AutoConfig.from_pretrained(name), "vocab_size", None)
+    if vocabulary == 256:  # a model of bytes
+        return ByteBlocks(text, data.length), ByteBlocks(text, data.length, "valid")
+    tokenizer = _reason(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+    ids = torch.tensor(tokenizer(text.decode("utf-8"), verbose=False)["input_ids"], dtype=torch.int64)
+    return TokenBlocks(ids, data.length), TokenBlocks(ids, data.length, "valid")
+
+
+def _two_splits(source: str) -> tuple[str, str]:
+    """Return the names of the split to train on and of the one that is held out."""
+    there = list(splits(source))
+    held = next((name for name in ("validation", "valid", "test") if name in there), None)
+    if "train" not in there or held is None:
+        raise SteerError(
+            f"the data have a split train, and validation or test; {source!r} has {', '.join(map(repr, there))}."
+        )
+    return "train", held
+
+
+def _prepare(name: str) -> Callable[[Any], Any] | None:
+    """Return what turns a PIL image into what the model takes."""
+    if name.startswith("timm:"):
+        return None
+    transformers = _package("transformers")
+    processor = _reason(name, lambda: transformers.AutoImageProcessor.from_pretrained(name))
+    return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def _keys(where: str, words: Any, known: Any) -> dict[str, Any]:
+    """Return a mapping whose keys are all known."""
+    if not isinstance(words, Mapping):
+        raise SteerError(f"{where} is a mapping with some of {', '.join(known)}; received {words!r:.200}.")
+    for key in words:
+        if key not in known:
+            raise SteerError(f"{where} has no key {key!r}, which is {words[key]!r:.100}; it has {', '.join(known)}.")
+    return dict(words)
+
+
+def _at(where: str, make: Callable[[], _Read]) -> _Read:
+    try:
+        return make()
+    except SteerError as error:
+        raise SteerError(f"{where}: {error}") from error
+
+
+def _package(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise SteerError(f"this needs {name}: pip install 'residual-steer[{name}]'.") from error
+
+
+def _reason(name: str, make: Callable[[], Any]) -> Any:
+    """Return what another library makes of a name, its error in one of ours."""
+    try:
+        return make()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SteerError(f"the model {name!r} cannot be had: {lines[0]}") from error
