@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .data import ByteBlocks, TokenBlocks, images, splits, vtab, wikitext
 from .errors import SteerError
-from .files import as_path
+from ._files import as_path
 from .steering import steer
 from .storage import load, save
 from .training import FitOptions, History, evaluate, fit
