@@ -1,7 +1,6 @@
 """Files that are whole at every moment: written beside their place, then renamed.
 
-A killed writer leaves a file `.….partial` behind. Its lock on it ended with the process, so the next writer can tell it
-from the file of one that lives, and removes it. Where there are no such locks (Windows, some network drives) it stays.
+What a killed writer left beside it, the next one removes, since nobody locks it any more; without file locks it stays.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
 
 
 def _open_aside(path: Path) -> IO[bytes]:
-    """Make the file that is to become `path`, locked while it is open; `tempfile`'s would be readable to its owner."""
+    """Make and lock the file that is to become `path`; not by `tempfile`, whose files only their owner can read."""
     while True:
         file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}"), "xb")  # noqa: SIM115
         if not lock(file, wait=True) or _is_in_place(file):

@@ -1,7 +1,7 @@
-"""A field as two files: what `steering.safetensors` and `steering.json` contain, and whether that can be trusted.
+"""What the two files of a field contain, and whether that can be trusted.
 
-The description stands in the header of the tensor file, with a SHA-256 over itself and every tensor, so that one rename
-puts the whole field in place; `steering.json` repeats it, and stands in for a header that another program left out.
+The tensor file's header holds the description and a SHA-256 over all, so that one rename puts a field in place; the
+JSON file repeats it, and stands in for a header that another program left out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 _PARALLEL = re.compile(r"\A(?:module\.)*(train\.)?(?:module\.)*")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stored:
     """A field on disk, checked but for its tensors, which are not read yet.
 
@@ -93,13 +92,12 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
         library = version("residual-steer")
     except PackageNotFoundError:
         library = "unknown"
-    module = model.get_submodule(backbone.path)
-    found: Any = getattr(module, "config", None)
-    if hasattr(found, "to_dict"):
-        found = found.to_dict()
-    elif dataclasses.is_dataclass(found) and not isinstance(found, type):
-        found = dataclasses.asdict(found)
-    config = _flat(found) if isinstance(found, Mapping) else {}
+    module, config = model.get_submodule(backbone.path), {}
+    its: Any = getattr(module, "config", None)
+    if hasattr(its, "to_dict"):
+        config = _flat(its.to_dict())
+    elif dataclasses.is_dataclass(its) and not isinstance(its, type):
+        config = _flat(dataclasses.asdict(its))
     return {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
@@ -125,7 +123,7 @@ def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{before}{key}"
-        if _is_volatile(name):
+        if any(_VOLATILE.fullmatch(part) for part in name.split(".")):
             continue
         if isinstance(value, Mapping):
             found |= _flat(value, f"{name}.")
@@ -135,10 +133,6 @@ def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
         elif isinstance(value, (bool, int, float, str)):
             found[name] = value
     return found
-
-
-def _is_volatile(key: str) -> bool:
-    return any(_VOLATILE.fullmatch(part) for part in key.split("."))
 
 
 def differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -152,7 +146,7 @@ def differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     changed = [
         f"{key} {one[key]!r} against {other[key]!r}"
         for key in sorted(one.keys() & other.keys())
-        if one[key] != other[key] and not _is_volatile(key)
+        if one[key] != other[key]
     ]
     return f"config: {', '.join(changed[:6])}{', …' if len(changed) > 6 else ''}" if changed else ""
 
@@ -163,10 +157,9 @@ def plain_key(key: str) -> str:
 
 
 def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
-    """Find names among others that may be wrapped differently: as they stand first, then by their plain names.
+    """Find names among others, as they stand or else by their plain names; what is not there, or twice, is left out.
 
-    So a part that is really called `module` is found by its own name. What is not found, or could be several, is left
-    out.
+    So a part that is really called `module` is found by its own name.
 
     Raises:
         SteerError: two of the names find the same one.
@@ -179,12 +172,13 @@ def find_names(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
         hits = [name] if name in names else by_plain[plain_key(name)]
         if len(hits) == 1:
             found[name] = hits[0]
-    for hit, count in Counter(found.values()).items():
-        if count > 1:
-            raise SteerError(
-                f"the tensors {' and '.join(repr(name) for name in found if found[name] == hit)} become one without "
-                "the names of wrappers (`module.` in front, `_orig_mod.`). Drop one of them."
-            )
+    finders = {hit: name for name, hit in found.items()}
+    twins = [name for name, hit in found.items() if finders[hit] != name]
+    if twins:
+        raise SteerError(
+            f"the tensors {twins[0]!r} and {finders[found[twins[0]]]!r} become one without the names of wrappers "
+            "(`module.` in front, `_orig_mod.`). Drop one of them."
+        )
     return found
 
 

@@ -23,9 +23,8 @@ _LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 def is_repo(name: object) -> bool:
     """Return whether `name` looks like a repository's: "owner/name", with no leading `./`, `~` or `/`."""
-    return (
-        isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.ASCII) is not None
-    )
+    part = r"[A-Za-z0-9_][\w.-]*"
+    return isinstance(name, str) and bool(re.fullmatch(f"{part}/{part}", name, re.ASCII))
 
 
 def fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
@@ -117,15 +116,9 @@ def model_card(
     tensors: Mapping[str, Tensor],
     size: int,
 ) -> str:
-    """Return the card of a field: a README.md with the front matter that the Hub reads.
+    """Return the card of a field that is described and stored so: a README.md with the front matter that the Hub reads.
 
-    Args:
-        repo: "owner/name", where the card goes.
-        model: the model that the field steers.
-        inner: the part of it that is the backbone.
-        described: the field and its backbone, as `steering.json` has them.
-        tensors: what is stored of the field.
-        size: bytes of the file that holds them.
+    `inner` is the part of the model that is the backbone, and `size` the bytes of the file with the tensors.
     """
     from huggingface_hub import ModelCardData
 

@@ -34,18 +34,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
-    """Save a field, and the base tensors trained with it.
+    """Save a field, and the base tensors trained with it; return the folder.
+
+    Sharded tensors (FSDP2) are gathered: every process calls `save`, and the first one writes. What trains and belongs
+    to no field is not stored, and a warning names it.
 
     Args:
         model: a steered model.
         folder: where `steering.safetensors` and `steering.json` go; made if it is not there.
         name: which field; None is the selected one.
-
-    Sharded tensors (FSDP2) are gathered: every process calls `save`, and the first one writes. What trains and belongs
-    to no field is not stored, and a warning names it.
-
-    Returns:
-        The folder.
 
     Raises:
         SteerError: no such field, none selected, a tensor that `load` would refuse, or the folder cannot be written;
@@ -64,9 +61,9 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
 def push(
     model: nn.Module, repo: str, name: str | None = None, *, private: bool = False, message: str | None = None
 ) -> str:
-    """Upload a field to the Hugging Face Hub, with a card that describes it: one commit.
+    """Upload a field and a card to the Hugging Face Hub in one commit, for `load(model, repo)`; return the address.
 
-    The repository is made if it is not there; what else it holds stays. `load(model, repo)` fetches the field.
+    The repository is made if it is not there; what else it holds stays.
 
     Args:
         model: a steered model.
@@ -75,12 +72,9 @@ def push(
         private: whether only the owner may see the repository. One that is public already is refused.
         message: of the commit; None names the field.
 
-    Returns:
-        The repository's address.
-
     Raises:
-        SteerError: no such field, none selected, no name of a repository, or the Hub refuses or cannot be reached:
-            the message says what to do. Nothing was uploaded.
+        SteerError: no such field, none selected, no name of a repository, or the Hub refuses or cannot be reached.
+            Nothing was uploaded.
     """
     base, state = steering_of(model)
     described, tensors = _collect(base, state, state.name_of(name))
@@ -103,8 +97,8 @@ def load(
 ) -> Model:
     """Load a field that `save` or `push` wrote and select it, on a fresh backbone or beside other fields.
 
-    Tensors may be stored in fp64, fp32, fp16 or bf16; the field computes in its own type. Their names may carry what
-    wrappers put there, `module.` in front and `_orig_mod.` anywhere.
+    Tensors may be stored in fp64, fp32, fp16 or bf16; the field computes in its own type. Names may carry what
+    wrappers add, `module.` in front and `_orig_mod.` anywhere. Returns the model, frozen and steered.
 
     Args:
         model: holds a backbone with the same number of blocks and the same widths. Another class or config of that
@@ -112,11 +106,7 @@ def load(
         folder: the folder that was given to `save`, or, where there is no such folder, "owner/name" on the Hub.
         name: what to call the field here; None keeps its name.
         revision: a branch, tag or commit on the Hub; None is the main branch.
-        arch: as in `steer`. None takes the field's own: one that was trained on a stream that "auto" found is loaded
-            onto the stream that "auto" finds here.
-
-    Returns:
-        The same object, frozen and steered.
+        arch: as in `steer`; None also takes "auto" where the field was trained on a stream that "auto" found.
 
     Raises:
         SteerError: no, foreign or damaged files, another backbone, missing or extra tensors, a name in use, or the Hub
@@ -201,15 +191,13 @@ def _write(folder: Path, described: Mapping[str, Any], tensors: Mapping[str, Ten
 def _find(folder: str | Path, revision: str | None) -> Path:
     """Return the folder that holds a field: a local one if there is one, else what was fetched from the Hub."""
     path = as_path(folder)
-    if revision is not None and (not isinstance(revision, str) or not revision):
-        raise SteerError(f"`revision` is a branch, tag or commit on the Hub, or None; received {revision!r}.")
-    if isinstance(folder, str) and is_repo(folder) and not os.path.exists(path):
-        return fetch(folder, revision, (TENSORS, DESCRIPTION))
-    if revision is not None:
+    on_hub = isinstance(folder, str) and is_repo(folder) and not os.path.exists(path)
+    if revision is not None and not (on_hub and isinstance(revision, str) and revision):
         raise SteerError(
-            f"`revision` is for names on the Hub, 'owner/name'; received {revision!r} with {str(folder)!r}."
+            "`revision` is a branch, tag or commit of a repository on the Hub, 'owner/name', or None; received "
+            f"{revision!r} with {str(folder)!r}."
         )
-    return path
+    return fetch(str(folder), revision, (TENSORS, DESCRIPTION)) if on_hub else path
 
 
 def _needs(model: nn.Module, state: Steering, spec: FieldConfig) -> tuple[FieldConfig, dict[str, Tensor]]:

@@ -77,7 +77,7 @@ REFUSES = {
     "another's repository": "could not push to other/field: your token does not allow that. Check the owner",
     "no repository's name": "a repository on the Hub is named 'owner/name'; received 'field'",
     "push privately to a public one": "it is there already, and public. Nothing was uploaded",
-    "a revision of a local folder": "`revision` is for names on the Hub.*received 'main' with 'me/field'",
+    "a revision of a local folder": "`revision` is a branch.* on the Hub.*received 'main' with 'me/field'",
     "a path is no name": "could not read a field from me/absent: .*No such file",
     "privately, not logged in": "me/secret.*there is none that you may use.*hf auth login",
     "push, not logged in": "could not push to me/field: there is none that you may use.*hf auth login",
