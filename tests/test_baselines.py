@@ -32,7 +32,7 @@ def reason(method, case):
     """Return what the error of a method that makes no sense on a case says, None for all others."""
     gpt2, ssm = case.name.startswith("gpt2"), case.name.startswith(SSM)
     if method == "adaptformer" and "mlp" not in case.points:
-        return r"beside the MLP .* 'parallel-adapter'"
+        return r"beside the mlp .* 'parallel-adapter'"
     if method == "prompt" and not case.name.startswith(TEXT):
         return r"'vpt-shallow'"
     if method == "prefix" and ssm:

@@ -14,7 +14,7 @@ import residual_steer as rs
 from cases import VOCABULARY, WIDTH
 from held import HELD
 from residual_steer._caches import cache_of, cache_parameter
-from residual_steer.baselines._tokens import behind_padding, insert, take_out
+from residual_steer.baselines.vpt import behind_padding, insert, take_out
 
 BY_NAME = {case.name: case for case in HELD}
 TEXTS = [name for name, case in BY_NAME.items() if case.generates]
@@ -357,7 +357,7 @@ def test_a_prefix_does_not_go_with_checkpointed_activations():
     ("name", "method"), [("gpt2", "prompt"), ("gpt2", "prefix"), ("mamba", "vpt-deep"), ("timm-vit", "vpt-shallow")]
 )
 def test_a_length_is_a_positive_integer(name, method, value):
-    with pytest.raises(rs.SteerError, match="`length` is an integer from 1"):
+    with pytest.raises(rs.SteerError, match="`length` is an integer of at least 1"):
         rs.baselines.apply(BY_NAME[name].build(), method, length=value)
 
 

@@ -115,8 +115,8 @@ def test_both_splits_see_every_part():
     [
         ((b"x" * 100, 1), "at least 2"),
         ((b"x" * 100, 2.5), "at least 2"),
-        ((b"x" * 100, 4, "test"), "'train', 'valid' or 'all'"),
-        ((b"x" * 100, 4, "train", 1.0), "between 0 and 1"),
+        ((b"x" * 100, 4, "test"), "one of train, valid, all"),
+        ((b"x" * 100, 4, "train", 1.0), "above 0 and below 1"),
         ((b"x" * 3, 4), "shorter `length`"),
         ((b"", 4, "all"), "shorter `length`"),
         (("text", 4), "Encode text"),

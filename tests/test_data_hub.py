@@ -119,7 +119,7 @@ def test_a_place_without_data(tmp_path, make, said):
 @pytest.mark.parametrize(("name", "content"), [("a.parquet", b"nonsense"), ("a.jsonl", b"{nonsense"), ("a.jsonl", b"")])
 def test_damaged_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SteerError, match=r"the data in '.*a\.\w+' cannot be had: .*Look at the files\.") as caught:
+    with pytest.raises(SteerError, match=r"the data set '.*a\.\w+' cannot be had: .*Look at the files\.") as caught:
         splits(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert "error occurred while" not in str(caught.value)
@@ -196,7 +196,7 @@ def test_splits_and_columns_that_are_not_there(tmp_path, tokenizer):
         squad(tmp_path / "data", tokenizer=tokenizer)
     with pytest.raises(SteerError, match=r"the split 'train' of the data set in memory has no rows"):
         wikitext(some_rows().select([]), tokenizer=tokenizer)
-    with pytest.raises(SteerError, match=r"has no columns of images, and one is needed\. Its columns are text"):
+    with pytest.raises(SteerError, match=r"has none; received None\. Its columns are text"):
         images(some_rows())
 
 

@@ -116,8 +116,8 @@ def twice(row):
     [
         (lambda rows: rows.remove_columns("label"), {}, r"has no column 'label'; its columns are image\."),
         (lambda rows: rows, {"label": "kind"}, r"has no column 'kind'; its columns are image, label\."),
-        (lambda rows: rows, {"image": "label"}, "the column 'label' of the data set in memory holds no images"),
-        (lambda rows: rows.map(twice), {}, "2 columns of images, .* name it: `image`"),
+        (lambda rows: rows, {"image": "label"}, "in memory has image; received 'label'"),
+        (lambda rows: rows.map(twice), {}, "`image` is a column of images, .* has image and more; received None"),
         (lambda rows: rows.remove_columns("label").add_column("label", [0.5, 1.5]), {}, "a whole number or a string"),
         (
             lambda rows: rows.remove_columns("label").add_column("label", [None, 1]),
@@ -227,7 +227,7 @@ def test_vtabs_own_lists(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"split": "train"}, "`split` is one of train800, val200, train800val200 or test; received 'train'"),
+        ({"split": "train"}, "`split` is one of train800, val200, train800val200, test; received 'train'"),
         ({"seed": -1}, "`seed`"),
         ({"split": "train800", "source": svhn(20)}, "draws 1,000 images for training; the data set in memory has 20"),
         ({"split": "test", "source": svhn(20)}, "has no split 'test'; it has train"),

@@ -90,7 +90,7 @@ def test_a_method_that_makes_no_sense_is_listed_with_its_reason_and_trains_nothi
 
 def test_what_is_asked_wrongly_is_no_refusal():
     for arm in (Arm("a", "lora", (1e-2,), {"rnak": 2}), Arm("a", "hres", (1e-2,), {"rank": 99}), Arm("a", "x", (1,))):
-        with pytest.raises(rs.SteerError, match=r"received 99|no option 'rnak'|unknown method 'x'"):
+        with pytest.raises(rs.SteerError, match=r"received 99|no option 'rnak'|received 'x'"):
             compare(problem_of(), [arm])
 
 

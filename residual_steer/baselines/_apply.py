@@ -9,19 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from residual_steer._checks import check_choice, check_options
 from residual_steer._controller import ATTRIBUTE, base_tensors
-from residual_steer.backbone import Handle
+from residual_steer.backbone import Backbone, Handle
 from residual_steer.config import match_train
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, UnsuitableError
 from residual_steer.steering import begin, steer
 
 from ._attach import Guard, Subject, Trained
-from .bitfit import bitfit
-from .linear import linear
 from .lora import lora, merge_layers
-from .parallel_adapter import adaptformer, parallel_adapter
 from .prefix import prefix
 from .prompt import prompt
+from .selective import bitfit, full, linear
 from .ssf import ssf
 from .vpt import vpt_deep, vpt_shallow
 
@@ -31,16 +30,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _MARK = "_residual_baseline"  # on the model: the method's name, and what `merge` takes away
 
-
-def _full(subject: Subject) -> Trained:
-    """Full fine-tuning: every parameter of the model."""
-    return Trained([p for p in subject.model.parameters() if p.is_floating_point()])
-
-
-_STEERED: Mapping[str, Callable[..., nn.Module]] = {
-    "hres": steer,
-    "adaptformer": adaptformer,
-    "parallel-adapter": parallel_adapter,
+# ReLU fields beside the first of these parts that blocks have: AdaptFormer (Chen et al. 2022, eq. 1 to 3), and the
+# parallel adapter (He et al. 2022, table 6), on a Mamba beside the mixer (Yoshimura et al. 2025, arXiv 2411.03855).
+_FIELDS: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
+    "adaptformer": (("mlp",), {"rank": 64, "scale": 0.1, "dropout": 0.0, "layers": None}),
+    "parallel-adapter": (("mlp", "mixer"), {"rank": 32, "scale": 4.0, "dropout": 0.0, "layers": None}),
 }
 _ATTACHED: Mapping[str, Callable[..., Trained]] = {
     "lora": lora,
@@ -51,32 +45,23 @@ _ATTACHED: Mapping[str, Callable[..., Trained]] = {
     "ssf": ssf,
     "bitfit": bitfit,
     "linear": linear,
-    "full": _full,
+    "full": full,
 }
 
 
 def methods() -> tuple[str, ...]:
     """Return the names that `apply` takes."""
-    return (*_STEERED, *_ATTACHED)
+    return ("hres", *_FIELDS, *_ATTACHED)
 
 
 def apply(
-    model: Model,
-    method: str,
-    *,
-    arch: str | None = None,
-    train: Sequence[str] | str = (),
-    **options: Any,
+    model: Model, method: str, *, arch: str | None = None, train: Sequence[str] | str = (), **options: Any
 ) -> Model:
     """Freeze `model` and make it trainable by `method`, so that `fit` trains just that.
 
-    >>> for name in residual_steer.baselines.methods():
-    ...     model = residual_steer.baselines.apply(build(), name, train="classifier")
-    ...     residual_steer.fit(model, train, valid, steps=500)
-
     Args:
         model: a model with a known backbone, as in `steer`; it is changed in place.
-        method: one of `methods()`; `residual_steer.baselines` has a table of them and of the papers they follow.
+        method: one of `methods()`, of which `residual_steer.baselines` has a table.
         arch: a registered backbone's name; None finds it.
         train: names or globs of base modules or parameters that train too, such as a new head. Methods that are fields
             (`hres`, `adaptformer`, `parallel-adapter`) keep their values with the field, as `steer` does.
@@ -90,14 +75,18 @@ def apply(
             Nothing has changed.
         UnsuitableError: the method makes no sense on this backbone, with the reason; nothing has changed either.
     """
-    _check_options(method, options)
+    check_choice("method", method, methods())
+    check_options(method, options, _options(method))
     _, state = begin(model, arch)
     _refuse_second(model)
     tensors = base_tensors(model)
     opened = [tensors[name] for name in match_train(tensors, train)]
-    if method in _STEERED:
-        _STEERED[method](model, arch, train=train, **options)
-        return model
+    if method == "hres":
+        return steer(model, arch, train=train, **options)
+    if method in _FIELDS:
+        sites, defaults = _FIELDS[method]
+        site = _first_site(method, sites, state.backbone)
+        return steer(model, arch, site=site, activation="relu", train=train, **{**defaults, **options})
     subject = Subject(model, state.backbone, [tensor for tensor in opened if isinstance(tensor, nn.Parameter)])
     handles: list[Handle] = []
     try:
@@ -139,17 +128,12 @@ def merge(model: Model) -> Model:
     return model
 
 
-def _check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raise if there is no such method, or it has not these options."""
-    function = {**_STEERED, **_ATTACHED}.get(method) if isinstance(method, str) else None
-    if function is None:
-        raise SteerError(f"unknown method {method!r}; there are: {', '.join(methods())}.")
-    keywords = inspect.signature(function).parameters.items()
-    known = [name for name, p in keywords if p.kind is p.KEYWORD_ONLY and name != "train"]
-    for name in options:
-        if name not in known:
-            listed = f"its options are: {', '.join(known)}" if known else "it has none"
-            raise SteerError(f"{method!r} has no option {name!r}; {listed}.")
+def _options(method: str) -> list[str]:
+    """Return the names of a method's options."""
+    if method in _FIELDS:
+        return list(_FIELDS[method][1])
+    keywords = inspect.signature(_ATTACHED.get(method, steer)).parameters.items()
+    return [name for name, p in keywords if p.kind is p.KEYWORD_ONLY and name != "train"]
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -162,3 +146,14 @@ def _refuse_second(model: nn.Module) -> None:
             raise SteerError(f"one method at a time: {where} carries {vars(module)[_MARK][0]!r}. Take a fresh model.")
         if type(module).__module__.startswith("peft."):
             raise SteerError(f"one method at a time: {where} is PEFT's {type(module).__name__}. Take a fresh model.")
+
+
+def _first_site(method: str, sites: Sequence[str], backbone: Backbone) -> str:
+    """Return the first of `sites` that a backbone has."""
+    for site in sites:
+        if site in backbone.sites:
+            return site
+    raise UnsuitableError(
+        f"{method!r} stands beside the {' or '.join(sites)} of a block; the sites of {backbone.name!r} are "
+        f"{', '.join(backbone.sites)}. 'parallel-adapter' stands beside a mixer too, 'hres' beside any block."
+    )

@@ -1,11 +1,13 @@
-"""How a method stands in a frozen model: what it is given, what it puts there, and the package's only hooks."""
+"""How a method stands in a frozen model: what it is given, what it puts there, and where it would never run."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.machinery import PathFinder
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +17,14 @@ from residual_steer.backbone import Backbone, compute_dtype
 from residual_steer.config import check_ranks
 from residual_steer.errors import SteerError
 
-__all__ = ["Attached", "Guard", "Subject", "Trained", "count", "place_of", "require_free"]
+__all__ = ["Attached", "Guard", "Part", "Subject", "Trained", "is_linear", "parts_of", "place_of", "require_free"]
+
+_notes = threading.local()  # of the calls that are running in this thread, by the id of the module that noted them
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that a method is applied to.
-
-    Attributes:
-        model: what the user gave.
-        backbone: where its stream is.
-        opened: the base parameters that the user asked to train along.
-    """
+    """A model that a method is applied to, and the base parameters that the user asked to train along."""
 
     model: nn.Module
     backbone: Backbone
@@ -44,56 +42,26 @@ class Subject:
         return all(any(isinstance(getattr(m, "A_log", None), Tensor) for m in block.modules()) for block in blocks)
 
     def blocks(self, layers: Sequence[int] | None = None) -> dict[int, nn.Module]:
-        """Return the blocks that `layers` names, by index; None names all.
-
-        Raises:
-            SteerError: a block that is not there, or named twice.
-        """
-        chosen = check_ranks(1, layers, len(self.backbone.blocks))
-        return {index: self.backbone.blocks[index] for index in chosen}
+        """Return the blocks that `layers` names, by index; None names all."""
+        return {index: self.backbone.blocks[index] for index in check_ranks(1, layers, len(self.backbone.blocks))}
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a method trains.
-
-    Attributes:
-        parameters: what it opens, beside what the user asked for.
-        called: paths of modules in the model that have to be called for the method to have an effect.
-    """
+class Trained(NamedTuple):
+    """What a method trains, and the paths of the modules that have to be called for it to have an effect."""
 
     parameters: Sequence[nn.Parameter]
     called: Sequence[str] = ()
 
 
-class _Notes(threading.local):
-    """What `enter` notes of the calls that are running in this thread, by the id of its module."""
-
-    def __init__(self) -> None:
-        self.of: dict[int, Any] = {}
-
-
-_notes = _Notes()
-
-
 class Attached(nn.Module):
-    """What a method puts into a model: a child of the module that it serves, whose hooks are its own bound methods.
+    """A child of the module that it serves, whose hooks are its own methods, so that copies and pickles stand alone.
 
-    So copies and pickles stand on their own. `enter` may change a call, and note something of it for `leave`, which may
-    change the output. Nothing of a call is kept on the module: several threads may run one model.
+    `enter` may change a call, and note something of it for `leave`, which may change the output. Notes are the
+    thread's: several may run one model.
     """
 
     def attach(self, host: nn.Module, key: str, *, prepend: bool = False) -> None:
-        """Become a child of `host`, in the mode that it is in, and see its calls from now on.
-
-        Args:
-            host: the module.
-            key: the child's name in it.
-            prepend: whether to be the first to see the output.
-
-        Raises:
-            SteerError: the host has something of that name.
-        """
+        """Become a child of `host`, in its mode, and see its calls from now on, with `prepend` the output first."""
         require_free([host], key)
         self._note: Any = None  # inside torch.compile alone
         host.add_module(key, self)
@@ -119,29 +87,97 @@ class Attached(nn.Module):
         if torch.compiler.is_compiling():
             self._note = note
         else:
-            _notes.of[id(self)] = note
+            vars(_notes)[str(id(self))] = note
         return args, kwargs
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling():
             note, self._note = self._note, None
         else:
-            note = _notes.of.pop(id(self), None)
+            note = vars(_notes).pop(str(id(self)), None)
         return self.leave(host, output, note)
 
 
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a module, and the type that trains beside it: fp32 where its weights have less."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    return device, torch.promote_types(compute_dtype(module), torch.float32)
+
+
+def require_free(hosts: Iterable[nn.Module], name: str) -> None:
+    """Raise if a host has something of a name under which a child is to be put into each of them."""
+    for host in hosts:
+        if hasattr(host, name):
+            raise SteerError(f"this {type(host).__name__} has a {name!r} of its own, where the method would stand.")
+
+
+class Part(NamedTuple):
+    """A module inside a block, some of which read its weight without calling it: what is attached there never runs."""
+
+    block: int
+    name: str  # in the model
+    path: str  # in the block
+    module: nn.Module
+    remedy: str | None  # what makes the block call it, "" if nothing does; None where it does
+
+
+def parts_of(subject: Subject, layers: Sequence[int] | None, wanted: Callable[[nn.Module], bool]) -> list[Part]:
+    """Return the modules inside the blocks that `wanted` takes."""
+    names = {id(module): name for name, module in subject.model.named_modules()}
+    found = []
+    for index, block in subject.blocks(layers).items():
+        inside = list(block.named_modules())
+        silent = {f"{path}.{name}": way for path, module in inside for name, way in _bypassed_in(module).items()}
+        for path, module in inside:
+            if path and wanted(module):
+                found.append(Part(index, names[id(module)], path, module, silent.get(path, silent.get(f".{path}"))))
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, or GPT-2's `Conv1D`, which is one with its weight transposed."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _bypassed_in(module: nn.Module) -> dict[str, str]:
+    """Return which children a module does not call, and what makes it do so."""
+    found: dict[str, str] = {}
+    if isinstance(getattr(module, "conv1d", None), nn.Module):  # a selective SSM
+        found |= dict.fromkeys(("conv1d", "dt_proj"), "")
+        if _package(module) == "mamba_ssm" and hasattr(module, "dt_proj"):  # Mamba-1 multiplies the weight itself
+            found["in_proj"] = ""
+        remedy = _fused(module)
+        if remedy is not None:
+            found |= dict.fromkeys(("x_proj", "norm", "out_proj"), remedy)
+    if getattr(module, "fused_add_norm", False):
+        found |= dict.fromkeys(("norm", "norm2"), "build the model with fused_add_norm=False")
+    if getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False):  # timm's EVA
+        found["qkv"] = "set its attention's `qkv_bias_separate = True`" if hasattr(module, "qkv_bias_separate") else ""
+    if isinstance(module, nn.MultiheadAttention):
+        found["out_proj"] = ""
+    return {name: remedy for name, remedy in found.items() if isinstance(getattr(module, name, None), nn.Module)}
+
+
+def _fused(mixer: nn.Module) -> str | None:
+    """Return what switches a mixer's fused kernel off; None if it does not run one."""
+    if _package(mixer) == "mamba_ssm":
+        convolution = getattr(sys.modules[type(mixer).__module__], "causal_conv1d_fn", None)
+        for switch, there in (("use_fast_path", convolution is not None), ("use_mem_eff_path", True)):
+            if there and getattr(mixer, switch, False):
+                return f"set its mixer's `{switch} = False`"
+        return None
+    # transformers takes the fused kernel in training wherever it is installed, and has no switch for it
+    return "" if PathFinder.find_spec("selective_scan_cuda") is not None else None
+
+
+def _package(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
 class Guard:
-    """A check, in the first training step, that what a method was attached to is called at all; it is gone after that.
+    """A check, in the first training step, that modules are called; it is gone after that.
 
-    Some models read a module's weight without calling the module, above all in fused kernels (peft #2274, mamba #279),
-    or call what is in a module past it. Whatever was attached there would train nothing, without a word.
-
-    Its hooks are its own bound methods, so that they follow the model into copies. A compiled forward pass is not
-    watched: what the hooks would note is no part of the graph.
-
-    Args:
-        model: the model that is called.
-        paths: of the modules that have to be called.
+    Its hooks are its own methods, which follow the model into copies. They do not run in a compiled forward pass.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
@@ -170,7 +206,6 @@ class Guard:
         if torch.compiler.is_compiling() or not model.training:
             return
         missed = [path for path in self._paths if model.get_submodule(path) not in self._called]
-        self._called.clear()
         if missed:
             listed = ", ".join(missed[:6]) + (", …" if len(missed) > 6 else "")
             raise SteerError(
@@ -180,23 +215,3 @@ class Guard:
                 "switch the fused path off, or choose another method."
             )
         self.remove()
-
-
-def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device of a module, and the type that trains beside it: fp32 where its weights have less."""
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    return device, torch.promote_types(compute_dtype(module), torch.float32)
-
-
-def require_free(hosts: Iterable[nn.Module], name: str) -> None:
-    """Raise if a host has something of a name under which a child is to be put into each of them."""
-    for host in hosts:
-        if hasattr(host, name):
-            raise SteerError(f"this {type(host).__name__} has a {name!r} of its own, where the method would stand.")
-
-
-def count(name: str, value: object, *, least: int = 1) -> int:
-    """Return an option that is a whole number; raise if it is none, or too small."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SteerError(f"`{name}` is an integer from {least}; received {value!r}.")
-    return value

@@ -5,16 +5,16 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from residual_steer._checks import check_integer, check_number
 from residual_steer.errors import SteerError, UnsuitableError
 
-from ._attach import Subject, Trained, count
-from ._bypass import Part, is_linear, parts_of
+from ._attach import Part, Subject, Trained, is_linear, parts_of
 
 __all__ = ["lora", "merge_layers"]
 
@@ -34,13 +34,10 @@ def lora(
 ) -> Trained:
     """Add alpha/rank · B·A to the weight of linear layers, with B = 0 at the start.
 
-    The keys of the state dict change for the layers that are adapted: PEFT puts `.base_layer` into them, until `merge`.
-
-    By default the joint projection of attention is adapted where there is one, queries and values elsewhere, and in a
-    Mamba `in_proj` and `x_proj`. Layers whose weight the model reads without calling them are left out, since LoRA
-    would do nothing there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s Mamba-1, and all its other layers while it
-    takes its fused path; `x_proj` in transformers' Mamba where the kernels are installed; `qkv` of timm's EVA, unless
-    its `qkv_bias_separate` is set. What remains of the mixer then is adapted.
+    PEFT puts `.base_layer` into the keys of adapted layers, until `merge`. Layers whose weight the model reads without
+    calling them are left out, since LoRA would do nothing there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s
+    Mamba-1, and all its other layers while it takes its fused path; `x_proj` in transformers' Mamba where the kernels
+    are installed; `qkv` of timm's EVA, unless its `qkv_bias_separate` is set.
 
     Args:
         subject: the model.
@@ -48,19 +45,17 @@ def lora(
         alpha: the factor of the update is alpha/rank; None is 1.
         dropout: of what enters A, in training mode.
         layers: which blocks.
-        targets: names or globs of linear layers inside the blocks, in place of the default, such as `["in_proj"]`.
+        targets: names or globs of linear layers inside the blocks, such as `["in_proj"]`; None is the joint projection
+            of attention, or queries and values, or `in_proj` and `x_proj`, or else all of the mixer's.
 
     Raises:
         SteerError: PEFT is not installed or refuses; an option out of range; targets that match no linear layer, or one
             that is not called.
         UnsuitableError: the blocks call no linear layer.
     """
-    count("rank", rank)
-    alpha = float(rank) if alpha is None else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise SteerError(f"`alpha` is a positive number; received {alpha!r}.")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise SteerError(f"`dropout` is a probability in [0, 1); received {dropout!r}.")
+    check_integer("rank", rank, 1)
+    alpha = float(rank) if alpha is None else check_number("alpha", alpha, above=0)
+    check_number("dropout", dropout, at_least=0, below=1)
     parts = parts_of(subject, layers, is_linear)
     paths = _usual(subject, parts) if targets is None else _chosen(parts, targets)
     try:
@@ -90,20 +85,15 @@ def lora(
 
 
 def merge_layers(model: Any, update: bool = True) -> None:
-    """Put the plain layers back, with what LoRA learned added to their weights, or without.
-
-    Raises:
-        SteerError: what it learned is not finite; nothing has changed.
-    """
-    layers = {id(layer): layer for layer in _layers(model)}
-    if update and not all(bool(p.isfinite().all()) for layer in layers.values() for p in _own(layer)):
+    """Put the plain layers back, with what LoRA learned added to their weights if it is finite, or without."""
+    layers = set(_layers(model))
+    if update and not all(bool(p.isfinite().all()) for layer in layers for p in _own(layer)):
         raise SteerError("LoRA has diverged: its weights are not finite, and would spoil the model's own.")
-    for layer in layers.values() if update else ():
+    for layer in layers if update else ():
         layer.merge()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in layers:
-                setattr(parent, name, layers[id(child)].get_base_layer())
+    paths = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if module in layers]
+    for path, layer in paths:
+        model.set_submodule(path, layer.get_base_layer())
     vars(model).pop("peft_config", None)
 
 
@@ -118,12 +108,13 @@ def _own(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def _usual(subject: Subject, parts: list[Part]) -> list[str]:
+    """Return what LoRA usually adapts in each block, of what is called there."""
     called = [part for part in parts if part.remedy is None]
     if not called:
         ways = _ways(parts)
         raise UnsuitableError(
             "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
-            + (f"The model reads the weights itself; to change that, {ways}." if ways else "")
+            + (f"The model reads the weights itself; to change that, {ways}." if ways else "Choose another method.")
         )
     found = []
     for index, group in itertools.groupby(called, key=lambda part: part.block):  # blocks of a hybrid differ
@@ -137,12 +128,14 @@ def _usual(subject: Subject, parts: list[Part]) -> list[str]:
 
 
 def _chosen(parts: list[Part], targets: Sequence[str] | str) -> list[str]:
+    """Return what `targets` names, as a path inside a block or the end of one from a dot on."""
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise SteerError(f"`targets` is a list of names or globs of linear layers inside blocks; received {targets!r}.")
     found: dict[str, Part] = {}
     for pattern in patterns:
-        hits = {part.name: part for part in parts if _matches(part.path, pattern)}
+        either = (pattern, f"*.{pattern}")
+        hits = {part.name: part for part in parts if any(fnmatch.fnmatchcase(part.path, glob) for glob in either)}
         if not hits:
             there = ", ".join(sorted({part.path for part in parts})) or "none"
             raise SteerError(f"the target {pattern!r} matches no linear layer inside a block; there are: {there}.")
@@ -157,12 +150,6 @@ def _chosen(parts: list[Part], targets: Sequence[str] | str) -> list[str]:
     return list(found)
 
 
-def _ways(parts: list[Part]) -> str:
+def _ways(parts: Iterable[Part]) -> str:
     """Return what makes blocks call those parts of theirs that they do not call."""
     return " or ".join(sorted({part.remedy for part in parts if part.remedy}))
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """Return whether a pattern is a path inside a block, or the end of one, from a dot on."""
-    parts = path.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))

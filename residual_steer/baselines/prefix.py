@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer._caches import begins_text, cache_of, cache_parameter
+from residual_steer._checks import check_integer
 from residual_steer.errors import SteerError, UnsuitableError
+from residual_steer.training.undisturbed import as_before
 
-from ._attach import Attached, Subject, Trained, count, place_of
-from ._tokens import embedding_of, lengthened_mask
+from ._attach import Attached, Subject, Trained, place_of
+from .prompt import embedding_of, lengthened_mask
 
 __all__ = ["Prefix", "prefix"]
 
@@ -20,14 +22,14 @@ __all__ = ["Prefix", "prefix"]
 def prefix(subject: Subject, *, length: int = 10) -> Trained:
     """Let every attention layer attend to p = `length` learned keys and values that come before the text.
 
-    They begin as what the frozen model computes for random words, the initialisation that the paper found best with few
-    data (§ 7.4), and train directly, without the MLP that it reparametrises long runs with. A call that begins a text
-    gets a cache that holds them; masks and positions are counted on from there.
+    They begin as what the frozen model computes for random words, which the paper found best with few data (§ 7.4), and
+    train directly, without its MLP. A call that begins a text gets a cache that holds them; masks and positions are
+    counted on from there.
 
     Raises:
         UnsuitableError: there are no keys and values to extend, or no cache to put them into.
     """
-    count("length", length)
+    check_integer("length", length, 1)
     inner, embedding = subject.inner, embedding_of(subject)
     if subject.is_ssm:
         raise UnsuitableError(
@@ -48,27 +50,16 @@ def prefix(subject: Subject, *, length: int = 10) -> Trained:
 
 
 class Prefix(Attached):
-    """The keys and values of prefix tuning in a language model.
-
-    Args:
-        inner: the model without its head.
-        keyword: by which it takes a cache.
-        keys: of every layer, `(heads, length, head width)` each.
-        values: of every layer.
-    """
+    """The keys and values of every layer, `(heads, length, head width)` each, in a language model without its head."""
 
     def __init__(self, inner: nn.Module, keyword: str, keys: list[Tensor], values: list[Tensor]) -> None:
         super().__init__()
         self.keys, self.values = nn.ParameterList(keys), nn.ParameterList(values)
         self._names = tuple(inspect.signature(inner.forward).parameters)
-        self._keyword = keyword
+        self._keyword = keyword  # by which it takes a cache
 
     def enter(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-        """Begin a text with a cache that holds the prefix, and count it in every call; note one that nobody asked for.
-
-        Raises:
-            SteerError: a mask or cache that has no place for it, or a model that drops its cache.
-        """
+        """Begin a text with a cache that holds the prefix, count it in every call; note a cache nobody asked for."""
         call, length = {**dict(zip(self._names, args, strict=False)), **kwargs}, self.keys[0].shape[1]
         longer = lengthened_mask(call, length, "prefix", place=0)
         if longer is not None:
@@ -82,15 +73,18 @@ class Prefix(Attached):
             call["position_ids"] = call["position_ids"] + length
         if not begins_text(call):
             return (), call, None
-        asked, cache = call.get("use_cache"), cache_of(call)
-        if cache is not None:
-            self._fill(host, call, cache)
-            return (), call, None
-        from transformers import DynamicCache
+        cache, unasked = cache_of(call), None
+        if cache is None:
+            from transformers import DynamicCache
 
-        call[self._keyword] = own = DynamicCache(config=host.config)
-        self._fill(host, call, own)
-        return (), call, None if (host.config.use_cache if asked is None else asked) else own
+            asked = call.get("use_cache")
+            call[self._keyword] = cache = DynamicCache(config=host.config)
+            unasked = None if (host.config.use_cache if asked is None else asked) else cache
+        given: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            shape = (len(given), *key.shape)
+            cache.update(key.to(host.dtype).expand(shape), value.to(host.dtype).expand(shape), layer)
+        return (), call, unasked
 
     def leave(self, host: Any, output: Any, note: Any) -> Any:
         """Keep a cache that nobody asked for out of the output: some models return whatever they were given."""
@@ -100,23 +94,14 @@ class Prefix(Attached):
             return tuple(part for part in output if part is not note)
         return type(output)(**{key: part for key, part in output.items() if part is not note})
 
-    def _fill(self, host: Any, call: dict[str, Any], cache: Any) -> None:
-        given: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            shape = (len(given), *key.shape)
-            cache.update(key.to(host.dtype).expand(shape), value.to(host.dtype).expand(shape), layer)
-
 
 @torch.no_grad()
 def _computed(inner: Any, embedding: nn.Embedding, length: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return the keys and values that the frozen model computes for random words; raise if its cache has others."""
     device, dtype = place_of(embedding)
     words = torch.randint(embedding.num_embeddings, (1, length)).to(device)
-    training = inner.training
-    try:
+    with as_before(inner):
         cache = cache_of(inner.eval()(input_ids=words, use_cache=True))
-    finally:
-        inner.train(training)
     layers: list[Any] = getattr(cache, "layers", [])
     found: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not found or not all(isinstance(key, Tensor) and key.dim() == 4 and key.shape[2] == length for key, _ in found):

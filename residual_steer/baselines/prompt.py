@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from residual_steer._caches import begins_text, cache_of
+from residual_steer._checks import check_integer
 from residual_steer.errors import SteerError, UnsuitableError
 
-from ._attach import Attached, Subject, Trained, count, place_of
-from ._tokens import Place, behind_padding, embedding_of, insert, lengthened_mask, take_out
-from .vpt import stand_before
+from ._attach import Attached, Subject, Trained, place_of
+from .vpt import Place, behind_padding, insert, stand_before, take_out
 
-__all__ = ["SoftPrompt", "prompt"]
+__all__ = ["SoftPrompt", "embedding_of", "lengthened_mask", "prompt"]
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
@@ -24,13 +25,12 @@ def prompt(subject: Subject, *, length: int = 10) -> Trained:
     """Put `length` learned vectors before the embedded text, behind padding on the left, and drop what comes of them.
 
     Logits, labels and `logits_to_keep` stay as they are for the text alone. The vectors begin as embeddings of random
-    words of the vocabulary (§ 3.2 of the paper), drawn without repetition where there are enough. In cached generation
-    they enter with the first call and live on in the cache.
+    words (§ 3.2), different ones where there are enough. In cached generation they enter with the first call alone.
 
     Raises:
         UnsuitableError: it is no language model that takes embeddings.
     """
-    count("length", length)
+    check_integer("length", length, 1)
     embedding, inner = embedding_of(subject), subject.inner
     if embedding is None:
         raise UnsuitableError(
@@ -55,12 +55,7 @@ def prompt(subject: Subject, *, length: int = 10) -> Trained:
 
 
 class SoftPrompt(Attached):
-    """The vectors of prompt tuning in a model with attention.
-
-    Args:
-        inner: the model without its head.
-        weight: the vectors, `(length, width)`.
-    """
+    """The vectors of prompt tuning, `(length, width)`, in a model with attention, without its head."""
 
     def __init__(self, inner: nn.Module, weight: nn.Parameter) -> None:
         super().__init__()
@@ -69,11 +64,7 @@ class SoftPrompt(Attached):
         self._room = _room(inner)
 
     def enter(self, host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Place | None]:
-        """Put the vectors before the text of a call that begins one, and count them in every call.
-
-        Raises:
-            SteerError: a mask or cache that has no place for them, or a text too long for the model's positions.
-        """
+        """Put the vectors before the text of a call that begins one, and count them in every call."""
         call, length = {**dict(zip(self._names, args, strict=False)), **kwargs}, len(self.weight)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         longer = lengthened_mask(call, length, "prompt")
@@ -125,10 +116,32 @@ def _without(output: Any, tokens: int, place: Place) -> Any:
     return output
 
 
-def _room(inner: nn.Module) -> int | None:
+def _room(inner: Any) -> int | None:
     """Return how many positions a model has, None where they are computed and not looked up."""
     for name, module in inner.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
-            config: Any = getattr(inner, "config", None)
-            return int(getattr(config, "max_position_embeddings", module.num_embeddings))
+            return int(getattr(getattr(inner, "config", None), "max_position_embeddings", module.num_embeddings))
     return None
+
+
+def embedding_of(subject: Subject) -> nn.Embedding | None:
+    """Return the embedding of a language model's words."""
+    inner: Any = subject.inner
+    found = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    found = getattr(inner, "embedding", None) if found is None else found  # mamba_ssm's
+    fits = isinstance(found, nn.Embedding) and found.embedding_dim == subject.backbone.widths[0]
+    return found if fits else None
+
+
+def lengthened_mask(call: Mapping[str, Any], tokens: int, method: str, place: Place | None = None) -> Tensor | None:
+    """Return the mask of a model's call with ones for tokens, behind the padding if no place is given."""
+    mask = call.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise SteerError(f"{method!r} lengthens an attention mask (batch, length); this call has another kind of mask.")
+    if getattr(cache_of(call), "is_compileable", False):
+        raise SteerError(
+            f"a static cache has no room for the {method}, whose length it does not know. Use a dynamic one."
+        )
+    if mask is None:
+        return None
+    return insert(mask, mask.new_ones(tokens), behind_padding(mask) if place is None else place)

@@ -10,26 +10,19 @@ from torch import Tensor, nn
 
 from residual_steer.errors import UnsuitableError
 
-from ._attach import Attached, Subject, Trained, place_of, require_free
-from ._bypass import is_linear, parts_of
-from .bitfit import is_key
+from ._attach import Attached, Subject, Trained, is_linear, parts_of, place_of, require_free
+from .selective import is_key
 
 __all__ = ["ScaleShift", "ssf"]
 
 
 class ScaleShift(Attached):
-    """y ↦ γ·y + β (eq. 4), with γ = 1 and β = 0 at the start.
+    """y ↦ γ·y + β (eq. 4) after a norm or a linear layer, in the parameters' type; γ = 1 and β = 0 at the start."""
 
-    Args:
-        host: a norm or a linear layer.
-        shift: whether there is a β.
-        device: where the parameters are made.
-        dtype: their type, fp32 or wider; the product is computed in it and returned in y's.
-    """
-
-    def __init__(self, host: nn.Module, shift: bool, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, host: Any, shift: bool, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        features = _features(host)
+        # of a linear layer, of GPT-2's `Conv1D`, of a norm
+        features = getattr(host, "out_features", None) or getattr(host, "nf", None) or len(host.weight)
         self.scale = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
         self.shift = nn.Parameter(torch.zeros(features, device=device, dtype=dtype)) if shift else None
         self._channels = 1 if type(host).__name__.endswith("2d") else -1
@@ -68,10 +61,3 @@ def _takes_part(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     leaf = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not list(module.children())
     return is_linear(module) or (leaf and "norm" in type(module).__name__.lower())
-
-
-def _features(host: nn.Module) -> int:
-    """Return the number of features that leave a linear layer, GPT-2's `Conv1D` or a norm."""
-    features: Any = getattr(host, "out_features", None) or getattr(host, "nf", None)
-    weight: Any = host.weight
-    return int(features or weight.shape[0])

@@ -1,4 +1,8 @@
-"""VPT (Jia et al. 2022, arXiv 2203.12119): learned tokens in the stream, before the first block or before every one."""
+"""VPT (Jia et al. 2022, arXiv 2203.12119): learned tokens in the stream, before the first block or before every one.
+
+A place is a position that all rows share, or a tensor `(batch,)` with one for each: tokens go before a row's first real
+one, behind its padding on the left, since the state of an SSM would forget them in a long padding.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer._caches import begins_text
+from residual_steer._checks import check_integer
 from residual_steer.errors import SteerError, UnsuitableError
 from residual_steer.tokens import prefix_tokens
 
-from ._attach import Attached, Subject, Trained, count, place_of, require_free
-from ._tokens import Place, behind_padding, insert, take_out
+from ._attach import Attached, Subject, Trained, place_of, require_free
 
-__all__ = ["Gate", "stand_before", "vpt_deep", "vpt_shallow"]
+__all__ = ["Gate", "Place", "behind_padding", "insert", "stand_before", "take_out", "vpt_deep", "vpt_shallow"]
+
+Place = int | Tensor
 
 
 def vpt_shallow(subject: Subject, *, length: int = 10) -> Trained:
     """VPT-shallow: `length` tokens enter at the first block and leave after the last (eq. 4 and 5).
 
-    They stand behind the prefix tokens of a ViT, such as CLS, and before the first token of a text. On a Mamba they
-    make the state that the text begins with. Hidden states between the blocks have them.
+    They stand behind the prefix tokens of a ViT, such as CLS, and before the first token of a text; on a Mamba they
+    make the state that it begins with. Hidden states between the blocks have them.
 
     Raises:
         UnsuitableError: the blocks of this backbone cannot be given tokens.
     """
-    _check(subject, "vpt-shallow", length)
+    _check("vpt-shallow", subject, length)
     return stand_before(subject, _tokens(subject, subject.backbone.blocks[0], length))
 
 
@@ -40,7 +46,7 @@ def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
     Raises:
         UnsuitableError: the blocks of this backbone cannot be given tokens.
     """
-    _check(subject, "vpt-deep", length)
+    _check("vpt-deep", subject, length)
     blocks, at = subject.backbone.blocks, prefix_tokens(subject.inner)
     require_free(blocks, "prompt")
     gates = [Gate(block, at, length, _tokens(subject, block, length), leaves=True) for block in blocks]
@@ -51,85 +57,14 @@ def stand_before(subject: Subject, weight: nn.Parameter) -> Trained:
     """Let tokens `(tokens, width)` enter at the first block and leave after the last."""
     blocks, at = subject.backbone.blocks, prefix_tokens(subject.inner)
     require_free(blocks, "prompt")
-    last = len(blocks) - 1
     for index, block in enumerate(blocks):
-        Gate(block, at, len(weight), weight if index == 0 else None, leaves=index == last)
+        Gate(block, at, len(weight), weight if index == 0 else None, leaves=index == len(blocks) - 1)
     return Trained([weight])
 
 
-class Gate(Attached):
-    """Let tokens into a block and out of it, or make room for those that go through it.
-
-    Nothing enters in a call that goes on with a cache: the cache holds what came of the tokens.
-
-    Args:
-        block: the block.
-        at: how many prefix tokens stand before the tokens.
-        tokens: how many tokens.
-        weight: the tokens that enter here, if any do.
-        leaves: whether they leave here.
-    """
-
-    def __init__(self, block: nn.Module, at: int, tokens: int, weight: nn.Parameter | None, leaves: bool) -> None:
-        super().__init__()
-        self.weight = weight
-        self._at, self._tokens, self._leaves = at, tokens, leaves
-        self._layer: int | None = getattr(getattr(block, "mixer", None), "layer_idx", None)
-        self.attach(block, "prompt", prepend=True)  # who captures hidden states shall not see the tokens
-
-    def enter(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Place | None]:
-        """Let the tokens in.
-
-        Raises:
-            SteerError: the stream is no sequence, or a mask is given that has no place for them.
-        """
-        if not begins_text(kwargs, self._layer):
-            return args, kwargs, None
-        mask, changed = kwargs.get("attention_mask"), dict(kwargs)
-        place: Place = self._at
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            place = behind_padding(mask)
-            changed["attention_mask"] = insert(mask, mask.new_ones(self._tokens), place)
-        elif mask is not None or kwargs.get("attn_mask") is not None:
-            raise SteerError(
-                "VPT's tokens have no place in an attention mask that is given ready-made. Call the model without one."
-            )
-        if isinstance(kwargs.get("rope"), Tensor):
-            changed["rope"] = _unrotated(kwargs["rope"], self._tokens)
-        if self.weight is not None:
-            args, changed = _enter(args, changed, self.weight, place)
-        return args, changed, place
-
-    def leave(self, host: nn.Module, output: Any, note: Place | None) -> Any:
-        """Take the tokens out."""
-        if note is None or not self._leaves:
-            return output
-        out = partial(take_out, tokens=self._tokens, place=note)
-        if isinstance(output, Tensor):
-            return out(output)
-        kept = [out(value) if isinstance(value, Tensor) and value.dim() == 3 else value for value in output]
-        return type(output)(*kept) if hasattr(output, "_fields") else type(output)(kept)
-
-
-def _enter(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, place: Place) -> tuple[Any, dict[str, Any]]:
-    """Put tokens into the stream; where it is a sum of several tensors, into the first, and zeros elsewhere."""
-    parts = [value for value in (*args, kwargs.get("hidden_states")) if isinstance(value, Tensor)]
-    if not parts or parts[0].dim() != 3:
-        shape = tuple(parts[0].shape) if parts else None
-        raise SteerError(f"VPT puts tokens into a stream (batch, length, width); this block was given {shape}.")
-    first, rest = parts[0], torch.zeros_like(weight)
-
-    def put(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != first.shape:
-            return value
-        return insert(value, weight if value is first else rest, place)
-
-    return tuple(put(value) for value in args), {key: put(value) for key, value in kwargs.items()}
-
-
-def _check(subject: Subject, method: str, length: int) -> None:
+def _check(method: str, subject: Subject, length: int) -> None:
     """Raise if the blocks of a backbone do not take a sequence of any length."""
-    count("length", length)
+    check_integer("length", length, 1)
     backbone = subject.backbone
     if backbone.channels != -1 or len(set(backbone.widths)) > 1:
         raise UnsuitableError(
@@ -161,8 +96,92 @@ def _tokens(subject: Subject, block: nn.Module, length: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(length, width).uniform_(-bound, bound).to(device, dtype))
 
 
+class Gate(Attached):
+    """Let tokens into a block, behind `at` prefix tokens, and out of it, or make room for those that go through it.
+
+    Nothing enters in a call that goes on with a cache: the cache holds what came of the tokens.
+    """
+
+    def __init__(self, block: nn.Module, at: int, tokens: int, weight: nn.Parameter | None, leaves: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self._at, self._tokens, self._leaves = at, tokens, leaves
+        self._layer: int | None = getattr(getattr(block, "mixer", None), "layer_idx", None)
+        self.attach(block, "prompt", prepend=True)  # who captures hidden states shall not see the tokens
+
+    def enter(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Place | None]:
+        """Let the tokens in; raise if a mask is given that has no place for them."""
+        if not begins_text(kwargs, self._layer):
+            return args, kwargs, None
+        mask, changed = kwargs.get("attention_mask"), dict(kwargs)
+        place: Place = self._at
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            place = behind_padding(mask)
+            changed["attention_mask"] = insert(mask, mask.new_ones(self._tokens), place)
+        elif mask is not None or kwargs.get("attn_mask") is not None:
+            raise SteerError(
+                "VPT's tokens have no place in an attention mask that is given ready-made. Call the model without one."
+            )
+        if isinstance(kwargs.get("rope"), Tensor):
+            changed["rope"] = _unrotated(kwargs["rope"], self._tokens)
+        if self.weight is not None:
+            args, changed = _enter(args, changed, self.weight, place)
+        return args, changed, place
+
+    def leave(self, host: nn.Module, output: Any, note: Place | None) -> Any:
+        """Take the tokens out."""
+        if note is None or not self._leaves:
+            return output
+        out = partial(take_out, tokens=self._tokens, place=note)
+        if isinstance(output, Tensor):
+            return out(output)
+        kept = [out(value) if isinstance(value, Tensor) and value.dim() == 3 else value for value in output]
+        return type(output)(*kept) if hasattr(output, "_fields") else type(output)(kept)
+
+
+def _enter(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, place: Place) -> tuple[Any, dict[str, Any]]:
+    """Put tokens into the stream; where it is a sum of several tensors, into the first, and zeros elsewhere."""
+    first = next((value for value in (*args, kwargs.get("hidden_states")) if isinstance(value, Tensor)), None)
+    if first is None or first.dim() != 3:
+        shape = None if first is None else tuple(first.shape)
+        raise SteerError(f"VPT puts tokens into a stream (batch, length, width); this block was given {shape}.")
+
+    def put(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != first.shape:
+            return value
+        return insert(value, weight if value is first else torch.zeros_like(weight), place)
+
+    return tuple(put(value) for value in args), {key: put(value) for key, value in kwargs.items()}
+
+
 def _unrotated(rope: Tensor, tokens: int) -> Tensor:
     """Return timm's table of rotations, `(..., length, sines and cosines)`, with tokens before the image at rest."""
     half = rope.shape[-1] // 2
     shape = (*rope.shape[:-2], tokens, half)
     return torch.cat([torch.cat([rope.new_zeros(shape), rope.new_ones(shape)], dim=-1), rope], dim=-2)
+
+
+def behind_padding(mask: Tensor) -> Tensor:
+    """Return how many positions of padding each row begins with, `(batch,)`, from a mask `(batch, length)`."""
+    return (mask != 0).cumsum(1).eq(0).sum(1)
+
+
+def insert(x: Tensor, new: Tensor, place: Place) -> Tensor:
+    """Return x, `(batch, length, ...)`, with `new`, `(tokens, ...)` in x's type, inserted in every row at a place."""
+    new, tokens = new.to(x.dtype), new.shape[0]
+    if isinstance(place, int):
+        return torch.cat([x[:, :place], new.expand(x.shape[0], *new.shape), x[:, place:]], dim=1)
+    room = x.new_zeros(x.shape[0], tokens, *x.shape[2:])
+    position = torch.arange(x.shape[1] + tokens, device=x.device) - place[:, None]
+    fresh = new[position.clamp(0, tokens - 1)]
+    position = position.view(*position.shape, *[1] * (x.dim() - 2))
+    later = torch.where(position < tokens, fresh, torch.cat([room, x], dim=1))
+    return torch.where(position < 0, torch.cat([x, room], dim=1), later)
+
+
+def take_out(y: Tensor, tokens: int, place: Place) -> Tensor:
+    """Return y, `(batch, length + tokens, ...)`, without what `insert` put in."""
+    if isinstance(place, int):
+        return torch.cat([y[:, :place], y[:, place + tokens :]], dim=1) if place else y[:, tokens:]
+    before = torch.arange(y.shape[1] - tokens, device=y.device) < place[:, None]
+    return torch.where(before.view(*before.shape, *[1] * (y.dim() - 2)), y[:, :-tokens], y[:, tokens:])

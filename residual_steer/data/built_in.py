@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
+from residual_steer._checks import check_choice, check_integer
 from residual_steer.errors import SteerError
 
 __all__ = ["character_names", "digits", "english_prose", "python_source"]
@@ -23,16 +24,13 @@ _SKIPPED = {
     "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "site-packages",
     "dist-packages", "pydoc_data", "__pycache__", "__phello__",
 }  # fmt: skip
-_NUMBERED = ("CJK ", "HANGUL SYLLABLE", "KHITAN", "NUSHU CHARACTER-", "TANGUT")
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize", "_distutils_system_mod")
-# Of each class of digits: the first 60 % of a fixed shuffle is for training, and so on.
-_SPLITS = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0), "all": (0.0, 1.0)}
+_NUMBERED = ("CJK ", "HANGUL SYLLABLE", "KHITAN", "NUSHU CHARACTER-", "TANGUT")
+_SPLITS = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0), "all": (0.0, 1.0)}  # of each class, shuffled
 
 
 def python_source(limit: int | None = None) -> bytes:
-    """Return the source of Python's standard library, without its tests, sorted by path.
-
-    The same installation always gives the same bytes; another version of Python gives others.
+    """Return the source of Python's standard library without tests, by path: an installation always has the same.
 
     Args:
         limit: largest number of bytes; None is all, about 8 MB.
@@ -40,8 +38,8 @@ def python_source(limit: int | None = None) -> bytes:
     Raises:
         SteerError: this Python came without its library's source, or `limit` is below 1.
     """
-    if limit is not None and limit < 1:
-        raise SteerError(f"`limit` is a positive number of bytes, or None; received {limit!r}.")
+    if limit is not None:
+        check_integer("limit", limit, 1, meaning="bytes, or None for all")
     root = Path(sysconfig.get_path("stdlib"))
     parts: list[bytes] = []
     size = 0
@@ -61,11 +59,17 @@ def python_source(limit: int | None = None) -> bytes:
     return b"".join(parts)[:limit]
 
 
-def english_prose() -> bytes:
-    """Return the language reference that ships with Python for `help()`, each paragraph once: 0.4 MB of English prose.
+def _library(root: Path) -> list[Path]:
+    """Return the library's modules, sorted by path, without walking through what is left out."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _SKIPPED and not name.startswith(_SKIPPED_PREFIXES)]
+        found += [Path(folder, n) for n in files if n.endswith(".py") and not n.startswith(_SKIPPED_PREFIXES)]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
-    Some sections appear under several topics; without their repetitions, no paragraph can be both trained on and
-    validated on.
+
+def english_prose() -> bytes:
+    """Return the language reference that ships with Python, each paragraph once: 0.4 MB of English prose.
 
     Raises:
         SteerError: this Python came without `pydoc_data`.
@@ -82,11 +86,7 @@ def english_prose() -> bytes:
 
 
 def character_names() -> bytes:
-    """Return the names of Unicode's characters, a line each, by code point: 0.8 MB of English in capitals.
-
-    `GREEK SMALL LETTER ALPHA WITH TONOS` and the like; names that are a number, such as `CJK UNIFIED IDEOGRAPH-4E00`,
-    are left out. Each release of Python has those of its release of Unicode.
-    """
+    """Return the names of Unicode's characters that are no number, a line each: 0.8 MB of English in capitals."""
     names = (unicodedata.name(chr(point), "") for point in range(sys.maxunicode + 1))
     return "\n".join(name for name in names if name and not name.startswith(_NUMBERED)).encode()
 
@@ -96,24 +96,18 @@ def digits(classes: Iterable[int] = range(10), split: str = "train") -> TensorDa
 
     Args:
         classes: which digits; labels count from 0 in this order, so that `classes=range(5, 10)` has labels 0 … 4.
-        split: `"train"` (60 %), `"valid"` (20 %), `"test"` (20 %) or `"all"`; the same share of every class, and
-            always the same images.
+        split: `"train"` (60 %), `"valid"` (20 %), `"test"` (20 %) or `"all"`: always the same images of every class.
 
     Returns:
         Pairs of an image, `(1, 8, 8)`, fp32 from -1 (paper) to 1 (ink), and a label, int64 `()`, class by class.
 
     Raises:
         SteerError: an unknown split, no class, one twice, one that is no digit, or scikit-learn is not installed.
-
-    >>> image, label = digits(classes=range(5, 10), split="valid")[0]
-    >>> image.shape, label
-    (torch.Size([1, 8, 8]), tensor(0))
     """
     wanted = list(classes)
     if not wanted or len(set(wanted)) < len(wanted) or any(c not in range(10) for c in wanted):
         raise SteerError(f"`classes` are different digits from 0 to 9, at least one; received {wanted!r}.")
-    if split not in _SPLITS:
-        raise SteerError(f"`split` is one of {', '.join(_SPLITS)}; received {split!r}.")
+    start, end = _SPLITS[check_choice("split", split, _SPLITS)]
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
@@ -123,24 +117,10 @@ def digits(classes: Iterable[int] = range(10), split: str = "train") -> TensorDa
     pixels, numbers = datasets.load_digits(return_X_y=True)  # grey levels from 0 to 16
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     labels = torch.as_tensor(numbers, dtype=torch.int64)
-    start, end = _SPLITS[split]
-    chosen = []
-    for digit in wanted:
+    chosen, new = [], []
+    for label, digit in enumerate(wanted):
         rows = (labels == digit).nonzero().flatten()
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(digit))]
         chosen.append(rows[round(start * len(rows)) : round(end * len(rows))])
-    new = torch.cat([torch.full((len(rows),), label) for label, rows in enumerate(chosen)])
-    return TensorDataset(images[torch.cat(chosen)], new)
-
-
-def _library(root: Path) -> list[Path]:
-    """Return the library's modules, sorted by path."""
-    found = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if _is_library(name)]  # not even walked through
-        found += [Path(folder, name) for name in files if name.endswith(".py") and _is_library(name)]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _is_library(name: str) -> bool:
-    return name not in _SKIPPED and not name.startswith(_SKIPPED_PREFIXES)
+        new.append(torch.full_like(chosen[-1], label))
+    return TensorDataset(images[torch.cat(chosen)], torch.cat(new))

@@ -1,4 +1,4 @@
-"""Data of the Hugging Face Hub, or of local files in the formats of `datasets`: WikiText, images, VTAB-1k.
+"""Data sets of the Hugging Face Hub, or of local files in the formats of `datasets`: any splits, images, VTAB-1k.
 
 `datasets` is imported when it is needed. What it raises becomes a SteerError with what was wanted and what to do.
 """
@@ -10,35 +10,27 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from residual_steer.data._rows import ImageRows, Pixels, TokenBlocks, check_integer, generator
+from residual_steer._checks import check_choice, check_integer, check_number
 from residual_steer.errors import SteerError
 
-__all__ = [
-    "PIECE",
-    "Plan",
-    "Source",
-    "check_columns",
-    "images",
-    "named",
-    "one_split",
-    "plan",
-    "splits",
-    "vtab",
-    "wikitext",
-]
+from .synthetic import generator
+
+__all__ = ["ImageRows", "Pixels", "Plan", "check_columns", "images", "named", "one_split", "plan", "splits", "vtab"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Any  # the last: a datasets.Dataset
 
 _log = logging.getLogger(__name__)
 
-PIECE = 1000  # rows that are tokenized at once: WikiText-103 is half a GB
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _SPLIT_WORDS = {"train": {"training"}, "validation": {"valid", "val", "dev"}, "test": {"testing"}}
 _LOCAL = (
@@ -47,7 +39,7 @@ _LOCAL = (
 )
 _LABELS = ("label", "labels", "fine_label", "class")
 _TASKS = {"cifar100": ("uoft-cs/cifar100", None), "svhn": ("ufldl-stanford/svhn", "cropped_digits")}
-_PARTS = {"train800": (0, 800), "val200": (800, 1000), "train800val200": (0, 1000)}
+_PARTS = {"train800": slice(800), "val200": slice(800, 1000), "train800val200": slice(1000)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Plan:
         source: its name or path.
         config: which of its configurations.
         download: whether anything of it has to be downloaded.
-        bytes: size of the download, None where the Hub does not say; 0 without a download.
+        bytes: size of the download, None where the Hub does not say.
         rows: rows by split, as far as they are known before reading.
     """
 
@@ -77,11 +69,7 @@ class Plan:
 
 
 def plan(source: Source, config: str | None = None) -> Plan:
-    """Return what `splits`, or any function that takes a source, would download; asks the Hub for the metadata alone.
-
-    Args:
-        source: as in `splits`.
-        config: as in `splits`.
+    """Return what `splits`, or whatever takes a source, would download; the Hub is asked for the metadata alone.
 
     Raises:
         SteerError: the source is not there, or the Hub cannot be asked.
@@ -93,14 +81,13 @@ def plan(source: Source, config: str | None = None) -> Plan:
     if _is_local(source):
         return Plan(os.fspath(source), config, False, 0)
     with _explained(source, config):
-        return _plan(os.fspath(source), _builder(datasets, os.fspath(source), config, None))
+        return _planned(os.fspath(source), _builder(datasets, os.fspath(source), config, None))
 
 
 def splits(source: Source, config: str | None = None, *, cache: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Return the splits of a data set by name, each a `datasets.Dataset`.
 
-    Before anything is downloaded, its name and size are logged as a warning of the logger `residual_steer.data.hub`;
-    `plan` says the same beforehand. What was downloaded once is read from the cache.
+    Before a download, its name and size are logged as a warning of the logger `residual_steer.data.hub`.
 
     Args:
         source: a path: a folder that `save_to_disk` wrote, Parquet, JSON, JSON-lines, CSV or text files, a copy of a
@@ -121,155 +108,11 @@ def splits(source: Source, config: str | None = None, *, cache: str | os.PathLik
         if _is_local(source):
             return _loaded(datasets, _local(datasets, Path(source).expanduser(), config, cache))
         builder = _builder(datasets, os.fspath(source), config, cache)
-        planned = _plan(os.fspath(source), builder)
+        planned = _planned(os.fspath(source), builder)
         if planned.download:
             _log.warning("%s", planned)
         builder.download_and_prepare()
         return dict(builder.as_dataset())
-
-
-def wikitext(
-    source: Source = "Salesforce/wikitext",
-    split: str = "train",
-    *,
-    tokenizer: Callable[..., Any],
-    length: int = 1024,
-    config: str | None = "wikitext-2-raw-v1",
-    column: str = "text",
-    limit: int | None = None,
-) -> TokenBlocks:
-    r"""Return WikiText (Merity et al. 2016, arXiv 1609.07843), or any text in rows, in windows for a causal model.
-
-    Rows are joined with an empty line between them, as in the usual measurement of perplexity on the raw text, and
-    tokenized without special tokens, a thousand rows at a time. Windows do not overlap, and a rest shorter than a
-    window is dropped, so a loss is per token of this tokenizer, each with at most `length` - 1 tokens before it.
-
-    Args:
-        source: a name on the Hub, or a local copy: see `splits`.
-        split: one of the data set: here `"train"`, `"validation"` or `"test"`.
-        tokenizer: of transformers, or whatever maps a text to a mapping with `input_ids`.
-        length: tokens of a window, at least 2.
-        config: `"wikitext-2-raw-v1"` (2 million words) or `"wikitext-103-raw-v1"` (103 million).
-        column: where the text is.
-        limit: tokens that are read at most, from the beginning; None reads all.
-
-    Raises:
-        SteerError: the source cannot be had, or has no such split or column, or no text for one window.
-    """
-    check_integer("length", length, 2)
-    if limit is not None:
-        check_integer("limit", limit, length)
-    rows = one_split(source, split, config)
-    check_columns(rows, [column], source)
-    ids: list[int] = []
-    for start in range(0, len(rows), PIECE):
-        texts = rows[start : start + PIECE][column]
-        wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
-        if wrong:
-            raise SteerError(
-                f"the column {column!r} of {named(source)} does not hold text alone: a row from {start} on is a "
-                f"{wrong[0]}."
-            )
-        text = "\n\n".join(texts) + ("\n\n" if start + PIECE < len(rows) else "")
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if limit is not None and len(ids) >= limit:
-            break
-    return TokenBlocks(torch.tensor(ids[:limit], dtype=torch.int64), length, "all")
-
-
-def images(
-    source: Source,
-    split: str = "train",
-    *,
-    config: str | None = None,
-    prepare: Callable[[Any], Any] | None = None,
-    image: str | None = None,
-    label: str | None = None,
-) -> ImageRows:
-    """Return the labelled images of a data set on the Hub, a saved one, or a folder with one folder per class.
-
-    Args:
-        source: where they are: see `splits`.
-        split: which part.
-        config: which configuration of the data set, where it has several.
-        prepare: from a PIL image to what the model takes; None is `Pixels()`, 3 × 224 × 224 from -1 to 1. With an image
-            processor of transformers: `lambda image: processor(image, return_tensors="pt")["pixel_values"][0]`.
-        image: the column of images; None finds the only one.
-        label: the column of classes; None looks for label, labels, fine_label and class, in this order.
-
-    Returns:
-        Pairs of what `prepare` makes, by default fp32 `(3, 224, 224)`, and a class from 0. `classes` has their names,
-        the same for all splits.
-
-    Raises:
-        SteerError: the source cannot be had, or has no such split, no images or no labels.
-    """
-    parts = splits(source, config)
-    rows = _pick(parts, split, source)
-    datasets = _library()
-    pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if image is None and len(pictures) != 1:
-        raise SteerError(
-            f"{named(source)} has {len(pictures) or 'no'} columns of images, and one is needed"
-            f"{'; name it: `image`' if pictures else ''}. Its columns are {', '.join(rows.column_names)}."
-        )
-    image = pictures[0] if image is None else image
-    label = label or next((name for name in _LABELS if name in rows.column_names), _LABELS[0])
-    check_columns(rows, [image, label], source)
-    if image not in pictures:
-        raise SteerError(f"the column {image!r} of {named(source)} holds no images; {pictures or 'none'} does.")
-    numbers, classes = _classes(rows, parts, label, source)
-    rows = rows.select_columns([image]).cast_column(image, datasets.Image())
-    return ImageRows(rows, image, numbers, classes, prepare or Pixels())
-
-
-def vtab(
-    source: Source,
-    split: str = "train800",
-    *,
-    seed: int = 0,
-    config: str | None = None,
-    prepare: Callable[[Any], Any] | None = None,
-    label: str | None = None,
-) -> ImageRows:
-    """Return a task of VTAB-1k (Zhai et al. 2019, arXiv 1910.04867): 800 + 200 training images, the whole test split.
-
-    The protocol: choose hyperparameters by training on `"train800"` and measuring on `"val200"`, train once more on
-    `"train800val200"`, report the accuracy on `"test"`.
-
-    The thousand are drawn from the train split without replacement and without regard to their classes, as VTAB's own
-    are: those are slices of the order in which TensorFlow Datasets stores the data, which cannot be had from the Hub.
-    So these are other images than VTAB's, and other seeds give others again. A folder with the lists of VTAB's own
-    images that go round (`train800.txt`, …, lines of a path within the folder and a class) is read as those lists say.
-
-    Args:
-        source: `"cifar100"` (uoft-cs/cifar100, its 100 fine labels), `"svhn"` (ufldl-stanford/svhn, cropped digits),
-            any other data set with a train and a test split, or a local copy: see `splits`.
-        split: `"train800"`, `"val200"`, `"train800val200"` or `"test"`.
-        seed: which thousand.
-        config: as in `images`.
-        prepare: as in `images`; VTAB resizes to 224 × 224 pixels.
-        label: as in `images`.
-
-    Raises:
-        SteerError: an unknown split, fewer than a thousand training images, or as `images`.
-    """
-    if split not in (*_PARTS, "test"):
-        raise SteerError(f"`split` is one of {', '.join(_PARTS)} or test; received {split!r}.")
-    random = generator(seed)
-    if _is_local(source):
-        if (Path(source).expanduser() / f"{split}.txt").exists():
-            return _listed(Path(source).expanduser(), split, prepare)
-    elif isinstance(source, str) and source in _TASKS:
-        source, known = _TASKS[source]
-        config = config or known
-    if split == "test":
-        return images(source, split, config=config, prepare=prepare, label=label)
-    rows = images(source, "train", config=config, prepare=prepare, label=label)
-    if len(rows) < 1000:
-        raise SteerError(f"VTAB-1k draws 1,000 images for training; {named(source)} has {len(rows):,}.")
-    start, end = _PARTS[split]
-    return rows.subset(torch.randperm(len(rows), generator=random)[start:end].tolist())
 
 
 def one_split(source: Source, split: str, config: str | None = None) -> Any:
@@ -279,6 +122,21 @@ def one_split(source: Source, split: str, config: str | None = None) -> Any:
         SteerError: as `splits`; or it has no such split, or no row in it.
     """
     return _pick(splits(source, config), split, source)
+
+
+def check_columns(rows: Any, wanted: Iterable[str], source: Source) -> None:
+    """Raise SteerError if a split lacks a column; the message lists those that are there."""
+    absent = [name for name in wanted if name not in rows.column_names]
+    if absent:
+        raise SteerError(
+            f"{named(source)} has no column {' and none '.join(map(repr, absent))}; its columns are "
+            f"{', '.join(rows.column_names)}."
+        )
+
+
+def named(source: Source) -> str:
+    """Return how a source is called in messages."""
+    return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "the data set in memory"
 
 
 def _pick(parts: Mapping[str, Any], split: str, source: Source) -> Any:
@@ -294,23 +152,8 @@ def _pick(parts: Mapping[str, Any], split: str, source: Source) -> Any:
     return rows
 
 
-def check_columns(rows: Any, wanted: Iterable[str], source: Source) -> None:
-    """Raise SteerError if a split lacks a column; the message lists those that are there."""
-    absent = [name for name in wanted if name not in rows.column_names]
-    if absent:
-        raise SteerError(
-            f"{named(source)} has no column {' and none '.join(map(repr, absent))}; its columns are "
-            f"{', '.join(rows.column_names)}."
-        )
-
-
 def _is_local(source: Source) -> TypeGuard[str | os.PathLike[str]]:
     return isinstance(source, (str, os.PathLike)) and os.path.exists(os.path.expanduser(source))
-
-
-def named(source: Source) -> str:
-    """Return how a source is called in messages."""
-    return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "the data set in memory"
 
 
 def _library() -> Any:
@@ -365,7 +208,7 @@ def _builder(datasets: Any, name: str, config: str | None, cache: str | None) ->
     return datasets.load_dataset_builder(name, config, cache_dir=cache)
 
 
-def _plan(name: str, builder: Any) -> Plan:
+def _planned(name: str, builder: Any) -> Plan:
     info, there = builder.info, Path(builder.cache_dir).exists()
     rows = {str(name): part.num_examples for name, part in (info.splits or {}).items() if part.num_examples}
     return Plan(name, builder.config.name, not there, 0 if there else info.download_size, rows)
@@ -379,16 +222,14 @@ def _explained(source: str | os.PathLike[str], config: str | None) -> Iterator[N
     except SteerError:
         raise
     except Exception as error:
-        name = os.fspath(source)
-        if _is_local(source):
-            raise SteerError(f"the data in {name!r} cannot be had: {_reason(error)}. Look at the files.") from error
+        name, which = os.fspath(source), f" ({config})" if config else ""
         call = ", ".join(repr(part) for part in (name, config) if part)
-        which = f" ({config})" if config else ""
-        raise SteerError(
-            f"the data set {name!r}{which} cannot be had: {_reason(error)}. Give the name of one on the Hub, "
-            "and a network; or a local copy: where there is a network, "
+        advice = (
+            f"Give the name of one on the Hub, and a network; or a local copy: where there is a network, "
             f"datasets.load_dataset({call}).save_to_disk(folder), and that folder as the source here."
-        ) from error
+        )
+        advice = "Look at the files." if _is_local(source) else advice
+        raise SteerError(f"the data set {name!r}{which} cannot be had: {_reason(error)}. {advice}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -396,13 +237,136 @@ def _reason(error: BaseException) -> str:
     from huggingface_hub import constants
 
     if isinstance(error, ConnectionError):
-        if constants.HF_HUB_OFFLINE:
-            return "the Hub was not asked, since HF_HUB_OFFLINE is set, and it is not in the cache"
-        return "the Hub could not be reached, and it is not in the cache"
+        tried = "was not asked, since HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "could not be reached"
+        return f"the Hub {tried}, and it is not in the cache"
     while error.__cause__ is not None and "error occurred while" in str(error):  # says no more than that
         error = error.__cause__
-    said = " ".join(str(error).split()).rstrip(".")[:300]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')[:300]}".removesuffix(": ")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turn a PIL image into a tensor: resized without cropping (bilinear), from 0 to 1, less `mean`, over `std`.
+
+    That is what most image processors of ViT do; the defaults are those of Google's ViT.
+
+    Attributes:
+        size: pixels of a side.
+        mean: of each channel; one number makes the image grey, three colour.
+        std: of each channel.
+
+    Raises:
+        SteerError: a value outside these ranges.
+    """
+
+    size: int = 224
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        check_integer("size", self.size, 1)
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise SteerError(
+                "`mean` and `std` have a number per channel, of which there are one or three; received "
+                f"{self.mean!r} and {self.std!r}."
+            )
+        for mean, std in zip(self.mean, self.std, strict=True):
+            check_number("mean", mean, at_least=0)
+            check_number("std", std, at_least=1e-6)
+
+    def __call__(self, image: Any) -> Tensor:
+        """Return the tensor of a PIL image, fp32 `(channels, size, size)`."""
+        from PIL import Image
+
+        image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(self.size, self.size, -1).permute(2, 0, 1)
+        mean, std = (torch.tensor(list(values), dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
+
+
+class ImageRows(Dataset[tuple[Any, int]]):
+    """Pairs of an image, decoded when it is asked for, and its class.
+
+    Args:
+        rows: a `datasets.Dataset` with a column that decodes to PIL images.
+        image: that column's name.
+        labels: the class of each row, counted from 0.
+        classes: their names.
+        prepare: from a PIL image to what the model takes.
+    """
+
+    def __init__(
+        self, rows: Any, image: str, labels: Sequence[int], classes: Sequence[str], prepare: Callable[[Any], Any]
+    ) -> None:
+        self.rows, self.image, self.prepare = rows, image, prepare
+        self.labels, self.classes = list(labels), tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return an image as `prepare` gives it, and its class.
+
+        Raises:
+            SteerError: the image cannot be decoded.
+        """
+        label = self.labels[index]  # an index beyond the end fails here
+        try:
+            image = self.rows[index][self.image]
+        except Exception as error:  # PIL's decoders raise errors of many kinds
+            raise SteerError(
+                f"the image of row {index} cannot be decoded: {error}. Leave it out of the data."
+            ) from error
+        return self.prepare(image), label
+
+    def subset(self, indices: Sequence[int]) -> ImageRows:
+        """Return some of the rows, in the order given."""
+        rows = self.rows.select(list(indices))
+        return ImageRows(rows, self.image, [self.labels[i] for i in indices], self.classes, self.prepare)
+
+
+def images(
+    source: Source,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    image: str | None = None,
+    label: str | None = None,
+) -> ImageRows:
+    """Return the labelled images of a data set on the Hub, a saved one, or a folder with one folder per class.
+
+    Args:
+        source: where they are: see `splits`.
+        split: which part.
+        config: which configuration of the data set, where it has several.
+        prepare: from a PIL image to what the model takes; None is `Pixels()`, fp32 `(3, 224, 224)` in [-1, 1]. With an
+            image processor: `lambda image: processor(image, return_tensors="pt")["pixel_values"][0]`.
+        image: the column of images; None finds the only one.
+        label: the column of classes; None looks for label, labels, fine_label and class, in this order.
+
+    Returns:
+        Pairs of what `prepare` makes and a class from 0; `classes` has their names, the same for all splits.
+
+    Raises:
+        SteerError: the source cannot be had, or has no such split, no images or no labels.
+    """
+    parts = splits(source, config)
+    rows = _pick(parts, split, source)
+    datasets = _library()
+    pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    column = pictures[0] if image is None and len(pictures) == 1 else image
+    if column is None or column not in pictures:
+        raise SteerError(
+            f"`image` is a column of images, of which {named(source)} has {' and '.join(pictures) or 'none'}; "
+            f"received {column!r}. Its columns are {', '.join(rows.column_names)}."
+        )
+    label = label or next((name for name in _LABELS if name in rows.column_names), _LABELS[0])
+    check_columns(rows, [label], source)
+    numbers, classes = _classes(rows, parts, label, source)
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image())
+    return ImageRows(rows, column, numbers, classes, prepare or Pixels())
 
 
 def _classes(rows: Any, parts: Mapping[str, Any], label: str, source: Source) -> tuple[list[int], list[str]]:
@@ -423,6 +387,52 @@ def _classes(rows: Any, parts: Mapping[str, Any], label: str, source: Source) ->
     found = sorted(there - {None}, key=lambda value: (isinstance(value, str), value))
     index = {value: i for i, value in enumerate(found)}
     return [index[value] for value in values], [str(value) for value in found]
+
+
+def vtab(
+    source: Source,
+    split: str = "train800",
+    *,
+    seed: int = 0,
+    config: str | None = None,
+    prepare: Callable[[Any], Any] | None = None,
+    label: str | None = None,
+) -> ImageRows:
+    """Return a task of VTAB-1k (Zhai et al. 2019, arXiv 1910.04867): 800 + 200 training images, the whole test split.
+
+    The protocol: choose hyperparameters by training on `"train800"` and measuring on `"val200"`, train once more on
+    `"train800val200"`, report the accuracy on `"test"`.
+
+    The thousand are drawn from the train split without regard to their classes. VTAB's own, slices of the order of
+    TensorFlow Datasets, cannot be had from the Hub; a folder with their lists (`train800.txt`, …, lines of a path
+    within the folder and a class) is read as those say.
+
+    Args:
+        source: `"cifar100"` (uoft-cs/cifar100, its 100 fine labels), `"svhn"` (ufldl-stanford/svhn, cropped digits),
+            any other data set with a train and a test split, or a local copy: see `splits`.
+        split: `"train800"`, `"val200"`, `"train800val200"` or `"test"`.
+        seed: which thousand.
+        config: as in `images`.
+        prepare: as in `images`; VTAB resizes to 224 × 224 pixels.
+        label: as in `images`.
+
+    Raises:
+        SteerError: an unknown split, fewer than a thousand training images, or as `images`.
+    """
+    check_choice("split", split, (*_PARTS, "test"))
+    random = generator(seed)
+    if _is_local(source):
+        if (Path(source).expanduser() / f"{split}.txt").exists():
+            return _listed(Path(source).expanduser(), split, prepare)
+    elif isinstance(source, str) and source in _TASKS:
+        source, known = _TASKS[source]
+        config = config or known
+    if split == "test":
+        return images(source, split, config=config, prepare=prepare, label=label)
+    rows = images(source, "train", config=config, prepare=prepare, label=label)
+    if len(rows) < 1000:
+        raise SteerError(f"VTAB-1k draws 1,000 images for training; {named(source)} has {len(rows):,}.")
+    return rows.subset(torch.randperm(len(rows), generator=random)[_PARTS[split]].tolist())
 
 
 def _listed(folder: Path, split: str, prepare: Callable[[Any], Any] | None) -> ImageRows:
