@@ -8,6 +8,7 @@ from .errors import SteerError
 from .field import HRes
 from .overview import fields, summary
 from .prefix_cache import PrefixCache as _PrefixCache  # noqa: F401 – which tells fit of `cache_prefix`
+from .pretrained import from_pretrained
 from .registry import find_backbone, list_backbones, register_backbone
 from .steering import freeze, parameters, steer, thaw, unsteer, use
 from .storage import load, push, save
@@ -30,6 +31,7 @@ __all__ = [
     "find_backbone",
     "fit",
     "freeze",
+    "from_pretrained",
     "list_backbones",
     "load",
     "parameters",

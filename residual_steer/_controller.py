@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,10 @@ from .rows import Repeats, batch_of, rows_in_order
 from .selection import Call, Selection, enter_call, leave_call, remember
 from .trained_modules import Entry, Heads, Switch
 
-__all__ = ["ATTRIBUTE", "Steering", "base_tensors", "steered_part", "steering_of"]
+__all__ = ["ATTRIBUTE", "Steering", "attachments", "base_tensors", "steered_part", "steering_of"]
+
+# From a model that is about to be steered and its controller to what is to be undone with it. Rooms above put it here.
+attachments: list[Callable[[nn.Module, Steering], Sequence[Handle]]] = []
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Steering:
         self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._leave, always_call=True))
         self.handles += rows_in_order(model, self)
+        for attach in attachments:
+            self.handles += attach(model, self)
         setattr(model, ATTRIBUTE, self)
 
     def name_of(self, name: str | None) -> str:

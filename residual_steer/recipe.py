@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ._files import as_path
 from .data import ByteBlocks, TokenBlocks, images, splits, vtab, wikitext
 from .errors import SteerError
-from ._files import as_path
 from .steering import steer
 from .storage import load, save
 from .training import FitOptions, History, evaluate, fit

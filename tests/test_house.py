@@ -49,6 +49,7 @@ HOOKS = {
     "_subspace.py": "an optimizer's step is projected",
     "baselines/_attach.py": "methods to compare with",
     "injector.py": "fields act",
+    "pretrained.py": "a state dict that is loaded finds the fields",
     "recording.py": "everything that only looks",
     "selection.py": "gradients of a part of a tensor",
     "trained_modules.py": "heads and norms that train with a field",

@@ -1,0 +1,197 @@
+"""Saving a steered model by transformers: its fields are saved with it, and come back.
+
+`save_pretrained`, which `Trainer`, `push_to_hub` and sentence-transformers call too, writes a base whose file holds the
+fields' tensors under names of their own, `residual_steer.NAME.…`, and beside it a folder `residual_steer/NAME` for each
+field, as `save` writes it. Names of our own, since transformers renames what it saves and does not rename it back. A
+plain `from_pretrained` reads the base alone, and names in its report the tensors that it did not use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._controller import Steering, attachments, steering_of
+from ._files import as_path
+from ._frozen import plain_name
+from .backbone import Handle
+from .errors import SteerError
+from .injector import Injector
+from .steering import use
+from .storage import load, save
+from .trained_modules import Switch
+
+__all__ = ["from_pretrained"]
+
+_FOLDER = _ENTRY = "residual_steer"  # of the fields beside the base, and in its config
+_NOTE = "residual_steer.from_pretrained_loads_this_field"  # which the report of a plain `from_pretrained` shows
+
+
+def from_pretrained(folder: str | Path, kind: type[Any] | None = None, **options: Any) -> nn.Module:
+    """Load what `save_pretrained` wrote of a steered model: the base, its fields, and what was selected.
+
+    Args:
+        folder: where it is: a folder, or "owner/name" on the Hub.
+        kind: the class of the model, or one of transformers' `AutoModel…`; None is the class that was saved.
+        **options: for `kind.from_pretrained`, such as `dtype`.
+
+    Returns:
+        The steered model.
+
+    Raises:
+        SteerError: there is no field, or as `residual_steer.load`.
+
+    >>> model.save_pretrained("runs/mine")
+    >>> model = rs.from_pretrained("runs/mine")
+    """
+    import transformers
+    from transformers.utils import logging
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, **_passed(options, "revision", "trust_remote_code", "token")
+    )
+    stored = getattr(config, _ENTRY, None)
+    if not isinstance(stored, Mapping) or not stored.get("fields"):
+        raise SteerError(
+            f"no field was saved with the model in {str(folder)!r}: its config has no {_ENTRY!r}. Load it with "
+            "transformers, and a field that `residual_steer.save` wrote with `residual_steer.load`."
+        )
+    if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            str(folder), allow_patterns=[f"{_FOLDER}/*"], **_passed(options, "revision", "token")
+        )
+    loader: Any = kind
+    if loader is None:
+        loader = getattr(transformers, next(iter(config.architectures or ()), ""), transformers.AutoModel)
+    delattr(config, _ENTRY)
+    before = logging.get_verbosity()
+    logging.set_verbosity(ERROR)  # the report names the fields' tensors, which `load` reads
+    try:
+        model: nn.Module = loader.from_pretrained(folder, config=config, **options)
+    finally:
+        logging.set_verbosity(before)
+    for name in stored["fields"]:
+        load(model, as_path(folder) / _FOLDER / name)
+    use(model, stored["selected"])
+    return model
+
+
+def _passed(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if name in options}
+
+
+class _Saving:
+    """Stand in the place of a module's `save_pretrained`, and find its tensors in what is loaded, until `remove`."""
+
+    def __init__(self, root: nn.Module, module: nn.Module) -> None:
+        self._root, self._module = root, module
+        module.__dict__["save_pretrained"] = self
+        # a partial, whose copies follow those of the model
+        self._handle = module.register_load_state_dict_pre_hook(partial(_take, root))  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        """Let the module's own `save_pretrained` run again."""
+        if self._module.__dict__.get("save_pretrained") is self:
+            del self._module.__dict__["save_pretrained"]
+        self._handle.remove()
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Do what the class of the module does, with the fields' tensors renamed and a folder for each of them."""
+        module: Any = self._module
+        root, state = steering_of(self._root)
+        folder = as_path(os.fspath(save_directory))
+        for name in state.specs:
+            save(root, folder / _FOLDER / name, name)
+        tensors = _base(root, state, module, module.state_dict() if state_dict is None else state_dict)
+        device = next((tensor.device for tensor in tensors.values()), None)
+        for name in state.specs:
+            tensors |= {f"{_ENTRY}.{name}.{key}": value.detach() for key, value in state.tensors(root, name).items()}
+        tensors[_NOTE] = torch.ones(1, device=device)
+        config = module.config
+        setattr(config, _ENTRY, {"fields": list(state.specs), "selected": state.mix.asked()})
+        try:
+            return type(module).save_pretrained(module, save_directory, is_main_process, tensors, *args, **kwargs)
+        finally:
+            delattr(config, _ENTRY)
+
+
+def _base(root: nn.Module, state: Steering, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a module as they are in the base: none of steering, and no trained head in place."""
+    ours = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, (Injector, Switch)))
+    before = _prefix(root, module)
+    return {
+        key: state.heads.base.get(plain_name(before + key), tensor).detach()
+        for key, tensor in tensors.items()
+        if not key.startswith(ours)
+    }
+
+
+@torch.no_grad()
+def _take(root: nn.Module, module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: let the module find the fields' tensors under its own names for them."""
+    before = f"{prefix}{_ENTRY}."
+    stored = {key.removeprefix(before): tensors.pop(key) for key in list(tensors) if key.startswith(before)}
+    if not stored:
+        return
+    root, state = steering_of(root)
+    places = _places(root, state, module)
+    for name in state.specs:
+        for key, tensor in state.tensors(root, name).items():
+            value = stored.get(f"{name}.{key}")
+            if value is None:
+                continue
+            if (name, key) in places:
+                tensors[prefix + places[name, key]] = value
+            elif tensor.shape == value.shape:  # of a head that is not in place
+                tensor.copy_(value)
+            else:
+                raise SteerError(f"{key} of field {name!r} has shape {tuple(value.shape)}; here {tuple(tensor.shape)}.")
+
+
+def _places(root: nn.Module, state: Steering, module: nn.Module) -> dict[tuple[str, str], str]:
+    """Return the key in the state dict of a module of each tensor of a field that is in place, by field and key."""
+    inside = {part: f"{name}." for name, part in module.named_modules() if isinstance(part, Injector)}
+    found = {
+        (name, f"blocks.{injector.index}.{key}"): f"{inside[injector]}fields.{name}.{key}"
+        for injector in state.injectors.values()
+        if injector in inside
+        for name, field in injector.held.items()
+        for key in field.state_dict()
+    }
+    before = _prefix(root, module)
+    heads = {plain_name(before + key): key for key in module.state_dict()}
+    return found | {(name, f"train.{key}"): heads[key] for key, name in state.heads.there.items() if key in heads}
+
+
+def _prefix(root: nn.Module, module: nn.Module) -> str:
+    return next(f"{name}." if name else "" for name, part in root.named_modules() if part is module)
+
+
+def _attach(model: nn.Module, state: Steering) -> list[Handle]:
+    """Let every model of transformers from the steered one down to the one with the blocks save its fields."""
+    parts = state.backbone.path.split(".") if state.backbone.path else []
+    chain = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
+    return [_Saving(model, part) for part in chain if _is_pretrained(part)]
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return callable(getattr(module, "save_pretrained", None)) and hasattr(module.__dict__.get("config"), "to_json_file")
+
+
+attachments.append(_attach)
