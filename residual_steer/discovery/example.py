@@ -24,13 +24,7 @@ _BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim
 
 @dataclass(frozen=True)
 class Example:
-    """One call of a model.
-
-    Attributes:
-        args: what it is given by position.
-        kwargs: what it is given by name.
-        rows: the size of the batch.
-    """
+    """One call of a model: what it is given by position and by name, and the rows of that batch."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -38,14 +32,16 @@ class Example:
 
     def __str__(self) -> str:
         """Return names and shapes."""
-        named = [("", value) for value in self.args] + [(f"{key} ", value) for key, value in self.kwargs.items()]
+        named = [(f"{key} " if isinstance(key, str) else "", value) for key, value in self._given()]
         return ", ".join(f"{name}{tuple(x.shape)}" for name, x in named if isinstance(x, Tensor)) or "no tensors"
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Names, numbers of dimensions and types: what examples of several sizes have in common."""
-        named = [*enumerate(self.args), *self.kwargs.items()]
-        return tuple((key, x.dim(), x.dtype) if isinstance(x, Tensor) else (key,) for key, x in named)
+        return tuple((key, x.dim(), x.dtype) if isinstance(x, Tensor) else (key,) for key, x in self._given())
+
+    def _given(self) -> list[tuple[int | str, Any]]:
+        return [*enumerate(self.args), *self.kwargs.items()]
 
     def on(self, like: Tensor, dtype: torch.dtype) -> Example:
         """Return the same call on the model's device, floats in its type and in the graph."""
@@ -60,11 +56,7 @@ class Example:
 
 
 def given(example: Any) -> Example:
-    """Take a user's batch: a tensor, a tuple of arguments or a mapping of keywords.
-
-    Raises:
-        SteerError: it is none of them, or holds no tensor.
-    """
+    """Take a user's batch: a tensor, a tuple of arguments or a mapping of keywords."""
     args = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, (tuple, list)) else ()
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
@@ -76,36 +68,43 @@ def given(example: Any) -> Example:
     return Example(args, kwargs, rows)
 
 
+def kind_of(model: nn.Module) -> tuple[Tensor, torch.dtype]:
+    """Return a tensor on the model's device, and the type that it computes in, or raise if it has no values."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not tensors:
+        raise SteerError(f"{type(model).__name__} has no parameters, and so no residual stream to probe.")
+    if any(tensor.is_meta for tensor in tensors):
+        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
+    return tensors[0], compute_dtype(model)
+
+
 def examples(model: nn.Module) -> Iterator[Example]:
     """Yield inputs that the model may take, the likeliest first."""
-    name = getattr(model, "main_input_name", None)
-    config: Any = getattr(model, "config", None)
+    name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
     if isinstance(name, str) and config is not None:
         yield from _of_transformers(model, name, config)
         return
     parameters = inspect.signature(model.forward).parameters
-    leaves = [m for m in model.modules() if not list(m.children()) and next(m.parameters(), None) is not None]
-    first = next(iter(leaves), None)
+    leaves = (m for m in model.modules() if not list(m.children()) and next(m.parameters(), None) is not None)
+    first = next(leaves, None)
     if "input_ids" in parameters and (ids := _vocabulary(model)):
-        yield from (_named(input_ids=_ids(ids, length)) for length in LENGTHS)
+        yield from (given({"input_ids": _ids(ids, length)}) for length in LENGTHS)
     if "pixel_values" in parameters:
-        yield from (_named(pixel_values=image) for image in _images(model))
+        yield from (given({"pixel_values": image}) for image in _images(model))
     if isinstance(first, nn.Embedding):
         yield from (given(_ids(first.num_embeddings, length)) for length in LENGTHS)
-    elif isinstance(first, nn.Conv2d):
-        yield from map(given, _images(model))
     elif isinstance(first, nn.Conv1d):
         yield from (given(torch.randn(ROWS, first.in_channels, length)) for length in (64, *SAMPLES))
     elif isinstance(first, nn.Conv3d):
         yield from (given(torch.randn(ROWS, first.in_channels, 8, size, size)) for size in IMAGES)
     elif first is not None:
-        width = first.in_features if isinstance(first, nn.Linear) else next(first.parameters()).shape[-1]
-        yield from (given(torch.randn(ROWS, *shape)) for shape in ((LENGTHS[0], width), (width,)))
+        if not isinstance(first, nn.Conv2d):
+            width = first.in_features if isinstance(first, nn.Linear) else next(first.parameters()).shape[-1]
+            yield from (given(torch.randn(ROWS, *shape)) for shape in ((LENGTHS[0], width), (width,)))
         yield from map(given, _images(model))
-    for other in model.modules():  # whatever comes first, a model with an embedding may take ids
-        if isinstance(other, nn.Embedding) and other is not first:
-            yield given(_ids(other.num_embeddings, LENGTHS[0]))
-            return
+    another = next((m for m in model.modules() if isinstance(m, nn.Embedding) and m is not first), None)
+    if another is not None:  # whatever comes first, a model with an embedding may take ids
+        yield given(_ids(another.num_embeddings, LENGTHS[0]))
 
 
 def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Example]:
@@ -126,31 +125,30 @@ def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Examp
         if main == "input_ids" and vocabulary:
             yield from _texts(vocabulary, config, more)
         elif main == "pixel_values":
-            yield from (_named(pixel_values=image, **more) for image in _images(model))
+            yield from (given({main: image, **more}) for image in _images(model))
         elif main in {"input_values", "input_features"}:
-            yield from (_named(**{main: sound}, **more) for sound in _sounds(config))
+            yield from (given({main: sound, **more}) for sound in _sounds(config))
     dummy: Any = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping) and any(isinstance(value, Tensor) for value in dummy.values()):
         yield given({key: value for key, value in dummy.items() if isinstance(value, Tensor)})
 
 
 def _texts(vocabulary: int, config: Any, more: Mapping[str, Tensor]) -> Iterator[Example]:
-    for length in LENGTHS:
-        yield _named(input_ids=_ids(vocabulary, length, config), **more)
-    ids = _ids(vocabulary, LENGTHS[0], config)
+    texts = [{"input_ids": _ids(vocabulary, length, config), **more} for length in LENGTHS]
+    yield from map(given, texts)
     if hasattr(config, "use_cache"):
-        yield Example((), {"input_ids": ids, **more, "use_cache": False}, ROWS)
-    books = getattr(config, "num_codebooks", None)
+        yield given({**texts[0], "use_cache": False})
+    books, ids = getattr(config, "num_codebooks", None), texts[0]["input_ids"]
     if isinstance(books, int):  # as in MusicGen, whose rows are split over codebooks; and as in Kyutai's, with text
-        yield replace(_named(input_ids=ids.repeat(books, 1), **more), rows=ROWS)
-        yield _named(input_ids=ids[:, :, None].repeat(1, 1, books + 1), **more)
+        yield replace(given({"input_ids": ids.repeat(books, 1), **more}), rows=ROWS)
+        yield given({"input_ids": ids[:, :, None].repeat(1, 1, books + 1), **more})
 
 
 def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
     """Return `(rows, length)` ids, none of which the config gives a meaning of its own."""
     special: set[int] = set()
-    for part in (config, *(value for value in vars(config or object).values() if hasattr(value, "to_dict"))):
-        for key, value in (vars(part) if part is not None and hasattr(part, "to_dict") else {}).items():
+    for part in (config, *vars(config or object).values()):
+        for key, value in vars(part).items() if hasattr(part, "to_dict") else ():
             if key.endswith(("_token_id", "_token_index", "_token_ids")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     free = [i for i in range(min(vocabulary, 1000)) if i not in special] or [0]
@@ -180,16 +178,15 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
     shape = settings.get("input_size") if isinstance(settings, Mapping) else None
     config: Any = getattr(model, "config", None)
     parts = [config, *(getattr(config, key, None) for key in ("vision_config", "backbone_config", "encoder"))]
-    channels = 3 if first is None else first.in_channels
-    channels = shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 3 else channels
-    channels = next(iter(_numbers(parts, "num_channels")), channels)
-    sizes: list[tuple[int, ...]] = []
+    named = [shape[0]] if isinstance(shape, (tuple, list)) and len(shape) == 3 else []
+    channels = [*_numbers(parts, "num_channels"), *named, 3 if first is None else first.in_channels][0]
+    sizes: dict[tuple[int, ...], None] = {}
     named = [getattr(getattr(model, "patch_embed", None), "img_size", None), shape]
     for value in (*named, *(getattr(part, "image_size", None) for part in parts)):
         pair = (value.get("height"), value.get("width")) if isinstance(value, Mapping) else value
         pair = (pair, pair) if isinstance(pair, int) else pair
         if isinstance(pair, (tuple, list)) and len(pair) >= 2 and all(isinstance(n, int) for n in pair):
-            sizes.append(tuple(pair[-2:]))
+            sizes[tuple(pair[-2:])] = None
     for size in dict.fromkeys((*sizes, *((n, n) for n in IMAGES))):
         yield torch.randn(ROWS, channels, *size)
     for frames in _numbers(parts, "num_frames")[:1]:
@@ -198,14 +195,10 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
 
 def _patches(model: nn.Module) -> Example:
     """Return pictures as SigLIP 2 takes them: patches in a row, which of them are there, and how many each way."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
-    width = first.in_features if first is not None else 0
-    there = torch.ones(ROWS, 16, dtype=torch.long)
-    return _named(
-        pixel_values=torch.randn(ROWS, 16, width),
-        pixel_attention_mask=there,
-        spatial_shapes=torch.full((ROWS, 2), 4),
-    )
+    width = next((module.in_features for module in model.modules() if isinstance(module, nn.Linear)), 0)
+    mask, shapes = torch.ones(ROWS, 16, dtype=torch.long), torch.full((ROWS, 2), 4)
+    pixels = torch.randn(ROWS, 16, width)
+    return given({"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes})
 
 
 def _sounds(config: Any) -> Iterator[Tensor]:
@@ -216,23 +209,4 @@ def _sounds(config: Any) -> Iterator[Tensor]:
         for length in (*(2 * n for n in positions), *frames, 64, 160):
             yield torch.randn(ROWS, bins, length)
             yield torch.randn(ROWS, length, bins)
-    yield from (torch.randn(ROWS, samples) for samples in SAMPLES)
-    yield from (torch.randn(ROWS, 1, samples) for samples in SAMPLES)
-
-
-def _named(**values: Tensor) -> Example:
-    return given(values)
-
-
-def kind_of(model: nn.Module) -> tuple[Tensor, torch.dtype]:
-    """Return a tensor on the model's device, and the type that it computes in.
-
-    Raises:
-        SteerError: the model has no values, or none at all.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    if not tensors:
-        raise SteerError(f"{type(model).__name__} has no parameters, and so no residual stream to probe.")
-    if any(tensor.is_meta for tensor in tensors):
-        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
-    return tensors[0], compute_dtype(model)
+    yield from (torch.randn(ROWS, *channels, samples) for channels in ((), (1,)) for samples in SAMPLES)
