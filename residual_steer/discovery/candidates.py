@@ -165,19 +165,14 @@ def stacks_of(steps: Sequence[Step]) -> list[Stack]:
         before.steps.append(step)
     whole: list[Stack] = []
     for stack in stacks:
-        other = next((other for other in whole if _leaves_and_meets(stack, other)), None)
-        if other is None:
-            whole.append(stack)
+        for other in whole:
+            begins = any(depends(stack.steps[0].enter.edge, step.leave.edge) for step in other.steps)
+            if begins and depends(stack.steps[-1].leave.edge, other.steps[-1].leave.edge):
+                other.steps = _ordered(other.steps + stack.steps)
+                break
         else:
-            other.steps = _ordered(other.steps + stack.steps)
+            whole.append(stack)
     merged: dict[tuple[str, ...], Stack] = {}
     for stack in whole:  # one stack that is called for several inputs is one
         merged.setdefault(tuple(stack.blocks), Stack()).steps.extend(stack.steps)
     return list(merged.values())
-
-
-def _leaves_and_meets(stack: Stack, other: Stack) -> bool:
-    """Return whether a stream begins at a block of another one, and ends with what the other's end leads to."""
-    if not depends(stack.steps[-1].leave.edge, other.steps[-1].leave.edge):
-        return False
-    return any(depends(stack.steps[0].enter.edge, step.leave.edge) for step in other.steps)

@@ -165,18 +165,15 @@ def width_dimension(shape: tuple[int, ...], calls: Sequence[Call]) -> int | None
         for d in (_counted(call.module, shape) if _typed(call.module) is None else {_typed(call.module)})
         if d is not None and any(len(value.shape) > 1 and value.shape[d] == shape[d] for value in call.entered)
     }
-    for counts in (_is_norm, _typed):
-        votes = votes or {d for call in calls if counts(call.module) for d in _counted(call.module, shape)}
+    norms = [call.module for call in calls if {len(size) for size in _sizes(call.module)} == {1}]
+    for modules in (norms, [call.module for call in calls if _typed(call.module) is not None]):
+        votes = votes or {dimension for module in modules for dimension in _counted(module, shape)}
     return votes.pop() if len(votes) == 1 else None
 
 
 def _sizes(module: nn.Module) -> list[tuple[int, ...]]:
     """Return the shapes of a module's own parameters."""
     return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return bool(_sizes(module)) and all(len(size) == 1 for size in _sizes(module))
 
 
 def _typed(module: nn.Module) -> int | None:

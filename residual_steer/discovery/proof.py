@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.backbone import Backbone, read_stream, write_stream
+from residual_steer.backbone import Backbone, compute_dtype, read_stream, write_stream
 from residual_steer.errors import SteerError
 from residual_steer.recording import watch
 
 from .candidates import Stack, Step, blocks_of, folder, stacks_of, steps_of
-from .example import Example, examples, given, kind_of
+from .example import Example, examples, given
 from .graph import depends, edge_of
 from .place import MIXERS, MLPS, Place, part_of, readers_in, width_dimension, within
 from .trace import LISTS, Call, Path, called, differentiable, is_marked, probed, suspects, tensors
@@ -33,7 +33,12 @@ def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) ->
     """Return the stream that a run of a model proves, or raise; if it is `dominant`, small ones may stand beside it."""
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(0)
-        like, dtype = kind_of(model)
+        kept, name = [*model.parameters(), *model.buffers()], type(model).__name__
+        if not kept:
+            raise SteerError(f"{name} has no parameters, and so no residual stream to probe.")
+        if any(tensor.is_meta for tensor in kept):
+            raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
+        device, dtype = kept[0].device, compute_dtype(model)
         failed: list[str] = []
         ran: set[tuple[Any, ...]] = set()
         refused: NoStreamError | None = None
@@ -42,7 +47,7 @@ def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) ->
                 break
             if made.kind in ran:
                 continue
-            probe = made.on(like, dtype)
+            probe = made.on(device, dtype)
             try:
                 return _Probe(model, probe, dominant).describe()
             except NoStreamError as error:
@@ -54,7 +59,7 @@ def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) ->
         raise refused
     tried = f" Tried {failed[0]}" + (f", and {len(failed) - 1} more." if len(failed) > 1 else ".") if failed else ""
     raise SteerError(
-        f"auto proves the residual stream by running the model, and {type(model).__name__} did not run on what it was "
+        f"auto proves the residual stream by running the model, and {name} did not run on what it was "
         "given. Give a batch: find_backbone(model, example=batch), a tensor, a tuple or a dict; what that returns goes "
         f"to steer(model, ...).{tried}"
     )
