@@ -1,8 +1,7 @@
 """Encoder-decoders and their halves: T5, BART and what came of it, Whisper.
 
 A model with two streams has the blocks of its encoder and then those of its decoder: `layers` counts through both, so
-that -1 is the decoder's last block. Every block reads and moves its own stream; while text is generated, those of the
-encoder run once and those of the decoder at every step. A stack that stands alone is described alone.
+that -1 is the decoder's last block. While text is generated, the encoder runs once and the decoder at every step.
 """
 
 from torch import nn
@@ -35,9 +34,5 @@ def encoder_decoder(model: nn.Module) -> Backbone:
     stacks = [stack for name in ("encoder", "decoder") if (stack := first_of(model, name)) is not None] or [model]
     lists = [blocks_at(stack, "layers", "block") for stack in stacks]
     blocks = [block for own in lists for block in own]
-    return Backbone(
-        blocks=blocks,
-        width=[stack.config.hidden_size for stack, own in zip(stacks, lists, strict=True) for _ in own],
-        mixer=parts(blocks, *MIXERS),
-        mlp=parts(blocks, *MLPS),
-    )
+    width = [stack.config.hidden_size for stack, own in zip(stacks, lists, strict=True) for _ in own]
+    return Backbone(blocks=blocks, width=width, mixer=parts(blocks, *MIXERS), mlp=parts(blocks, *MLPS))

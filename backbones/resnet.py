@@ -15,7 +15,6 @@ TRANSFORMERS = (
     "ResNetModel ResNetBackbone RegNetModel BitModel BitBackbone ConvNextModel ConvNextBackbone ConvNextV2Model "
     "ConvNextV2Backbone EfficientNetModel MobileNetV2Model"
 )
-
 BLOCKS = (
     "BasicBlock Bottleneck Bottle2neck ResNestBottleneck SelectiveKernelBasic SelectiveKernelBottleneck PreActBasic "
     "PreActBottleneck ResNetBasicLayer ResNetBottleNeckLayer RegNetXLayer RegNetYLayer BitBottleneckLayer "
@@ -38,16 +37,12 @@ def resnet(model: nn.Module) -> Backbone:
     """Describe the blocks with a skip, of all stages; a ConvNeXt's depthwise convolution is its mixer."""
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS.split() and _passes_on(module)]
     depthwise = all("convnext" in type(block).__name__.lower() for block in blocks)
-    return Backbone(
-        blocks=blocks,
-        width=[_width(block) for block in blocks],
-        mixer=parts(blocks, "conv_dw", "dwconv") if depthwise else None,
-        channels=1,
-    )
+    mixer = parts(blocks, "conv_dw", "dwconv") if depthwise else None
+    return Backbone(blocks=blocks, width=[_width(block) for block in blocks], mixer=mixer, channels=1)
 
 
 def _passes_on(block: nn.Module) -> bool:
-    """Say whether a block adds its input to its output as it is."""
+    """Return whether a block adds its input to its output as it is."""
     flag = first_of(block, *SKIPS)
     if flag is not None:
         return bool(flag)

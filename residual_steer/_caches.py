@@ -20,10 +20,8 @@ _ABILITIES = ("get_seq_length", "seqlen_offset")  # of transformers' caches; of 
 
 def cache_parameter(module: nn.Module) -> str | None:
     """Return the keyword by which a module of transformers takes a cache, None if it takes none."""
-    for name, parameter in inspect.signature(module.forward).parameters.items():
-        if name in _NAMES or "Cache" in str(parameter.annotation):
-            return name
-    return None
+    parameters = inspect.signature(module.forward).parameters.items()
+    return next((name for name, one in parameters if name in _NAMES or "Cache" in str(one.annotation)), None)
 
 
 def cache_of(given: Mapping[str, Any] | Iterable[Any]) -> Any:
@@ -33,11 +31,9 @@ def cache_of(given: Mapping[str, Any] | Iterable[Any]) -> Any:
 
 
 def begins_text(call: Mapping[str, Any], layer: int | None = None) -> bool:
-    """Return whether a call begins a text, rather than going on with what a cache holds.
+    """Return whether a call, given by its arguments by name, begins a text, rather than going on with a cache's.
 
-    Args:
-        call: its arguments by name.
-        layer: in a block with a state, which layer of the cache to ask; None asks for the whole model.
+    `layer` is which layer of the cache to ask, in a block with a state; None asks for the whole model.
     """
     cache = cache_of(call)
     if cache is None:

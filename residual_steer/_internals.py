@@ -1,6 +1,6 @@
-"""Private attributes of torch, and one of accelerate, in one place; tests/test_internals.py names each of them.
+"""Private attributes of torch, accelerate and transformers in one place; tests/test_internals.py names each of them.
 
-Tried on torch 2.6 and 2.14, and on accelerate 1.10 and 1.15.
+Tried on torch 2.6 and 2.14, accelerate 1.10 and 1.15, and transformers 5.14 and 5.24.
 """
 
 from __future__ import annotations
@@ -14,20 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "backward_pass",
-    "cast_dtypes",
-    "compute_in",
-    "has_hook",
-    "is_compiled",
-    "is_plainly_called",
-    "offload_hooks",
-    "owned_tensors",
-    "parts",
-    "twin",
-    "version",
-]
-
+ATTENTION = "_attn_implementation"  # under which a config of transformers has the name of its attention
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,14 +72,10 @@ def cast_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 
 
 def compute_in(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Let a module compute with some of its parameters in another type than they are kept in.
+    """Let a module compute with its parameters of these names in other types than they are kept in, and with no others.
 
     They are fp32 masters of weights that a bf16 module computes with. The class of the module becomes one whose
-    `forward` sees them cast; whoever else looks sees the parameters themselves, under their own names.
-
-    Args:
-        module: the module that owns the parameters.
-        dtypes: by name; what is not there is computed with as it is kept. Empty brings the class back.
+    `forward` sees them cast; whoever else looks sees the parameters themselves. Without names, its class comes back.
     """
     base: Any = getattr(type(module), "_steering_base", type(module))
     module.__dict__.pop("_steering_seen", None)
@@ -148,16 +131,12 @@ def _rebuild(base: Any, names: frozenset[str]) -> nn.Module:
 
 
 def twin(host: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """Return a module that computes what `host` does, with other tensors and without anybody's hooks.
+    """Return a module that computes what `host`, which has no children, does, without anybody's hooks.
 
+    It has other parameters and buffers, by name, and computes with those kept in another type in these types.
     `torch.func.functional_call` does the same by putting the tensors into `host` for the time of the call, which
     another thread that runs the model would see. Buffers are copied: running statistics of rows that several fields
     share belong to none of them. What is not in `tensors` is shared.
-
-    Args:
-        host: a module without children.
-        tensors: its parameters and buffers that differ, by their names in it.
-        dtypes: in which types it computes with those of them that are kept in another one.
     """
     other = copy.copy(host)
     hooks: dict[str, Any] = {name: OrderedDict() for name in _HOOKS}

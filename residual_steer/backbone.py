@@ -28,25 +28,9 @@ from ._internals import offload_hooks
 from .errors import SteerError
 from .nested import dense, moved
 
-__all__ = [
-    "ATTRIBUTE",
-    "SITES",
-    "Backbone",
-    "LayoutError",
-    "blocks_at",
-    "can_train",
-    "compute_dtype",
-    "execution_device",
-    "first_of",
-    "parts",
-    "read_stream",
-    "replace_stream",
-    "write_stream",
-]
-
-_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SITES = ("block", "mixer", "mlp", "input")
 ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was done to it
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
@@ -85,33 +69,21 @@ def _stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def read_stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the stream that enters a module: its first positional tensor, or `hidden_states`; padded if nested.
-
-    Raises:
-        SteerError: the call has no tensor in either place.
-    """
+    """Return the stream that enters a module: its first positional tensor, or `hidden_states`; padded if nested."""
     return dense(args[0] if args and isinstance(args[0], Tensor) else _stream(args, kwargs))
 
 
 def replace_stream(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], f: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the same call with its stream z replaced by f(z), as query, key and value too where it is all three.
-
-    Raises:
-        SteerError: as `read_stream`.
-    """
+    """Return the same call with its stream z replaced by f(z), as query, key and value too where it is all three."""
     z = _stream(args, kwargs)
     new = moved(z, f)
     return tuple(new if x is z else x for x in args), {key: new if x is z else x for key, x in kwargs.items()}
 
 
 def write_stream(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """Return a module's output with its stream z, the tensor itself or the first of a tuple, replaced by f(z).
-
-    Raises:
-        SteerError: the output is neither.
-    """
+    """Return a module's output with its stream z, the tensor itself or the first of a tuple, replaced by f(z)."""
     if isinstance(output, Tensor):
         return moved(output, f)
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -123,61 +95,23 @@ def write_stream(output: Any, f: Callable[[Tensor], Tensor]) -> Any:
     )
 
 
-def first_of(module: Any, *paths: str) -> Any:
-    """Return what stands at the first of several attribute paths (`"encoder.layers"`) that `module` has, or None."""
-    for path in paths:
-        found = module
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        if found is not None:
-            return found
-    return None
-
-
-def blocks_at(model: nn.Module, *paths: str) -> Sequence[nn.Module]:
-    """Return the list of blocks that stands at the first of several attribute paths of `model`.
-
-    Raises:
-        LayoutError: there is none; releases of a library move such lists.
-    """
-    found: Sequence[nn.Module] | None = first_of(model, *paths)
-    if found is None:
-        raise LayoutError(
-            f"the blocks of a {type(model).__name__} were looked for at {', '.join(paths)}, and are elsewhere in this "
-            "release of its library. Describe the model yourself, with residual_steer.register_backbone."
-        )
-    return found
-
-
-def parts(blocks: Sequence[nn.Module], *paths: str) -> tuple[str | None, ...]:
-    """Return for every block the first of several attribute paths that it has: in a hybrid, `"mamba", "self_attn"`."""
-    return tuple(next((path for path in paths if _module_at(block, path)), None) for block in blocks)
-
-
-def _module_at(block: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at a path, None where there is none, or one that does nothing."""
-    module = first_of(block, path)
-    return module if isinstance(module, nn.Module) and not isinstance(module, nn.Identity) else None
-
-
 @dataclass(frozen=True)
 class Backbone:
     """Where the residual stream of a model is found.
 
     Attributes:
-        blocks: the residual blocks, in the order of the stream. The first dimension of the stream is the batch.
+        blocks: the residual blocks, in the order of the stream, whose first dimension is the batch.
         width: the width d of the stream; one number, or one per block where it changes.
         mixer: attribute path of the attention or SSM inside a block (`"attn"`), None if there is none; one for all
             blocks, or one per block where they differ (`parts` finds them).
-        mlp: attribute path of the feed-forward inside a block, in the same way.
+        mlp: attribute path of the feed-forward, in the same way.
         read: `(args, kwargs) -> z`, the stream that enters a block, from the block's call.
         write: `(output, f) -> output`, a block's output with its stream z moved by f: where f(z) = z + δ, the stream is
             δ further. Where the stream is a sum, f may be given one part of it.
         channels: which dimension of the stream is the width: -1, or 1 in a ConvNet.
         inplace: whether blocks overwrite the stream they are given (`x += …`); the fields then read a copy of it.
-        prepare: called with the blocks when steering begins; the handles it returns are removed by `unsteer`.
-            For what a family needs besides fields, such as a faster path for training. It must not change what the
-            model computes in evaluation mode.
+        prepare: called with the blocks when steering begins; the handles it returns are removed by `unsteer`. For what
+            a family needs besides fields, such as a faster path for training. In evaluation mode it changes nothing.
         leave: `output -> z`, the stream in a block's output; None where it is what `write` hands to f.
         name: the registered name (the registry fills it in).
         path: where in the model the backbone stands, "" for the model itself (the registry fills it in).
@@ -207,41 +141,28 @@ class Backbone:
         for index, block in enumerate(self.blocks):
             if not isinstance(block, nn.Module):
                 raise LayoutError(f"every block is a torch.nn.Module; block {index} is a {type(block).__name__}.")
-        if not isinstance(self.width, (int, Sequence)) or isinstance(self.width, (bool, str)):
-            raise LayoutError(f"`width` is a positive integer, or one per block; received {self.width!r}.")
-        widths = self.widths
-        if len(widths) != len(self.blocks) or any(not isinstance(d, int) or d < 1 for d in widths):
-            raise LayoutError(
-                f"`width` is a positive integer, or one per block ({len(self.blocks)} blocks); received {self.width!r}."
-            )
+        each = f"or one per block ({len(self.blocks)} blocks); received"
+        widths = self.widths if isinstance(self.width, (int, Sequence)) else ()
+        if len(widths) != len(self.blocks) or any(type(d) is not int or d < 1 for d in widths):
+            raise LayoutError(f"`width` is a positive integer, {each} {self.width!r}.")
         for site, given in (("mixer", self.mixer), ("mlp", self.mlp)):
             paths = self._paths(site) if isinstance(given, (str, Sequence, type(None))) else ()
             if len(paths) != len(self.blocks) or any(not isinstance(path, (str, type(None))) for path in paths):
-                raise LayoutError(
-                    f"`{site}` is an attribute path or None, or one per block ({len(self.blocks)} blocks); received "
-                    f"{given!r}."
-                )
+                raise LayoutError(f"`{site}` is an attribute path or None, {each} {given!r}.")
         if self.channels not in (-1, 1):
             raise LayoutError(f"`channels` is -1 (width last) or 1 (ConvNets); received {self.channels!r}.")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The width of the stream at every block."""
-        if isinstance(self.width, int):
-            return (self.width,) * len(self.blocks)
-        return tuple(self.width)
+        return (self.width,) * len(self.blocks) if isinstance(self.width, int) else tuple(self.width)
 
     def left(self, output: Any) -> Tensor:
         """Return the stream in a block's output."""
         if self.leave is not None:
             return self.leave(output)
         found: list[Tensor] = []
-
-        def note(z: Tensor) -> Tensor:
-            found.append(z)
-            return z
-
-        self.write(output, note)
+        self.write(output, lambda z: found.append(z) or z)  # type: ignore[func-returns-value]
         return found[0]
 
     def point(self, index: int, site: str) -> nn.Module | None:
@@ -249,7 +170,7 @@ class Backbone:
         if site == "block":
             return self.blocks[index]
         path = self._paths(site)[index]
-        return None if path is None else _module_at(self.blocks[index], path)
+        return None if path is None else _part(self.blocks[index], path)
 
     def _paths(self, site: str) -> Sequence[str | None]:
         """Return the path of every block's mixer (which is also where `input` is steered) or mlp."""
@@ -263,11 +184,11 @@ class Backbone:
 
     def __str__(self) -> str:
         """Describe the backbone as a short tree."""
-        widths = sorted(set(self.widths))
-        width = str(widths[0]) if len(widths) == 1 else f"{self.widths[0]} … {self.widths[-1]}"
-        kinds = list(dict.fromkeys(type(block).__name__ for block in self.blocks))
-        told = {site: dict.fromkeys(f".{path}" for path in self._paths(site) if path) for site in ("mixer", "mlp")}
-        where = [f"{site}: {', '.join(paths)}" for site, paths in told.items() if paths]
+        widths = self.widths
+        width = str(widths[0]) if len(set(widths)) == 1 else f"{widths[0]} … {widths[-1]}"
+        kinds = dict.fromkeys(type(block).__name__ for block in self.blocks)
+        found = {site: dict.fromkeys(f".{path}" for path in self._paths(site) if path) for site in ("mixer", "mlp")}
+        where = [f"{site}: {', '.join(paths)}" for site, paths in found.items() if paths]
         lines = [
             f"{self.name or 'unregistered'} at {self.path or 'the model itself'}",
             f"├─ blocks: {len(self.blocks)} × {', '.join(kinds)}",
@@ -277,6 +198,51 @@ class Backbone:
         ]
         lines[-1] = lines[-1].replace("├", "└", 1)
         return "\n".join(lines)
+
+
+def first_of(module: Any, *paths: str) -> Any:
+    """Return what stands at the first of several attribute paths (`"encoder.layers"`) that `module` has, or None."""
+    for path in paths:
+        found = module
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def blocks_at(model: nn.Module, *paths: str) -> Sequence[nn.Module]:
+    """Return the list of blocks that stands at the first of several attribute paths of `model`, or raise."""
+    found: Sequence[nn.Module] | None = first_of(model, *paths)
+    if found is None:
+        raise LayoutError(
+            f"the blocks of a {type(model).__name__} were looked for at {', '.join(paths)}, and are elsewhere in this "
+            "release of its library. Describe the model yourself, with residual_steer.register_backbone."
+        )
+    return found
+
+
+def parts(blocks: Sequence[nn.Module], *paths: str) -> tuple[str | None, ...]:
+    """Return for every block the first of several attribute paths that it has: in a hybrid, `"mamba", "self_attn"`."""
+    return tuple(next((path for path in paths if _part(block, path)), None) for block in blocks)
+
+
+def _part(block: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path, None where there is none, or one that does nothing."""
+    module = first_of(block, path)
+    return module if isinstance(module, nn.Module) and not isinstance(module, nn.Identity) else None
+
+
+def stacked(
+    model: Any, *lists: str, mixer: Sequence[str] = (), mlp: Sequence[str] = (), width: int | None = None, **more: Any
+) -> Backbone:
+    """Return the backbone of a model with its blocks in one list: list, mixer and mlp at the first path that there is.
+
+    The width is the config's `hidden_size` unless it is given; `more` is as in `Backbone`.
+    """
+    blocks = blocks_at(model, *lists)
+    width = model.config.hidden_size if width is None else width
+    return Backbone(blocks, width, parts(blocks, *mixer), parts(blocks, *mlp), **more)
 
 
 def can_train(parameter: nn.Parameter) -> bool:
@@ -291,22 +257,17 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     parameter in a type that matrix products are computed in, so neither float8 nor packed integers.
     """
     named = (getattr(part, "compute_dtype", None) for part in module.modules())
-    said: list[torch.dtype] = [dtype for dtype in named if dtype in _COMPUTED]
-    if said:
-        return max(set(said), key=said.count)
+    found: list[torch.dtype] = [dtype for dtype in named if dtype in _COMPUTED]
+    if found:
+        return max(set(found), key=found.count)
     floating = [p for p in module.parameters() if p.dtype in _COMPUTED]
     return max(floating, key=lambda p: p.numel()).dtype if floating else torch.get_default_dtype()
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return the device a module runs on: where its weights are, or where accelerate brings offloaded ones.
-
-    A module that was put on the meta device, and not offloaded from it, stays there.
-    """
+    """Return the device a module runs on: where its weights are, or where accelerate brings offloaded ones."""
     for part in module.modules():
         for each in offload_hooks(part):
             if getattr(each, "execution_device", None) is not None:
                 return torch.device(each.execution_device)
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))

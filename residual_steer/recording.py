@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,11 +66,9 @@ def watch(
 ) -> Iterator[None]:
     """Call functions before and after every call of modules, as torch's hooks with keywords.
 
-    Args:
-        modules: which ones.
-        before: `(module, args, kwargs)`; what it returns, unless None, takes the place of `(args, kwargs)`.
-        after: `(module, args, kwargs, output)`; what it returns, unless None, takes the place of the output.
-        first: whether they are called before the hooks that are there, such as those that steer.
+    What `before(module, args, kwargs)` returns, unless None, takes the place of `(args, kwargs)`; what
+    `after(module, args, kwargs, output)` returns, that of the output. With `first` they come before the hooks that are
+    there, such as those that steer.
     """
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -93,14 +90,9 @@ class Call:
 
 @dataclass
 class Recording:
-    """What was recorded.
-
-    Attributes:
-        calls: by block index or key; whatever was called last stands last.
-    """
+    """What was recorded: `calls` by block index or key, where whatever was called last stands last."""
 
     calls: dict[Any, list[Call]] = field(default_factory=dict)
-    _entered: dict[Any, list[Tensor]] = field(default_factory=dict)
 
     @property
     def entering(self) -> dict[Any, Tensor]:
@@ -134,50 +126,49 @@ def record(
         alone: whether what leaves is recorded as the module returns it, before fields add to it.
     """
     seen = Recording()
+    read: Callable[..., Tensor] = read_stream
+    leave: Callable[[Any], Tensor] = _first
+    if isinstance(where, Mapping):
+        points: dict[Any, nn.Module | None] = dict(where)
+        inplace = False
+    else:
+        from .registry import find_backbone  # which finds backbones by watching, and so stands above
+
+        backbone = find_backbone(where) if isinstance(where, nn.Module) else where
+        points = {i: backbone.point(i, site) for i in (range(len(backbone.blocks)) if blocks is None else blocks)}
+        inplace = backbone.inplace  # the block writes into what enters, and the next one into what leaves
+        if site == "block":
+            read, leave = backbone.read, backbone.left
     with contextlib.ExitStack() as stack:
-        for key, module, read, leave in _points(where, blocks, site):
-            early = alone or site == "input"
-            stack.enter_context(watch([module], partial(_enter, seen, key, read), first=early))
-            stack.enter_context(watch([module], after=partial(_leave, seen, key, leave), first=alone))
+        for key, module in points.items():
+            if module is not None:
+                enter, left = _noting(seen, key, read, leave, inplace)
+                stack.enter_context(watch([module], enter, first=alone or site == "input"))
+                stack.enter_context(watch([module], after=left, first=alone))
         yield seen
 
 
-def _points(where: Any, blocks: Iterable[int] | None, site: str) -> Iterator[tuple[Hashable, nn.Module, Any, Any]]:
-    """Yield the key of every module, the module, and how the stream is read in its call and in its output."""
-    if isinstance(where, Mapping):
-        yield from ((key, module, read_stream, _first) for key, module in where.items())
-        return
-    from .registry import find_backbone  # which finds backbones by watching, and so stands above
+def _noting(seen: Recording, key: Any, read: Any, leave: Any, inplace: bool) -> tuple[Any, Any]:
+    """Return the hooks that note what enters and what leaves a module."""
+    entered: list[Tensor] = []  # in calls that have not returned
 
-    backbone = find_backbone(where) if isinstance(where, nn.Module) else where
-    whole = site == "block"
-    reads = (backbone.read if whole else read_stream), (backbone.left if whole else _first)
-    if backbone.inplace:  # the block writes into what enters, and the next one into what leaves
-        reads = partial(_copied, reads[0]), partial(_copied, reads[1])
-    for index in range(len(backbone.blocks)) if blocks is None else blocks:
-        module = backbone.point(index, site)
-        if module is not None:
-            yield index, module, *reads
+    def kept(z: Tensor) -> Tensor:
+        return z.detach().clone() if inplace else z.detach()
 
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append(kept(read(args, kwargs)))
 
-def _first(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+    def left(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen.calls[key] = [*seen.calls.pop(key, []), Call(entered.pop(), kept(leave(output)))]
 
-
-def _copied(read: Callable[..., Tensor], *call: Any) -> Tensor:
-    return read(*call).clone()
-
-
-def _enter(seen: Recording, key: Hashable, read: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
-    seen._entered.setdefault(key, []).append(read(args, kwargs).detach())
-
-
-def _leave(seen: Recording, key: Hashable, leave: Any, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    call = Call(seen._entered[key].pop(), leave(output).detach())
-    seen.calls[key] = [*seen.calls.pop(key, []), call]
+    return enter, left
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile`'s, so that paths are those that it had before."""
     return dict(model.named_children()).get("_orig_mod", model)
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found

@@ -1,20 +1,13 @@
 """The registry of backbones: who describes which class of model.
 
-A family is registered by one call, the built-in ones too:
-
-    @register_backbone("mine", matches=["my_package.MyModel"])
-    def mine(model: nn.Module) -> Backbone:
-        return Backbone(blocks=model.blocks, width=model.config.hidden_size, mixer="attention", mlp="feed_forward")
-
-An installed package registers by naming its module under the entry point group `residual_steer.backbones`. A model that
-nobody describes goes to `residual_steer.discovery`, which proves where its stream is.
+A model that nobody describes goes to `residual_steer.discovery`, which proves where its stream is.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,13 +39,19 @@ class _Family:
     describe: Describe
 
 
-_Found = tuple[str, nn.Module, _Family]
+_Found = tuple[str, nn.Module, _Family]  # the path of a module, the module, and who describes it
 _families: dict[str, _Family] = {}
 _plugins_loaded = False
 
 
 def register_backbone(name: str, *, matches: Iterable[str]) -> Callable[[Describe], Describe]:
     """Register a function that describes a family of models.
+
+    >>> @register_backbone("mine", matches=["my_package.MyModel"])
+    ... def mine(model: nn.Module) -> Backbone:
+    ...     return Backbone(blocks=model.blocks, width=model.config.hidden_size, mixer="attention", mlp="feed_forward")
+
+    An installed package names the module that does so under the entry point group `residual_steer.backbones`.
 
     Args:
         name: what users pass as `arch`.
@@ -101,10 +100,10 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
     is run on a tiny input, and modules that hand a stream on as z + g(z) are proved from the graph of that run.
 
     Args:
-        model: any module; heads and wrappers around the backbone do not matter.
+        model: any module; heads and wrappers around the backbone do not matter. It is afterwards as it was.
         arch: consider this registered backbone only; `"auto"` asks none.
         example: a batch to run a model on that no family describes: a tensor, a tuple of arguments or a dict of
-            keywords. None makes one from what the model says of itself. The model is afterwards as it was.
+            keywords. None makes one from what the model says of itself.
 
     Returns:
         Its description, with `name` and `path` filled in. A model that is steered already has the one it is steered by.
@@ -125,28 +124,26 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
 def _registered(model: nn.Module, arch: str | None, example: Any) -> Backbone:
     """Return what the families say of a model, and what a run shows where they say nothing, or too much."""
     families = [_family(arch)] if arch is not None else list(_families.values())
-    found = _search(model, {match: family for family in families for match in family.matches})
+    found = list(_search(model, "", {match: family for family in families for match in family.matches}, set()))
     if len(found) > 1:
         return _of_several(model, found, None, arch, example)
     if found:
         path, module, family = found[0]
         try:
             described = replace(family.describe(module), name=family.name, path=path)
-        except SteerError as error:
-            if not isinstance(error, LayoutError):  # the family refuses this very model
-                raise
-            why = str(error).rstrip(".")
         except Exception as error:  # releases and options of a library rename and remove parts, in any way
-            why = f"{type(error).__name__}: {error}"
+            if isinstance(error, SteerError) and not isinstance(error, LayoutError):  # the family refuses this model
+                raise
+            why = f"{error}".rstrip(".") if isinstance(error, LayoutError) else f"{type(error).__name__}: {error}"
         else:
             inside = {id(part) for part in module.modules()}
             whole = not any(is_marked(part) and id(part) not in inside for part in model.modules())
             return described if whole or arch is not None else _of_several(model, found, described, arch, example)
-        refusal = f"{family.name!r} describes {_qualified(module)}, and this one is laid out otherwise ({why})."
+        refusal = f"{family.name!r} describes {_qualified(type(module))}, and this one is laid out otherwise ({why})."
     else:
         refusal = (
-            f"no known backbone in {_qualified(model)}: looked along the classes of the model and its submodules for "
-            f"those of {', '.join(sorted(family.name for family in families))} "
+            f"no known backbone in {_qualified(type(model))}: looked along the classes of the model and its submodules "
+            f"for those of {', '.join(sorted(family.name for family in families))} "
             f"(residual_steer.list_backbones({families[0].name!r}) lists a family's classes)."
         )
     if arch is not None:
@@ -160,14 +157,9 @@ def _registered(model: nn.Module, arch: str | None, example: Any) -> Backbone:
 def _of_several(
     model: nn.Module, found: list[_Found], described: Backbone | None, arch: str | None, example: Any
 ) -> Backbone:
-    """Return the stream on which the output of a model with several backbones depends, where a run shows only one.
-
-    So a language model is found beside the tower that reads its images, whether both are registered or only the tower
-    (then `described`), and an encoder with the decoder behind it.
-
-    Raises:
-        SteerError: a run shows no single stream, or `arch` asked for more than one of them.
-    """
+    """Return the one stream on which the output of a model with several backbones depends, as a run shows."""
+    # so a language model is found beside the tower that reads its images, whether both are registered or only the tower
+    # (then `described`), and an encoder with the decoder behind it
     listed = [f"model.{path} ({family.name})" for path, _, family in found]
     refusal = (
         f"several backbones in one model: {', '.join(listed)}. Steer one of them, for example "
@@ -181,9 +173,9 @@ def _of_several(
         if described is not None:
             return described
         raise SteerError(refusal) from refused
-    blocks = {id(block) for block in proved.blocks}
+    blocks = set(map(id, proved.blocks))
     beside = [
-        name for name, (_, module, _) in zip(listed, found, strict=True) if blocks.isdisjoint(map(id, module.modules()))
+        name for name, (_, one, _) in zip(listed, found, strict=True) if blocks.isdisjoint(map(id, one.modules()))
     ]
     if not beside:
         return described or proved
@@ -197,16 +189,12 @@ def _family(name: str) -> _Family:
     return _families[name]
 
 
-def _qualified(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def own_backbone(model: nn.Module, backbone: Backbone) -> Backbone:
-    """Return a description that was made by hand, or by an earlier call, with a name: "custom" if it has none.
-
-    Raises:
-        SteerError: it describes blocks of another model, or a path that the model does not have.
-    """
+    """Return a description of this model that was made by hand, or by an earlier call, named "custom" or as it was."""
     modules = {id(module): path for path, module in model.named_modules()}
     for index, block in enumerate(backbone.blocks):
         if id(block) not in modules:
@@ -233,26 +221,19 @@ def _steered(model: nn.Module) -> Backbone | None:
     return None
 
 
-def _search(model: nn.Module, matches: dict[str, _Family]) -> list[_Found]:
-    """Return the outermost matching modules as (path, module, family)."""
-    found: list[_Found] = []
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, path: str) -> None:
-        if id(module) in seen:
+def _search(module: nn.Module, path: str, matches: dict[str, _Family], seen: set[nn.Module]) -> Iterator[_Found]:
+    """Yield the outermost modules that match, each once."""
+    if module in seen:
+        return
+    seen.add(module)
+    for cls in type(module).__mro__:
+        short = f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
+        family = matches.get(_qualified(cls)) or matches.get(short)
+        if family:
+            yield path, module, family
             return
-        seen.add(id(module))
-        for cls in type(module).__mro__:
-            package = cls.__module__.partition(".")[0]
-            family = matches.get(f"{cls.__module__}.{cls.__qualname__}") or matches.get(f"{package}.{cls.__qualname__}")
-            if family:
-                found.append((path, module, family))
-                return
-        for name, child in module.named_children():
-            visit(child, f"{path}.{name}" if path else name)
-
-    visit(model, "")
-    return found
+    for name, child in module.named_children():
+        yield from _search(child, f"{path}.{name}" if path else name, matches, seen)
 
 
 def _load_plugins() -> None:

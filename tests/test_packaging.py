@@ -54,8 +54,8 @@ def test_the_wheel_works_from_outside_the_repository(built, tmp_path):
         wheel.extractall(tmp_path / "target")
     code = (
         "import residual_steer, residual_steer.backbones as families\n"
-        "from residual_steer.backbones import gpt2, mamba, vit\n"
-        "print(residual_steer.__file__, families.__file__, gpt2.__file__, residual_steer.list_backbones())"
+        "from residual_steer.backbones import decoders, recurrent, vision\n"
+        "print(residual_steer.__file__, families.__file__, decoders.__file__, residual_steer.list_backbones())"
     )
     printed = run(code, cwd=tmp_path, path=tmp_path / "target")
     assert printed.count(str(tmp_path / "target")) == 3
@@ -65,7 +65,7 @@ def test_the_wheel_works_from_outside_the_repository(built, tmp_path):
 def test_the_wheel_holds_what_it_should_and_no_bare_backbones(built):
     names = zipfile.ZipFile(built[0]).namelist()
     assert {name.split("/")[0] for name in names} == {"residual_steer", names[-1].split("/")[0]}
-    assert {"residual_steer/py.typed", "residual_steer/backbones/mamba.py"} <= set(names)
+    assert {"residual_steer/py.typed", "residual_steer/backbones/recurrent.py"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "residual_steer").rglob("*.py")}
     modules |= {f"residual_steer/{path.relative_to(ROOT)}" for path in (ROOT / "backbones").rglob("*.py")}
@@ -75,7 +75,7 @@ def test_the_wheel_holds_what_it_should_and_no_bare_backbones(built):
 def test_the_source_distribution_holds_the_families(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"backbones/mamba.py", "residual_steer/training/loop.py", "LICENSE", "README.md"} <= names
+    assert {"backbones/recurrent.py", "residual_steer/training/loop.py", "LICENSE", "README.md"} <= names
 
 
 def test_an_import_loads_nothing_heavy(tmp_path):

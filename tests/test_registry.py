@@ -184,7 +184,7 @@ def test_the_package_of_families_is_a_package_and_nothing_else():
         "import residual_steer.backbones as b, residual_steer as rs; print(type(b), rs.backbones is b, callable(b))"
     )
     assert done.stdout.strip() == "<class 'module'> True False", done.stderr
-    assert rs.backbones.vit.vit.__name__ == "vit"
+    assert rs.backbones.vision.vit.__name__ == "vit"
 
 
 class Residual(nn.Module):

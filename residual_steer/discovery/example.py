@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.backbone import compute_dtype
 from residual_steer.errors import SteerError
 
-__all__ = ["Example", "examples", "given", "kind_of"]
+__all__ = ["Example", "examples", "given"]
 
 ROWS, LENGTHS = 2, (7, 16, 64)
 IMAGES = (32, 64, 224, 28)
@@ -24,13 +23,7 @@ _BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim
 
 @dataclass(frozen=True)
 class Example:
-    """One call of a model.
-
-    Attributes:
-        args: what it is given by position.
-        kwargs: what it is given by name.
-        rows: the size of the batch.
-    """
+    """One call of a model: what it is given by position and by name, and the rows of that batch."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -38,33 +31,31 @@ class Example:
 
     def __str__(self) -> str:
         """Return names and shapes."""
-        named = [("", value) for value in self.args] + [(f"{key} ", value) for key, value in self.kwargs.items()]
+        named = [(f"{key} " if isinstance(key, str) else "", value) for key, value in self._given()]
         return ", ".join(f"{name}{tuple(x.shape)}" for name, x in named if isinstance(x, Tensor)) or "no tensors"
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Names, numbers of dimensions and types: what examples of several sizes have in common."""
-        named = [*enumerate(self.args), *self.kwargs.items()]
-        return tuple((key, x.dim(), x.dtype) if isinstance(x, Tensor) else (key,) for key, x in named)
+        return tuple((key, x.dim(), x.dtype) if isinstance(x, Tensor) else (key,) for key, x in self._given())
 
-    def on(self, like: Tensor, dtype: torch.dtype) -> Example:
-        """Return the same call on the model's device, floats in its type and in the graph."""
+    def _given(self) -> list[tuple[int | str, Any]]:
+        return [*enumerate(self.args), *self.kwargs.items()]
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Example:
+        """Return the same call on a model's device, floats in its type and in the graph."""
 
         def move(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            value = value.detach().to(like.device).clone()
+            value = value.detach().to(device).clone()
             return value.to(dtype).requires_grad_().clone() if value.is_floating_point() else value
 
         return Example(tuple(map(move, self.args)), {key: move(value) for key, value in self.kwargs.items()}, self.rows)
 
 
 def given(example: Any) -> Example:
-    """Take a user's batch: a tensor, a tuple of arguments or a mapping of keywords.
-
-    Raises:
-        SteerError: it is none of them, or holds no tensor.
-    """
+    """Take a user's batch: a tensor, a tuple of arguments or a mapping of keywords."""
     args = (example,) if isinstance(example, Tensor) else tuple(example) if isinstance(example, (tuple, list)) else ()
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
@@ -78,79 +69,74 @@ def given(example: Any) -> Example:
 
 def examples(model: nn.Module) -> Iterator[Example]:
     """Yield inputs that the model may take, the likeliest first."""
-    name = getattr(model, "main_input_name", None)
+    main = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)
-    if isinstance(name, str) and config is not None:
-        yield from _of_transformers(model, name, config)
-        return
-    parameters = inspect.signature(model.forward).parameters
-    leaves = [m for m in model.modules() if not list(m.children()) and next(m.parameters(), None) is not None]
-    first = next(iter(leaves), None)
-    if "input_ids" in parameters and (ids := _vocabulary(model)):
-        yield from (_named(input_ids=_ids(ids, length)) for length in LENGTHS)
-    if "pixel_values" in parameters:
-        yield from (_named(pixel_values=image) for image in _images(model))
-    if isinstance(first, nn.Embedding):
-        yield from (given(_ids(first.num_embeddings, length)) for length in LENGTHS)
-    elif isinstance(first, nn.Conv2d):
-        yield from map(given, _images(model))
-    elif isinstance(first, nn.Conv1d):
-        yield from (given(torch.randn(ROWS, first.in_channels, length)) for length in (64, *SAMPLES))
-    elif isinstance(first, nn.Conv3d):
-        yield from (given(torch.randn(ROWS, first.in_channels, 8, size, size)) for size in IMAGES)
-    elif first is not None:
-        width = first.in_features if isinstance(first, nn.Linear) else next(first.parameters()).shape[-1]
-        yield from (given(torch.randn(ROWS, *shape)) for shape in ((LENGTHS[0], width), (width,)))
-        yield from map(given, _images(model))
-    for other in model.modules():  # whatever comes first, a model with an embedding may take ids
-        if isinstance(other, nn.Embedding) and other is not first:
-            yield given(_ids(other.num_embeddings, LENGTHS[0]))
-            return
-
-
-def _of_transformers(model: nn.Module, name: str, config: Any) -> Iterator[Example]:
-    """Yield inputs of a model of transformers, which names its main input."""
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    vocabulary = _vocabulary(model) or getattr(text, "vocab_size", 0)
+    names_it = isinstance(main, str) and config is not None  # as models of transformers do
     accepted = inspect.signature(model.forward).parameters
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    vocabulary = _vocabulary(model) or next(iter(_numbers([text], "vocab_size")), 0)
     more: dict[str, Tensor] = {}
-    both = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted
-    if both and isinstance(vocabulary, int) and vocabulary:
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted and vocabulary:
         more["decoder_input_ids"] = _ids(getattr(text, "vocab_size", vocabulary), LENGTHS[0], config)
     if "cross_attention_states" in accepted and getattr(text, "cross_attention_layers", None):
         # of images, as in Mllama, which leaves out the layers that read them where there are none
         more["cross_attention_states"] = torch.randn(ROWS, LENGTHS[0], text.hidden_size)
-    if "spatial_shapes" in accepted and name == "pixel_values":
-        yield _patches(model)
-    for main in dict.fromkeys((name, *(other for other in _NAMES if other in accepted))):
-        if main == "input_ids" and vocabulary:
+    if "spatial_shapes" in accepted and main == "pixel_values":
+        # as in SigLIP 2: patches in a row, which of them are there, and how many each way
+        width = next((module.in_features for module in model.modules() if isinstance(module, nn.Linear)), 0)
+        mask, shapes = torch.ones(ROWS, 16, dtype=torch.long), torch.full((ROWS, 2), 4)
+        pixels = torch.randn(ROWS, 16, width)
+        yield given({"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes})
+    for name in dict.fromkeys(([main] if names_it else []) + [name for name in _NAMES if name in accepted]):
+        if name == "input_ids" and vocabulary:
             yield from _texts(vocabulary, config, more)
-        elif main == "pixel_values":
-            yield from (_named(pixel_values=image, **more) for image in _images(model))
-        elif main in {"input_values", "input_features"}:
-            yield from (_named(**{main: sound}, **more) for sound in _sounds(config))
+        elif name == "pixel_values":
+            yield from (given({name: image, **more}) for image in _images(model))
+        elif name in {"input_values", "input_features"}:
+            yield from (given({name: sound, **more}) for sound in _sounds(config))
     dummy: Any = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping) and any(isinstance(value, Tensor) for value in dummy.values()):
         yield given({key: value for key, value in dummy.items() if isinstance(value, Tensor)})
+    if not names_it:
+        yield from map(given, _for_the_first_layer(model))
+
+
+def _for_the_first_layer(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what the first layer with parameters may read."""
+    leaves = (m for m in model.modules() if not list(m.children()) and next(m.parameters(), None) is not None)
+    first = next(leaves, None)
+    if isinstance(first, nn.Embedding):
+        yield from (_ids(first.num_embeddings, length) for length in LENGTHS)
+    elif isinstance(first, nn.Conv1d):
+        yield from (torch.randn(ROWS, first.in_channels, length) for length in (64, *SAMPLES))
+    elif isinstance(first, nn.Conv3d):
+        yield from (torch.randn(ROWS, first.in_channels, 8, size, size) for size in IMAGES)
+    elif first is not None:
+        if not isinstance(first, nn.Conv2d):
+            width = first.in_features if isinstance(first, nn.Linear) else next(first.parameters()).shape[-1]
+            yield from (torch.randn(ROWS, *shape) for shape in ((LENGTHS[0], width), (width,)))
+        yield from _images(model)
+    another = next((m for m in model.modules() if isinstance(m, nn.Embedding) and m is not first), None)
+    if another is not None:  # whatever comes first, a model with an embedding may take ids
+        yield _ids(another.num_embeddings, LENGTHS[0])
 
 
 def _texts(vocabulary: int, config: Any, more: Mapping[str, Tensor]) -> Iterator[Example]:
-    for length in LENGTHS:
-        yield _named(input_ids=_ids(vocabulary, length, config), **more)
-    ids = _ids(vocabulary, LENGTHS[0], config)
+    texts = [{"input_ids": _ids(vocabulary, length, config), **more} for length in LENGTHS]
+    yield from map(given, texts)
     if hasattr(config, "use_cache"):
-        yield Example((), {"input_ids": ids, **more, "use_cache": False}, ROWS)
-    books = getattr(config, "num_codebooks", None)
+        yield given({**texts[0], "use_cache": False})
+    books, ids = getattr(config, "num_codebooks", None), texts[0]["input_ids"]
     if isinstance(books, int):  # as in MusicGen, whose rows are split over codebooks; and as in Kyutai's, with text
-        yield replace(_named(input_ids=ids.repeat(books, 1), **more), rows=ROWS)
-        yield _named(input_ids=ids[:, :, None].repeat(1, 1, books + 1), **more)
+        yield replace(given({"input_ids": ids.repeat(books, 1), **more}), rows=ROWS)
+        yield given({"input_ids": ids[:, :, None].repeat(1, 1, books + 1), **more})
 
 
 def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
     """Return `(rows, length)` ids, none of which the config gives a meaning of its own."""
     special: set[int] = set()
-    for part in (config, *(value for value in vars(config or object).values() if hasattr(value, "to_dict"))):
-        for key, value in (vars(part) if part is not None and hasattr(part, "to_dict") else {}).items():
+    for part in (config, *vars(config or object).values()):
+        for key, value in vars(part).items() if hasattr(part, "to_dict") else ():
             if key.endswith(("_token_id", "_token_index", "_token_ids")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     free = [i for i in range(min(vocabulary, 1000)) if i not in special] or [0]
@@ -158,11 +144,10 @@ def _ids(vocabulary: int, length: int, config: Any = None) -> Tensor:
     return torch.tensor(free)[torch.randint(len(free), (ROWS, length), generator=generator)]
 
 
-def _vocabulary(model: nn.Module) -> int:
+def _vocabulary(model: Any) -> int:
     """Return how many ids a model has embeddings for, 0 where it does not say."""
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
     try:
-        size = getattr(embeddings(), "num_embeddings", None)
+        size = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         return 0
     return size if isinstance(size, int) else 0
@@ -180,32 +165,19 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
     shape = settings.get("input_size") if isinstance(settings, Mapping) else None
     config: Any = getattr(model, "config", None)
     parts = [config, *(getattr(config, key, None) for key in ("vision_config", "backbone_config", "encoder"))]
-    channels = 3 if first is None else first.in_channels
-    channels = shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 3 else channels
-    channels = next(iter(_numbers(parts, "num_channels")), channels)
-    sizes: list[tuple[int, ...]] = []
+    named = [shape[0]] if isinstance(shape, (tuple, list)) and len(shape) == 3 else []
+    channels = [*_numbers(parts, "num_channels"), *named, 3 if first is None else first.in_channels][0]
+    sizes: dict[tuple[int, ...], None] = {}
     named = [getattr(getattr(model, "patch_embed", None), "img_size", None), shape]
     for value in (*named, *(getattr(part, "image_size", None) for part in parts)):
         pair = (value.get("height"), value.get("width")) if isinstance(value, Mapping) else value
         pair = (pair, pair) if isinstance(pair, int) else pair
         if isinstance(pair, (tuple, list)) and len(pair) >= 2 and all(isinstance(n, int) for n in pair):
-            sizes.append(tuple(pair[-2:]))
+            sizes[tuple(pair[-2:])] = None
     for size in dict.fromkeys((*sizes, *((n, n) for n in IMAGES))):
         yield torch.randn(ROWS, channels, *size)
     for frames in _numbers(parts, "num_frames")[:1]:
         yield from (torch.randn(ROWS, frames, channels, *size) for size in dict.fromkeys((*sizes, (32, 32))))
-
-
-def _patches(model: nn.Module) -> Example:
-    """Return pictures as SigLIP 2 takes them: patches in a row, which of them are there, and how many each way."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Linear)), None)
-    width = first.in_features if first is not None else 0
-    there = torch.ones(ROWS, 16, dtype=torch.long)
-    return _named(
-        pixel_values=torch.randn(ROWS, 16, width),
-        pixel_attention_mask=there,
-        spatial_shapes=torch.full((ROWS, 2), 4),
-    )
 
 
 def _sounds(config: Any) -> Iterator[Tensor]:
@@ -216,23 +188,4 @@ def _sounds(config: Any) -> Iterator[Tensor]:
         for length in (*(2 * n for n in positions), *frames, 64, 160):
             yield torch.randn(ROWS, bins, length)
             yield torch.randn(ROWS, length, bins)
-    yield from (torch.randn(ROWS, samples) for samples in SAMPLES)
-    yield from (torch.randn(ROWS, 1, samples) for samples in SAMPLES)
-
-
-def _named(**values: Tensor) -> Example:
-    return given(values)
-
-
-def kind_of(model: nn.Module) -> tuple[Tensor, torch.dtype]:
-    """Return a tensor on the model's device, and the type that it computes in.
-
-    Raises:
-        SteerError: the model has no values, or none at all.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    if not tensors:
-        raise SteerError(f"{type(model).__name__} has no parameters, and so no residual stream to probe.")
-    if any(tensor.is_meta for tensor in tensors):
-        raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
-    return tensors[0], compute_dtype(model)
+    yield from (torch.randn(ROWS, *channels, samples) for channels in ((), (1,)) for samples in SAMPLES)

@@ -1,12 +1,6 @@
-"""What the autograd graph tells of one call.
+"""What the autograd graph tells of one call: whether a module hands its input on, and adds to it.
 
-A module is residual if from what leaves it to what entered it leads a path of additions of something that depends on
-what entered, and besides them only of what keeps features in their places: reshaping, constant factors, norms and
-element-wise activations. That is the derivative I + g'(z) of z + g(z), read off exactly, whatever weights and input.
-Convolutions, products of matrices, gates and pooling end a path, so a plain or a dense ConvNet has none.
-
-This is the one file here that touches private attributes of torch, `_sequence_nr` and `_input_metadata` of a node of
-the graph, and that reads operations by name. Tried on torch 2.6 to 2.15.
+Fenced: `_sequence_nr` and `_input_metadata` of a graph's node are private to torch. Tried on torch 2.6 to 2.15.
 """
 
 from __future__ import annotations
@@ -19,28 +13,25 @@ from torch.autograd.function import BackwardCFunction
 
 __all__ = ["Edge", "Paths", "depends", "edge_of", "paths"]
 
-Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
+Edge = tuple[Any, int]  # a node of the graph, None for a tensor without one, and which of its outputs
 
 LANES = 4  # at most, in a stream of several lanes; fewer than a probe has tokens
 
-_PLACES = (
-    "View UnsafeView ReshapeAlias Reshape Permute Transpose T MT Clone Alias ToCopy Contiguous Expand Squeeze "
-    "Unsqueeze Slice Select Split SplitWithSizes SafeSplit UnsafeSplit Chunk Unbind Narrow Roll Flip AsStrided "
-    "ConstantPadNd Unfold MaskedFill MaskedScatter Movedim Flatten Unflatten Cat Stack Where Identity LiftFresh Detach "
-    "Index IndexSelect ToDtype ConvertElementType Im2Col Clamp NanToNum"
+# Operations by what they hand on unmixed: each of their operands, the first one, or the first one with a sum onto it.
+_EACH, _FIRST, _ONTO_FIRST = (
+    frozenset(names.split())
+    for names in (
+        "View UnsafeView ReshapeAlias Reshape Permute Transpose T MT Clone Alias ToCopy Contiguous Expand Squeeze "
+        "Unsqueeze Slice Select Split SplitWithSizes SafeSplit UnsafeSplit Chunk Unbind Narrow Roll Flip AsStrided "
+        "ConstantPadNd Unfold MaskedFill MaskedScatter Movedim Flatten Unflatten Cat Stack Where Identity LiftFresh "
+        "Detach Index IndexSelect ToDtype ConvertElementType Im2Col Clamp NanToNum",
+        "NativeLayerNorm NativeGroupNorm NativeBatchNorm NativeBatchNormLegit NativeBatchNormLegitNoTraining BatchNorm "
+        "BatchNormImpl BatchNormImplIndex CudnnBatchNorm MiopenBatchNorm LayerNorm GroupNorm RmsNorm FusedRmsNorm "
+        "NativeDropout Relu Relu6 Hardtanh LeakyRelu Prelu PreluKernel Elu Silu Gelu Mish Hardswish Softplus Threshold "
+        "RreluWithNoise",
+        "Addmm Baddbmm Addbmm Addmv Addcmul Addcdiv Sub IndexAdd",
+    )
 )
-_NORMS = (
-    "NativeLayerNorm NativeGroupNorm NativeBatchNorm NativeBatchNormLegit NativeBatchNormLegitNoTraining BatchNorm "
-    "BatchNormImpl BatchNormImplIndex CudnnBatchNorm MiopenBatchNorm LayerNorm GroupNorm RmsNorm FusedRmsNorm"
-)
-_ELEMENTWISE = (
-    "NativeDropout Relu Relu6 Hardtanh LeakyRelu Prelu PreluKernel Elu Silu Gelu Mish Hardswish Softplus Threshold "
-    "RreluWithNoise"
-)
-_SUMS = "Addmm Baddbmm Addbmm Addmv Addcmul Addcdiv Sub IndexAdd"
-_ANY_IS_CARRIED = frozenset(_PLACES.split())
-_FIRST_IS_CARRIED = frozenset((*_NORMS.split(), *_ELEMENTWISE.split()))
-_SUMS_ONTO_THE_FIRST = frozenset(_SUMS.split())
 
 
 @dataclass(frozen=True)
@@ -58,13 +49,19 @@ class Paths:
     opaque: str = ""
 
 
-def edge_of(tensor: Tensor) -> Edge | None:
-    """Return where the graph of a tensor begins, None for one without."""
-    return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
+def edge_of(tensor: Tensor) -> Edge:
+    """Return where the graph of a tensor begins."""
+    return tensor.grad_fn, tensor.output_nr
 
 
 def paths(left: Edge, entered: Edge) -> Paths:
-    """Follow the stream back from where it left to where it entered."""
+    """Follow the stream back from where it left to where it entered.
+
+    A module is residual if a path leads there of additions of something that depends on what entered, and besides them
+    only of what keeps features in their places: reshaping, constant factors, norms, element-wise activations. That is
+    the derivative I + g'(z) of z + g(z), read off exactly, whatever weights and input. Convolutions, matrix products,
+    gates and pooling end a path, so a plain or a dense ConvNet has none.
+    """
     oldest = _age(entered[0])
     known: dict[Any, bool] = {}
     residual = plain = False
@@ -78,29 +75,20 @@ def paths(left: Edge, entered: Edge) -> Paths:
         seen.add((node, number, added))
         if (node, number) == entered:
             residual, plain = residual or added, plain or not added
-            continue
-        if _age(node) < oldest:
-            continue
-        carried = _carried(node, entered, known)
-        if carried is None:
-            opaque = opaque or (_name(node) if depends((node, 0), entered, known) else "")
-            continue
-        pending.extend((edge, added or adds) for edge, adds in carried)
+        elif _age(node) >= oldest:
+            carried = _carried(node, entered, known)
+            if carried is None and not opaque and depends((node, 0), entered, known):
+                opaque = _name(node)
+            pending.extend((edge, added or adds) for edge, adds in carried or ())
     return Paths(residual, plain, opaque if not residual else "")
 
 
 def depends(left: Edge, entered: Edge, known: dict[Any, bool] | None = None) -> bool:
-    """Return whether what left was computed from what entered.
-
-    Args:
-        left: a later point of the graph.
-        entered: an earlier one.
-        known: by node, what is known about it; filled in.
-    """
-    known = {} if known is None else known
-    oldest = _age(entered[0])
+    """Return whether what left was computed from what entered; `known`, by node, is filled in."""
     if left == entered:
         return True
+    known = {} if known is None else known
+    oldest = _age(entered[0])
     order: list[tuple[Any, bool]] = [(left[0], False)]
     while order:
         node, done = order.pop()
@@ -108,9 +96,9 @@ def depends(left: Edge, entered: Edge, known: dict[Any, bool] | None = None) -> 
             known[node] = any(edge == entered or known.get(edge[0], False) for edge in node.next_functions)
         elif node not in known:
             known[node] = False
-            if _age(node) >= oldest:
+            if node is not None and _age(node) >= oldest:
                 order.append((node, True))
-                order.extend((child, False) for child, _ in node.next_functions if child is not None)
+                order.extend((child, False) for child, _ in node.next_functions)
     return known[left[0]]
 
 
@@ -122,21 +110,20 @@ def _carried(node: Any, entered: Edge, known: dict[Any, bool]) -> list[tuple[Edg
 
     def reach_besides(index: int) -> bool:
         """Return whether an operand other than this one depends on what entered."""
-        edges = [edge for i, edge in enumerate(operands) if i != index and edge[0] is not None]
-        return any(depends(edge, entered, known) for edge in edges)
+        return any(depends(edge, entered, known) for i, edge in enumerate(operands) if i != index)
 
     if name in {"Add", "CopySlices"}:  # the second is an addition in place to a view
         return [(edge, reach_besides(i)) for i, edge in enumerate(operands)]
-    if name in _SUMS_ONTO_THE_FIRST:
+    if name in _ONTO_FIRST:
         return [(operands[0], reach_besides(0))]
     if name in {"Mul", "Div"}:
         sides = range(len(operands)) if name == "Mul" else range(1)
         return [(operands[i], False) for i in sides if not reach_besides(i) or _one_factor(operands, i)]
     if name == "Bmm":
         return [(operands[1], False)] if _mixes_lanes(operands) else []
-    if name in _FIRST_IS_CARRIED:
+    if name in _FIRST:
         return [(operands[0], False)]
-    return [(edge, False) for edge in operands] if name in _ANY_IS_CARRIED else []
+    return [(edge, False) for edge in operands] if name in _EACH else []
 
 
 def _one_factor(operands: list[Edge], index: int) -> bool:

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.backbone import Backbone, Read, Write, read_stream, write_stream
+from residual_steer.backbone import Backbone, compute_dtype, read_stream, write_stream
 from residual_steer.errors import SteerError
 from residual_steer.recording import watch
 
 from .candidates import Stack, Step, blocks_of, folder, stacks_of, steps_of
-from .example import Example, examples, given, kind_of
+from .example import Example, examples, given
 from .graph import depends, edge_of
-from .layout import MIXERS, MLPS, leaves_and_parts, part_of, width_dimension, within
-from .place import Enter, Layout, Leave, Path, tensors
-from .trace import LISTS, Call, called, differentiable, is_marked, probed, suspects
+from .place import MIXERS, MLPS, Place, part_of, readers_in, width_dimension, within
+from .trace import LISTS, Call, Path, called, differentiable, is_marked, probed, suspects, tensors
 
 __all__ = ["NoStreamError", "discover"]
 
@@ -31,23 +30,15 @@ class NoStreamError(SteerError):
 
 
 def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) -> Backbone:
-    """Find the residual blocks of a model by running it, and prove them.
-
-    Args:
-        model: any module on a real device; afterwards it is as it was.
-        example: a batch for it: a tensor, a tuple of arguments or a dict of keywords. None makes a tiny one.
-        dominant: whether a stream with many times the blocks of every other one is the one, and the others are left
-            out; otherwise several are refused whatever their sizes.
-
-    Returns:
-        The description, named "auto".
-
-    Raises:
-        SteerError: no input is known that the model runs on, or no residual stream, or several, can be proved.
-    """
+    """Return the stream that a run of a model proves, or raise; if it is `dominant`, small ones may stand beside it."""
     with torch.inference_mode(False), torch.random.fork_rng():
         torch.manual_seed(0)
-        like, dtype = kind_of(model)
+        kept, name = [*model.parameters(), *model.buffers()], type(model).__name__
+        if not kept:
+            raise SteerError(f"{name} has no parameters, and so no residual stream to probe.")
+        if any(tensor.is_meta for tensor in kept):
+            raise SteerError("this model is on the meta device and has no values yet. Materialise it, then steer it.")
+        device, dtype = kept[0].device, compute_dtype(model)
         failed: list[str] = []
         ran: set[tuple[Any, ...]] = set()
         refused: NoStreamError | None = None
@@ -56,7 +47,7 @@ def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) ->
                 break
             if made.kind in ran:
                 continue
-            probe = made.on(like, dtype)
+            probe = made.on(device, dtype)
             try:
                 return _Probe(model, probe, dominant).describe()
             except NoStreamError as error:
@@ -68,31 +59,27 @@ def discover(model: nn.Module, example: Any = None, *, dominant: bool = True) ->
         raise refused
     tried = f" Tried {failed[0]}" + (f", and {len(failed) - 1} more." if len(failed) > 1 else ".") if failed else ""
     raise SteerError(
-        f"auto proves the residual stream by running the model, and {type(model).__name__} did not run on what it was "
+        f"auto proves the residual stream by running the model, and {name} did not run on what it was "
         "given. Give a batch: find_backbone(model, example=batch), a tensor, a tuple or a dict; what that returns goes "
         f"to steer(model, ...).{tried}"
     )
 
 
 class _Probe:
-    """One model and one input."""
+    """One model and one input; its methods raise NoStreamError where these prove no stream."""
 
     def __init__(self, model: nn.Module, example: Example, dominant: bool) -> None:
         self._model, self._example, self._dominant = model, example, dominant
 
     def describe(self) -> Backbone:
-        """Return the description that this input proves.
-
-        Raises:
-            SteerError: it proves none.
-        """
+        """Return the description that this input proves."""
         with probed(self._model):
             with torch.no_grad():  # first, so that what a model keeps from its first call is not in the graph
                 self._run()
             with differentiable(self._model), called(suspects(self._model)) as calls:
                 output = self._run()
             stack, left_out = self._stack(calls, output)
-            with torch.no_grad(), called(leaves_and_parts(stack.blocks)) as inside:
+            with torch.no_grad(), called(readers_in(stack.blocks)) as inside:
                 self._run()
             backbone = self._backbone(stack, inside, left_out)
             self._prove(backbone)
@@ -105,13 +92,12 @@ class _Probe:
     def _stack(self, calls: Sequence[Call], output: Any) -> tuple[Stack, str]:
         """Return the blocks of the one stream, and words for what else there is."""
         found, reasons = steps_of(calls)
-        ends = [
-            edge for t in (output, *(t for _, t in tensors(output))) if isinstance(t, Tensor) and (edge := edge_of(t))
-        ]
+        outputs = [*([output] if isinstance(output, Tensor) else ()), *(tensor for _, tensor in tensors(output))]
+        ends = [edge_of(tensor) for tensor in outputs]
         stacks = [
             stack
             for stack in stacks_of(blocks_of(found, reasons, self._model))
-            if any(depends(end, stack.steps[-1].end) for end in ends)
+            if any(depends(end, stack.steps[-1].leave.edge) for end in ends)
         ]
         name = type(self._model).__name__
         if not stacks:
@@ -145,50 +131,50 @@ class _Probe:
         if len(stacks) != 2 or not getattr(config, "is_encoder_decoder", False):
             return None
         encoder, decoder = sorted(stacks, key=lambda stack: stack.steps[0].call.span)
-        if not depends(decoder.steps[-1].end, encoder.steps[-1].end):
-            return None
-        return Stack(encoder.steps + decoder.steps)
+        joined = depends(decoder.steps[-1].leave.edge, encoder.steps[-1].leave.edge)
+        return Stack(encoder.steps + decoder.steps) if joined else None
 
     def _backbone(self, stack: Stack, inside: Sequence[Call], left_out: str) -> Backbone:
-        """Describe a stack, if rows, width and place of the stream can be told."""
+        """Describe a stack by the rows, the width and the place of its stream."""
         first = {step.call.path: step for step in reversed(stack.steps)}
         steps = [first[name] for name in stack.blocks]
-        dimensions = [self._dimension(step, inside) for step in steps]
-        rows = self._rows(stack.steps)
-        mixed = len(set(dimensions)) > 1
-        turned = tuple({len(s.enter.shape) for s, d in zip(steps, dimensions, strict=True) if d == 1}) if mixed else ()
-        if any((len(s.enter.shape) in turned) != (d == 1) for s, d in zip(steps, dimensions, strict=True) if mixed):
+        widths: dict[str, int] = {}
+        dimensions: dict[int, set[int]] = {}  # which one is the width, by how many there are
+        for step in steps:
+            shape = step.enter.shape
+            dimension = width_dimension(shape, within(step.call.path, inside))
+            if dimension is None:
+                raise NoStreamError(
+                    f"which dimension of the stream {shape} in {step.call.path} is its width could not be told: "
+                    "no layer in it that reads the stream counts one of them."
+                )
+            widths[step.call.path] = shape[dimension]
+            dimensions.setdefault(len(shape), set()).add(dimension)
+        every = set().union(*dimensions.values())
+        mixed = len(every) > 1
+        if mixed and any(len(found) > 1 for found in dimensions.values()):
             raise NoStreamError("the stream has its width now in the second, now in the last of as many dimensions.")
-        channels = -1 if mixed else dimensions[0]
-        read, write = self._places(steps, Layout(rows, turned))
-        widths = {step.call.path: step.enter.shape[d] for step, d in zip(steps, dimensions, strict=True)}
+        turned = tuple(number for number, found in dimensions.items() if found == {1}) if mixed else ()
+        channels = -1 if mixed else every.pop()
+        rows = self._rows(stack.steps)
+        place = _place(steps, rows, turned)
+        moves = bool(rows or turned)
         mixer, mlp = (
-            None if turned or rows else part_of(names, widths, inside, channels, self._example.rows)
-            for names in (MIXERS, MLPS)
+            None if moves else part_of(names, widths, inside, channels, self._example.rows) for names in (MIXERS, MLPS)
         )
         return Backbone(
             blocks=list(stack.blocks.values()),
             width=next(iter(widths.values())) if len(set(widths.values())) == 1 else tuple(widths.values()),
             mixer=mixer,
             mlp=mlp,
-            read=read,
-            write=write,
+            read=place.read if moves or place.enter else read_stream,
+            write=place.write if moves or place.leave else write_stream,
             channels=channels,
             inplace=any(step.enter.path in step.call.overwrote for step in stack.steps),
             name="auto",
             path=self._path(stack),
             origin=f"auto: proved on a probe of {self._example}" + (f"; left out: {left_out}" if left_out else ""),
         )
-
-    def _dimension(self, step: Step, inside: Sequence[Call]) -> int:
-        """Return which dimension is the width."""
-        dimension = width_dimension(step.enter.shape, within(step.call.path, inside))
-        if dimension is None:
-            raise NoStreamError(
-                f"which dimension of the stream {step.enter.shape} in {step.call.path} is its width could not be told: "
-                "no layer in it that reads the stream counts one of them."
-            )
-        return dimension
 
     def _rows(self, steps: Sequence[Step]) -> int:
         """Return which dimension is the batch."""
@@ -202,19 +188,6 @@ class _Probe:
             f"the stream {steps[0].enter.shape} in {steps[0].call.path} has not the batch's {rows} rows in front."
         )
 
-    def _places(self, steps: Sequence[Step], layout: Layout) -> tuple[Read, Write]:
-        """Return how the stream is read and written, alike for all blocks."""
-        entered = {_argument(step) for step in steps}
-        left = {() if step.leave.path in ((), (0,)) else step.leave.path for step in steps}
-        if len(entered) > 1 or len(left) > 1:
-            places = {step.enter.path for step in steps}, {step.leave.path for step in steps}
-            raise NoStreamError(f"the stream stands in other places from block to block: {places}.")
-        ((path, keyword),), (leave,) = entered, left
-        plain = layout == Layout()
-        read: Read = read_stream if plain and not path else Enter(path, keyword, layout)
-        write: Write = write_stream if plain and not leave else Leave(leave, layout)
-        return read, write
-
     def _path(self, stack: Stack) -> str:
         """Return the module that holds all blocks and is no mere list of them, one with a config if there is one."""
         parts = folder(stack.blocks).split(".")
@@ -225,21 +198,13 @@ class _Probe:
 
     @torch.no_grad()
     def _prove(self, backbone: Backbone) -> None:
-        """Run the model through the description: writing the same stream changes nothing, writing another does.
-
-        It does so behind the last block too. Blocks may carry something beside the stream, as TNT's pixels beside
-        patches, which nobody reads in the end. What is expected is run with hooks as well, since torch's own layers
-        take another kernel under them.
-
-        Raises:
-            NoStreamError: it does not.
-        """
+        """Run the model through the description: writing the same stream changes nothing, moving the last one does."""
+        # as expected counts a run with hooks too, under which torch's own layers take another kernel
         expected, same = (self._written(backbone, f) for f in (lambda y, z: y, lambda y, z: y.clone()))
         if not _equal(same, expected):
             raise NoStreamError("the model computes something else when its own stream is put in its place.")
-        moved = self._written(
-            backbone, lambda y, z: y + z.abs().amax().nan_to_num().clamp(min=1) * _noise(y), last=True
-        )
+        moved = self._written(backbone, _moved, last=True)
+        # blocks may carry more than their stream, as TNT's pixels beside patches, which nobody reads in the end
         if _equal(moved, expected) and any(bool(t.any()) for _, t in tensors(expected, depth=4)):  # no head of zeros
             raise NoStreamError(
                 "the model computes the same when what leaves its last block is moved, so that this is not its stream."
@@ -259,6 +224,17 @@ class _Probe:
             return self._run()
 
 
+def _place(steps: Sequence[Step], rows: int, turned: tuple[int, ...]) -> Place:
+    """Return where the stream stands, alike for all blocks."""
+    entered = {_argument(step) for step in steps}
+    left = {() if step.leave.path in ((), (0,)) else step.leave.path for step in steps}
+    if len(entered) > 1 or len(left) > 1:
+        places = {step.enter.path for step in steps}, {step.leave.path for step in steps}
+        raise NoStreamError(f"the stream stands in other places from block to block: {places}.")
+    ((enter, keyword),), (leave,) = entered, left
+    return Place(enter, keyword, leave, rows, turned)
+
+
 def _argument(step: Step) -> tuple[Path, str | None]:
     """Return where the stream enters, and the argument's name in the block's `forward`; () is `read_stream`'s place."""
     positions = sorted(value.path[0] for value in step.call.entered if isinstance(value.path[0], int))
@@ -275,8 +251,9 @@ def _argument(step: Step) -> tuple[Path, str | None]:
     return (names.index(key) if key in names else key, *rest), key
 
 
-def _noise(like: Tensor) -> Tensor:
-    return torch.randn(like.shape, device=like.device).to(like.dtype)
+def _moved(y: Tensor, z: Tensor) -> Tensor:
+    noise = torch.randn(y.shape, device=y.device).to(y.dtype)
+    return y + z.abs().amax().nan_to_num().clamp(min=1) * noise
 
 
 def _equal(one: Any, other: Any) -> bool:

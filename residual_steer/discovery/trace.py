@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer.nested import dense
-from residual_steer.recording import undisturbed, watch
+from residual_steer.recording import changed, undisturbed, watch
 
 from .graph import Edge, edge_of
-from .place import Path, tensors
 
-__all__ = ["LISTS", "Call", "Value", "called", "differentiable", "is_marked", "probed", "suspects"]
+__all__ = ["LISTS", "Call", "Path", "Value", "called", "differentiable", "is_marked", "probed", "suspects", "tensors"]
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+Path = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Value:
 
     path: Path
     shape: tuple[int, ...]
-    edge: Edge | None
+    edge: Edge
     tensor: Tensor
 
     @classmethod
@@ -40,38 +41,36 @@ class Value:
 
 @dataclass
 class Call:
-    """One call of one module.
+    """One call of one module."""
 
-    Attributes:
-        path: the module's name in the model.
-        module: the module.
-        entered: what it was given, positions and keywords as the first part of a place.
-        left: what came back.
-        span: when it began and ended, counted in events.
-        overwrote: places of what it was given and changed.
-    """
-
-    path: str
+    path: str  # the module's name in the model
     module: nn.Module
-    entered: list[Value]
+    entered: list[Value]  # positions and keywords are the first part of a place
     left: list[Value] = field(default_factory=list)
-    span: tuple[int, int] = (0, 0)
-    overwrote: set[Path] = field(default_factory=set)
+    span: tuple[int, int] = (0, 0)  # when it began and ended, counted in events
+    overwrote: set[Path] = field(default_factory=set)  # places of what it was given and changed
 
     def holds(self, other: Call) -> bool:
         """Return whether another call was made during this one."""
         return self.span[0] < other.span[0] and other.span[1] < self.span[1]
 
 
-def suspects(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that could be residual blocks, by name.
+def tensors(tree: Any, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, Tensor]]:
+    """Yield the floating tensors of nested tuples, lists and mappings with their places."""
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point() and tree.dim() > 1:
+            yield path, tree
+    elif depth and isinstance(tree, (tuple, list, Mapping)):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            if isinstance(key, (int, str)):
+                yield from tensors(value, (*path, key), depth - 1)
 
-    They have parameters and parts, and stand in a list, are marked as a layer by transformers, or have a sibling of
-    their own class.
-    """
+
+def suspects(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what could be a residual block: in a list, marked by transformers, or beside another of its class."""
     found: dict[str, nn.Module] = {}
     for path, parent in model.named_modules():
-        children = [(name, child) for name, child in parent.named_children() if _is_composite(child)]
+        children = [(name, child) for name, child in parent.named_children() if _runs(child)]
         kinds = [type(child) for _, child in children]
         for name, child in children:
             if isinstance(parent, LISTS) or is_marked(child) or kinds.count(type(child)) > 1:
@@ -84,7 +83,8 @@ def is_marked(module: nn.Module) -> bool:
     return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
 
 
-def _is_composite(module: nn.Module) -> bool:
+def _runs(module: nn.Module) -> bool:
+    """Return whether a module has parameters, and is no mere list."""
     bare = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
     return not bare and next(module.parameters(), None) is not None
 
@@ -94,7 +94,7 @@ def called(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
     """Record the calls of modules that return, in the order in which they began."""
     calls: list[Call] = []
     open_calls: list[Call] = []
-    clock = iter(range(10**12))
+    clock = itertools.count()
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         values = Value.all({**dict(enumerate(args)), **kwargs})
@@ -103,13 +103,12 @@ def called(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         while open_calls and open_calls[-1].module is not module:  # of calls that did not return
             open_calls.pop()
-        if not open_calls:
-            return
-        call = open_calls.pop()
-        call.left = Value.all(output)
-        call.overwrote = {value.path for value in call.entered if edge_of(value.tensor) != value.edge}
-        call.span = (call.span[0], next(clock))
-        calls.append(call)
+        if open_calls:
+            call = open_calls.pop()
+            call.left = Value.all(output)
+            call.overwrote = {value.path for value in call.entered if edge_of(value.tensor) != value.edge}
+            call.span = (call.span[0], next(clock))
+            calls.append(call)
 
     with contextlib.ExitStack() as stack:
         for path, module in modules.items():
@@ -140,15 +139,10 @@ def probed(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Let every parameter require a gradient, so that all that is computed is in one graph, which keeps no values."""
-    parameters = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
-    try:
-        for parameter, _ in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, _no_backward):
-            yield
-    finally:
-        for parameter, required in parameters:
-            parameter.requires_grad_(required)
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    forgetful = torch.autograd.graph.saved_tensors_hooks(lambda _: None, _no_backward)
+    with changed(floating, "requires_grad", True), torch.enable_grad(), forgetful:
+        yield
 
 
 def _no_backward(_: None) -> Tensor:
