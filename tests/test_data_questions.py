@@ -170,7 +170,10 @@ def test_questions_in_pieces_are_the_same(squad_folder, tokenizer, monkeypatch):
     ("change", "said"),
     [
         (lambda row: row | {"answers": {"text": [], "answer_start": []}}, "row 1 of .* is not in SQuAD's schema"),
-        (lambda row: row | {"answers": {"text": ["a"], "answer_start": [5000]}}, "row 1 of .* is not in SQuAD's schema"),
+        (
+            lambda row: row | {"answers": {"text": ["a"], "answer_start": [5000]}},
+            "row 1 of .* is not in SQuAD's schema",
+        ),
         (lambda row: row | {"answers": {"text": ["a"], "answer_start": [-1]}}, "is not in SQuAD's schema"),
         (lambda row: row | {"answers": {"text": [""], "answer_start": [0]}}, "is not in SQuAD's schema"),
         (lambda row: row | {"context": None}, "row 1 of .* is not in SQuAD's schema"),

@@ -75,8 +75,7 @@ def _check(method: str, subject: Subject, length: int) -> None:
     if words and not subject.is_ssm and _patches(subject) is None:  # CLIP embeds positions
         raise UnsuitableError(
             f"{method!r} puts tokens into the stream of a block, and blocks of {backbone.name!r} are given masks, "
-            "positions and a cache that were made for the tokens of the text alone. For a language model choose "
-            "'prompt' (tokens at its input) or 'prefix' (keys and values in every layer)."
+            "positions and a cache that were made for the text alone. For a language model choose 'prompt' or 'prefix'."
         )
 
 

@@ -74,14 +74,12 @@ def plan(source: Source, config: str | None = None) -> Plan:
     Raises:
         SteerError: the source is not there, or the Hub cannot be asked.
     """
-    datasets = _library()
     if not isinstance(source, (str, os.PathLike)):
-        loaded = _loaded(datasets, source)
-        return Plan("data in memory", config, False, 0, {name: len(rows) for name, rows in loaded.items()})
+        return Plan("data in memory", config, False, 0, {name: len(rows) for name, rows in _loaded(source).items()})
     if _is_local(source):
         return Plan(os.fspath(source), config, False, 0)
     with _explained(source, config):
-        return _planned(os.fspath(source), _builder(datasets, os.fspath(source), config, None))
+        return _planned(os.fspath(source), _builder(os.fspath(source), config, None))
 
 
 def splits(source: Source, config: str | None = None, *, cache: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -100,14 +98,13 @@ def splits(source: Source, config: str | None = None, *, cache: str | os.PathLik
     Raises:
         SteerError: the source is not there, cannot be reached or read, or `datasets` is not installed.
     """
-    datasets = _library()
     cache = None if cache is None else os.fspath(cache)
     if not isinstance(source, (str, os.PathLike)):
-        return _loaded(datasets, source)
+        return _loaded(source)
     with _explained(source, config):
         if _is_local(source):
-            return _loaded(datasets, _local(datasets, Path(source).expanduser(), config, cache))
-        builder = _builder(datasets, os.fspath(source), config, cache)
+            return _loaded(_local(Path(source).expanduser(), config, cache))
+        builder = _builder(os.fspath(source), config, cache)
         planned = _planned(os.fspath(source), builder)
         if planned.download:
             _log.warning("%s", planned)
@@ -165,8 +162,9 @@ def _library() -> Any:
         ) from error
 
 
-def _loaded(datasets: Any, source: Any) -> dict[str, Any]:
+def _loaded(source: Any) -> dict[str, Any]:
     """Return what `datasets` has loaded as splits by name."""
+    datasets = _library()
     if isinstance(source, datasets.Dataset):
         return {str(source.split or "train"): source}
     if isinstance(source, Mapping) and all(isinstance(rows, datasets.Dataset) for rows in source.values()):
@@ -177,8 +175,9 @@ def _loaded(datasets: Any, source: Any) -> dict[str, Any]:
     )
 
 
-def _local(datasets: Any, path: Path, config: str | None, cache: str | None) -> Any:
+def _local(path: Path, config: str | None, cache: str | None) -> Any:
     """Read a local file or folder."""
+    datasets = _library()
     if path.is_file():
         if path.suffix.lower() not in _FORMATS:
             raise SteerError(f"a local source is {_LOCAL}; {str(path)!r} is none of these.")
@@ -198,14 +197,14 @@ def _local(datasets: Any, path: Path, config: str | None, cache: str | None) -> 
         raise SteerError(f"a local source is {_LOCAL}; {str(path)!r} has none of these.") from error
 
 
-def _builder(datasets: Any, name: str, config: str | None, cache: str | None) -> Any:
+def _builder(name: str, config: str | None, cache: str | None) -> Any:
     """Return what will download and prepare a data set of the Hub."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII):
         raise SteerError(
             f"there is no file or folder {name!r}, and it is no name on the Hub, as 'owner/name' is. A local source is "
             f"{_LOCAL}."
         )
-    return datasets.load_dataset_builder(name, config, cache_dir=cache)
+    return _library().load_dataset_builder(name, config, cache_dir=cache)
 
 
 def _planned(name: str, builder: Any) -> Plan:
@@ -286,14 +285,9 @@ class Pixels:
 
 
 class ImageRows(Dataset[tuple[Any, int]]):
-    """Pairs of an image, decoded when it is asked for, and its class.
+    """Pairs of an image, as `prepare` makes it of a PIL image when it is asked for, and its class.
 
-    Args:
-        rows: a `datasets.Dataset` with a column that decodes to PIL images.
-        image: that column's name.
-        labels: the class of each row, counted from 0.
-        classes: their names.
-        prepare: from a PIL image to what the model takes.
+    `rows` is a `datasets.Dataset` whose column `image` decodes to PIL images; `labels` are indices into `classes`.
     """
 
     def __init__(
@@ -306,18 +300,12 @@ class ImageRows(Dataset[tuple[Any, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return an image as `prepare` gives it, and its class.
-
-        Raises:
-            SteerError: the image cannot be decoded.
-        """
+        """Return an image and its class; raise SteerError if it cannot be decoded."""
         label = self.labels[index]  # an index beyond the end fails here
         try:
             image = self.rows[index][self.image]
         except Exception as error:  # PIL's decoders raise errors of many kinds
-            raise SteerError(
-                f"the image of row {index} cannot be decoded: {error}. Leave it out of the data."
-            ) from error
+            raise SteerError(f"the image of row {index} cannot be decoded: {error}. Leave it out.") from error
         return self.prepare(image), label
 
     def subset(self, indices: Sequence[int]) -> ImageRows:
