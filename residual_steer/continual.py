@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from ._batches import batches, require_finite, tokens_of
 from ._controller import Steering, steering_of
 from ._subspace import Protected, Protection, SecondMoment, Subspace, inputs_of, listed, unwrapped
-from .diagnostics._table import Table
+from .diagnostics._results import Table, table_of
 from .errors import SteerError
 from .field import Projection
 from .files import as_path, make_folder, write_whole
@@ -169,24 +169,21 @@ class NullSpace:
 
     def report(self) -> Table:
         """Return what is protected and what is left, projection by projection."""
-        rows = []
-        for key, one in self._protected.items():
-            inputs, protected = one.space.basis.shape
-            share = min(self._shares[key], default=None)
-            rows.append({"point": key, "inputs": inputs, "held": protected, "left": inputs - protected, "share": share})
+        spaces = [one.space for one in self._protected.values()]
         spec = self._steering()[1].specs[self.name]
         notes = ["The 1 of a bias is one of the dimensions."] if spec.bias else []
         if spec.train:
             notes.append(f"Not protected, since it trains along with the field: {listed(list(spec.train))}.")
+        shares = [min(self._shares[key], default=None) for key in self._protected]
         columns = {
-            "point": "projection",
-            "inputs": "dimensions",
-            "held": "protected",
-            "left": "left",
-            "share": "energy protected, least of all tasks",
+            "point": ("projection", self._protected),
+            "inputs": ("dimensions", [space.basis.shape[0] for space in spaces]),
+            "held": ("protected", [space.basis.shape[1] for space in spaces]),
+            "left": ("left", [space.left for space in spaces]),
+            "share": ("energy protected, least of all tasks", shares),
         }
         title = f"Null space of field {self.name!r} after {self._counted()}, energy {self.energy:g}"
-        return Table(title, columns, tuple(rows), tuple(notes), digits=6)
+        return table_of(title, columns, *notes, digits=6)
 
     def __str__(self) -> str:
         """Write the report as text."""
