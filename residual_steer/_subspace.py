@@ -1,16 +1,14 @@
 """Directions that hold the energy of features, and linear maps that an optimizer moves in all others (eq. 6).
 
-The rule by which directions are added, task after task, is that of gradient projection memory (Saha et al. 2021, arXiv
-2103.09762), on covariances as in Adam-NSCL (Wang et al. 2021, arXiv 2103.07113), which need no stored features. The
-update is projected, not the gradient: an optimizer that scales coordinates one by one, and weight decay, would leave
-the null space again.
+The update is projected, not the gradient: an optimizer that scales coordinates one by one, and weight decay, would
+leave the null space again.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from ._internals import version
 from .errors import SteerError
 from .field import Projection
 
-__all__ = ["Protected", "Protection", "SecondMoment", "Subspace", "inputs_of", "listed", "unwrapped"]
+__all__ = ["Protected", "Protection", "SecondMoment", "extended", "inputs_of", "listed", "share_inside", "unwrapped"]
 
 _ROWS = 8192  # that are taken to fp64 at a time
 _SLACK = 1e-12  # by which a sum of shares may miss what it adds up to
@@ -31,11 +29,9 @@ _STRAYED = 1e-4  # relative to [W, b]: far above what fp32 rounds, far below wha
 
 
 class SecondMoment:
-    """Σ x xᵀ of the features x that went by, uncentred; nothing else of them is kept.
+    """Σ x xᵀ of the features x that enter a linear map, uncentred, with a 1 behind every x where it has a bias.
 
-    Args:
-        linear: the map that they enter; where it has a bias, a 1 is put behind every x. The sum is in fp64, and so on
-            the CPU for a device that has none.
+    The sum is in fp64, and so on the CPU for a device that has none.
     """
 
     def __init__(self, linear: Projection) -> None:
@@ -54,112 +50,77 @@ class SecondMoment:
 
 
 @dataclass(frozen=True)
-class Subspace:
-    """A space of directions, and what lies outside of it.
+class Protected:
+    """What a linear map has to go on doing.
 
     Attributes:
-        basis: U, `(inputs, dimensions)` in fp64, with orthonormal columns.
+        basis: U, the directions of its inputs in which it stays, that of its bias last; `(inputs, dimensions)` in fp64,
+            with orthonormal columns.
+        response: what it makes of them, [W, b]·U, `(outputs, dimensions)` in fp64.
+        shares: of each task, the part of its features' energy that lies inside.
     """
 
     basis: Tensor
+    response: Tensor
+    shares: tuple[float, ...] = ()
 
     @classmethod
-    def nothing(cls, inputs: int) -> Subspace:
-        """Return the space without a direction."""
-        return cls(torch.zeros(inputs, 0, dtype=torch.float64))
+    def of(cls, linear: Projection, basis: Tensor | None = None, shares: tuple[float, ...] = ()) -> Protected:
+        """Protect a map as it is, in no direction without a basis."""
+        basis = torch.zeros(inputs_of(linear), 0, dtype=torch.float64) if basis is None else basis
+        return cls(basis, _matrix(linear).cpu().double() @ basis, shares)
 
     @property
     def left(self) -> int:
         """How many dimensions lie outside."""
         return self.basis.shape[0] - self.basis.shape[1]
 
-    def share(self, moment: Tensor) -> float:
-        """Return the part of the energy of features with the second moment M that lies inside, tr(UᵀMU) / tr(M)."""
-        total = float(moment.trace())
-        return _energy_inside(self.basis.to(moment), moment) / total if total else 1.0
-
-    def extend(self, moment: Tensor, energy: float) -> Subspace:
-        """Return the smallest space around this one that holds `energy` of the features' energy.
-
-        What the space holds already counts. What is missing is taken from the rest, in the order of its eigenvalues.
-
-        Args:
-            moment: M, `(inputs, inputs)`, the second moment of a task's features.
-            energy: from 0 to 1; 1 takes all that the numbers can tell from zero: eigenvalues above what fp32 (of the
-                features) and fp64 (of their sum) resolve, the larger of ε₃₂² and inputs·ε₆₄ times the largest.
-        """
-        basis = self.basis.to(moment)
-        total, inside = float(moment.trace()), _energy_inside(basis, moment)
-        if not total or not self.left:
-            return self
-        outside = moment - basis @ (basis.t() @ moment)
-        outside = outside - (outside @ basis) @ basis.t()
-        values, vectors = torch.linalg.eigh((outside + outside.t()) / 2)
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        largest = float(values[0] if not basis.shape[1] else torch.linalg.eigvalsh(moment)[-1])
-        tolerance = max(torch.finfo(torch.float32).eps ** 2, len(moment) * torch.finfo(torch.float64).eps)
-        resolved = int((values > tolerance * largest).sum())
-        before = inside + values.cumsum(0) - values  # what is inside before each direction is added
-        needed = resolved if energy == 1 else int((before < energy * total * (1 - _SLACK)).sum())
-        more = vectors[:, : min(needed, resolved, self.left)]
-        for _ in range(2):  # once leaves what rounding leaves
-            more = torch.linalg.qr(more - basis @ (basis.t() @ more)).Q
-        return Subspace(torch.cat([basis, more], dim=1).cpu())
-
-
-def _energy_inside(basis: Tensor, moment: Tensor) -> float:
-    return float(((moment @ basis) * basis).sum())
-
-
-@dataclass(frozen=True)
-class Protected:
-    """What a linear map has to go on doing.
-
-    Attributes:
-        space: the directions U of its inputs in which it stays, that of its bias last.
-        response: what it makes of them, [W, b]·U, `(outputs, dimensions)` in fp64.
-    """
-
-    space: Subspace
-    response: Tensor
-
-    @classmethod
-    def of(cls, linear: Projection, space: Subspace) -> Protected:
-        """Protect a map as it is."""
-        return cls(space, (_matrix(linear).cpu().double() @ space.basis))
-
-    def extended(self, linear: Projection, space: Subspace) -> Protected:
-        """Protect a map in more directions; in those that were protected before, as it was then."""
-        new = Protected.of(linear, Subspace(space.basis[:, self.response.shape[1] :]))
-        return Protected(space, torch.cat([self.response, new.response], dim=1))
+    def grown(self, linear: Projection, moment: Tensor, energy: float) -> Protected:
+        """Protect a map for one more task too; in directions that were protected before, as it was then."""
+        basis = extended(self.basis, moment, energy)
+        new = _matrix(linear).cpu().double() @ basis[:, self.basis.shape[1] :]
+        return Protected(basis, torch.cat([self.response, new], dim=1), (*self.shares, share_inside(basis, moment)))
 
     def strayed(self, linear: Projection) -> float:
         """Return how far a map is from what it has to do, relative to its size."""
         matrix = _matrix(linear).cpu().double()
-        return float((matrix @ self.space.basis - self.response).norm() / matrix.norm().clamp_min(1e-30))
-
-    def lost(self, linear: Projection) -> bool:
-        """Return whether a map is further from what it has to do than its type can round."""
-        return self.strayed(linear) > max(_STRAYED, 4 * torch.finfo(linear.weight.dtype).eps)
+        return float((matrix @ self.basis - self.response).norm() / matrix.norm().clamp_min(1e-30))
 
 
-def inputs_of(linear: Projection) -> int:
-    """Return the inputs of a map; a bias is one more, which is always 1."""
-    return linear.in_features + (linear.bias is not None)
+def share_inside(basis: Tensor, moment: Tensor) -> float:
+    """Return the part of the energy of features with the second moment M that lies inside, tr(UᵀMU) / tr(M)."""
+    total = float(moment.trace())
+    return _energy_inside(basis.to(moment), moment) / total if total else 1.0
 
 
-def unwrapped(optimizer: object) -> Optimizer:
-    """Return the torch optimizer in another one's `optimizer`, as accelerate wraps it, or raise if there is none."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise SteerError(f"what is protected from is a torch.optim.Optimizer; received {type(optimizer).__name__}.")
-    return optimizer
+def extended(basis: Tensor, moment: Tensor, energy: float) -> Tensor:
+    """Return the basis of the smallest space around another that holds `energy` of a task's energy.
+
+    What the space holds already counts; what is missing is taken from the rest, in the order of its eigenvalues. An
+    energy of 1 takes all that the numbers can tell from zero: eigenvalues above what fp32 (of the features) and fp64
+    (of their sum) resolve, the larger of ε₃₂² and inputs·ε₆₄ times the largest.
+    """
+    inner, left = basis.to(moment), basis.shape[0] - basis.shape[1]
+    total, inside = float(moment.trace()), _energy_inside(inner, moment)
+    if not total or not left:
+        return basis
+    outside = moment - inner @ (inner.t() @ moment)
+    outside = outside - (outside @ inner) @ inner.t()
+    values, vectors = torch.linalg.eigh((outside + outside.t()) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    largest = float(torch.linalg.eigvalsh(moment)[-1] if inner.shape[1] else values[0])
+    tolerance = max(torch.finfo(torch.float32).eps ** 2, len(moment) * torch.finfo(torch.float64).eps)
+    resolved = int((values > tolerance * largest).sum())
+    before = inside + values.cumsum(0) - values  # what is inside before each direction is added
+    needed = resolved if energy == 1 else int((before < energy * total * (1 - _SLACK)).sum())
+    more = vectors[:, : min(needed, resolved, left)]
+    for _ in range(2):  # once leaves what rounding leaves
+        more = torch.linalg.qr(more - inner @ (inner.t() @ more)).Q
+    return torch.cat([inner, more], dim=1).cpu()
 
 
-def listed(keys: list[str]) -> str:
-    """Return a few of some keys, and how many more there are."""
-    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+def _energy_inside(basis: Tensor, moment: Tensor) -> float:
+    return float(((moment @ basis) * basis).sum())
 
 
 class Protection:
@@ -168,11 +129,7 @@ class Protection:
     Projecting every update onto what lies outside U is keeping [W, b]·U where it was; it is done in this form, since
     then rounding does not add up from step to step. What others write between two steps, as when weights are loaded, is
     no update: where it leaves what is protected, that is what the map does from then on, and a warning is given.
-
-    Args:
-        optimizer: whose steps are corrected, after its own scaling and weight decay.
-        linears: the maps, by the names of their points.
-        protected: what is protected of each; looked up in every step, so that it may grow.
+    `protected` is looked up in every step, so that it may grow.
     """
 
     def __init__(
@@ -212,11 +169,14 @@ class Protection:
         self.remove()
 
     def _notice(self, *_: Any) -> None:
-        """Before a step: warn of what was changed by others since the last one."""
-        written = [name for name, linear in self._linears.items() if self._left.get(name) != _marks(linear)]
-        strayed = [name for name in written if self._protected[name].lost(self._linears[name])]
-        for name in strayed:
-            self._protected[name] = Protected.of(self._linears[name], self._protected[name].space)
+        """Before a step: warn of what was changed by others since the last one, beyond what a type can round."""
+        strayed = []
+        for name, linear in self._linears.items():
+            limit = max(_STRAYED, 4 * torch.finfo(linear.weight.dtype).eps)
+            if self._left.get(name) != _marks(linear) and self._protected[name].strayed(linear) > limit:
+                strayed.append(name)
+                known = self._protected[name]
+                self._protected[name] = Protected.of(linear, known.basis, known.shares)
         if strayed:
             warnings.warn(
                 f"weights were changed in protected directions by something else than this optimizer, at "
@@ -230,8 +190,11 @@ class Protection:
     def _correct(self, *_: Any) -> None:
         """After a step: put back what it moved in protected directions."""
         for name, linear in self._linears.items():
-            matrix = _matrix(linear)
-            basis, response = self._beside(name, matrix)
+            matrix, protected = _matrix(linear), self._protected[name]
+            known, basis, response = self._near.get(name, (None, matrix, matrix))
+            if known is not protected or basis.device != matrix.device:  # brought to the map's device once
+                basis, response = protected.basis.to(matrix), protected.response.to(matrix)
+                self._near[name] = protected, basis, response
             if basis.shape[1]:
                 matrix = matrix - (matrix @ basis - response) @ basis.t()
                 linear.weight.copy_(matrix[:, : linear.in_features])
@@ -239,14 +202,25 @@ class Protection:
                     linear.bias.copy_(matrix[:, -1])
             self._left[name] = _marks(linear)
 
-    def _beside(self, name: str, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Return U and the response on the device of the map, which is moved at most once."""
-        protected = self._protected[name]
-        known, basis, response = self._near.get(name, (None, matrix, matrix))
-        if known is not protected or basis.device != matrix.device:
-            basis, response = protected.space.basis.to(matrix), protected.response.to(matrix)
-            self._near[name] = protected, basis, response
-        return basis, response
+
+def inputs_of(linear: Projection) -> int:
+    """Return the inputs of a map; a bias is one more, which is always 1."""
+    return linear.in_features + (linear.bias is not None)
+
+
+def unwrapped(optimizer: object) -> Optimizer:
+    """Return the torch optimizer in another one's `optimizer`, as accelerate wraps it, or raise if there is none."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise SteerError(f"what is protected from is a torch.optim.Optimizer; received {type(optimizer).__name__}.")
+    return optimizer
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Return a few of some keys, and how many more there are."""
+    keys = list(keys)
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 
 def _marks(linear: Projection) -> list[tuple[int, int]]:

@@ -2,10 +2,9 @@
 
     h_t = exp(Δ_t·A) ⊙ h_{t-1} + (Δ_t·u_t) ⊗ B_t        y_t = C_t · h_t
 
-A step is one operation on all channels and states, and chunks of steps share buffers that stay in a processor's cache.
-Only the states at the beginning of a chunk are kept for the backward pass, which computes the others again, as the
-authors' kernel does. So time and memory grow linearly with the length, and nothing of the size of all states,
-length × channels × states, is ever made.
+A step is one operation on all channels and states, in buffers that stay in a processor's cache. Only the states at the
+beginning of a chunk of steps are kept; the backward pass computes the others again, as the authors' kernel does. Time
+and memory grow with the length, and nothing of length × channels × states is ever made.
 """
 
 from __future__ import annotations
@@ -43,30 +42,20 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) ->
     Raises:
         SteerError: shapes that do not fit.
     """
-    if u.dim() != 3 or A.dim() != 2 or delta.shape != u.shape or A.shape[0] != u.shape[2]:
-        _refuse(u, delta, A, B, C)
-    if B.shape != C.shape or B.shape != (*u.shape[:2], A.shape[1]):
-        _refuse(u, delta, A, B, C)
+    fits = u.dim() == 3 and A.dim() == 2 and delta.shape == u.shape and A.shape[0] == u.shape[2]
+    if not fits or B.shape != C.shape or B.shape != (*u.shape[:2], A.shape[1]):
+        raise SteerError(
+            "u and delta are (batch, length, channels), A (channels, states), B and C (batch, length, states); "
+            f"received {', '.join(str(tuple(x.shape)) for x in (u, delta, A, B, C))}."
+        )
     dtype = torch.float64 if torch.float64 in (u.dtype, delta.dtype, A.dtype, B.dtype, C.dtype) else torch.float32
     y, _ = torch.ops.residual_steer.selective_scan(*(x.to(dtype) for x in (u, delta, A, B, C)))
     result: Tensor = y.to(u.dtype)
     return result
 
 
-def _refuse(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
-    """Name the shapes.
-
-    Raises:
-        SteerError: always.
-    """
-    raise SteerError(
-        "u and delta are (batch, length, channels), A (channels, states), B and C (batch, length, states); received "
-        f"{', '.join(str(tuple(x.shape)) for x in (u, delta, A, B, C))}."
-    )
-
-
 def _exactly(kernel: Any) -> Any:
-    """Let a kernel compute in the dtype of its tensors: what it calls is seen by autocast, if that is on."""
+    """Let a kernel compute in the dtype of its tensors, also under autocast."""
 
     @functools.wraps(kernel)
     def run(u: Tensor, *rest: Any) -> Any:
@@ -80,13 +69,13 @@ def _exactly(kernel: Any) -> Any:
 @_exactly
 def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and the states that chunks begin with, `(chunks, batch, states, channels)`; arguments as above."""
-    rows, length, channels = u.shape
-    states = A.shape[1]
-    steps, group = _cut(length, rows, states * channels)
+    (rows, length, channels), states = u.shape, A.shape[1]
+    steps, group = _cut(rows, states * channels)
     y, starts = u.new_empty(u.shape), u.new_empty(-(-length // steps), rows, states, channels)
     written = y.transpose(0, 1)
     for some in _ranges(rows, group):
-        own_u, own_delta, own_B, own_C = (_by_step(x[some]) for x in (u, delta, B, C))
+        # (length, batch, …), so that a step is one piece of memory
+        own_u, own_delta, own_B, own_C = (x[some].transpose(0, 1).contiguous() for x in (u, delta, B, C))
         chunk = _Chunk(A, steps, own_u.shape[1])
         before = A.new_zeros(own_u.shape[1], states, channels)
         for number, at in enumerate(_ranges(length, steps)):
@@ -100,7 +89,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Te
 @_scan.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     rows, length, channels = u.shape
-    steps, _ = _cut(length, rows, A.numel())
+    steps, _ = _cut(rows, A.numel())
     return u.new_empty(u.shape), u.new_empty(-(-length // steps), rows, A.shape[1], channels)
 
 
@@ -109,28 +98,17 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
 def _unscan(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, of_A: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, Δ, A, B and C; that of A is zero unless `of_A`.
+    """Return the gradients of u, Δ, A (zero unless `of_A`), B and C; `grad` is that of y, `starts` as above.
 
     With g_t the gradient of h_t:  g_t = C_t ⊗ grad_t + exp(Δ_{t+1}·A) ⊙ g_{t+1}.
-
-    Args:
-        grad: of y.
-        u: this and what follows as in the forward pass.
-        delta: likewise.
-        A: likewise.
-        B: likewise.
-        C: likewise.
-        starts: the states that chunks begin with.
-        of_A: whether the gradient of A is wanted.
     """
-    rows, length, channels = u.shape
-    states = A.shape[1]
-    steps, group = _cut(length, rows, states * channels)
+    (rows, length, channels), states = u.shape, A.shape[1]
+    steps, group = _cut(rows, states * channels)
     grads = [x.new_empty(x.shape) for x in (u, delta, B, C)]
     of_u, of_delta, of_B, of_C = (x.transpose(0, 1) for x in grads)
     grad_A = A.new_zeros(A.shape)
     for some in _ranges(rows, group):
-        own, own_u, own_delta, own_B, own_C = (_by_step(x[some]) for x in (grad, u, delta, B, C))
+        own, own_u, own_delta, own_B, own_C = (x[some].transpose(0, 1).contiguous() for x in (grad, u, delta, B, C))
         chunk = _Chunk(A, steps, own_u.shape[1])
         g = A.new_empty(steps, own_u.shape[1], states, channels)
         later: Tensor | None = None  # what reaches the last step of a chunk from those after it
@@ -161,9 +139,8 @@ def _unscan(
 @_unscan.register_fake
 def _(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, of_A: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    first, second, third, fourth, fifth = (x.new_empty(x.shape) for x in (u, delta, A, B, C))
-    return first, second, third, fourth, fifth
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C))
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -191,14 +168,7 @@ class _Chunk:
         self.decay, self.h = (A.new_empty(steps, rows, *self.A.shape) for _ in range(2))
 
     def run(self, u: Tensor, delta: Tensor, B: Tensor, before: Tensor) -> Tensor:
-        """Return the states of some steps, `(steps, batch, states, channels)`; `decay` then has exp(Δ·A).
-
-        Args:
-            u: `(steps, batch, channels)`.
-            delta: likewise.
-            B: `(steps, batch, states)`.
-            before: the state that they begin with.
-        """
+        """Return the states of steps behind `before`, `(steps, batch, states, channels)`; `decay` becomes exp(Δ·A)."""
         decay, h = self.decay[: len(u)], self.h[: len(u)]
         torch.mul(delta.unsqueeze(2), self.A, out=decay).exp_()
         torch.mul((delta * u).unsqueeze(2), B.unsqueeze(3), out=h)
@@ -207,23 +177,12 @@ class _Chunk:
         return h
 
 
-def _by_step(x: Tensor) -> Tensor:
-    """Return `(length, batch, ...)` of `(batch, length, ...)`, so that a step is one piece of memory."""
-    return x.transpose(0, 1).contiguous()
-
-
-def _cut(length: int, rows: int, numbers: int) -> tuple[int, int]:
-    """Return how many steps are a chunk, and how many rows are scanned together.
-
-    Args:
-        length: of a row.
-        rows: of the batch.
-        numbers: in the state of a row.
-    """
+def _cut(rows: int, numbers: int) -> tuple[int, int]:
+    """Return how many steps are a chunk, and how many rows are scanned together; a row's state has some `numbers`."""
     group = max(1, min(rows, BUFFER // (CHUNK * numbers)))
     return max(CHUNK, BUFFER // (group * numbers)), group
 
 
 def _ranges(total: int, size: int) -> list[slice]:
-    """Cut `total` into slices of a size, the last of which may be shorter."""
+    """Return slices of a size that cover `total`; the last may be shorter."""
     return [slice(begin, min(begin + size, total)) for begin in range(0, total, size)]

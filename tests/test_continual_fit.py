@@ -140,6 +140,6 @@ def test_what_does_not_protect_is_refused():
     other = torch.nn.Linear(64, 5)
     before = weights(other)
     loader = DataLoader(TensorDataset(torch.randn(4, 64), torch.arange(4)), 2)
-    with pytest.raises(rs.SteerError, match="holds no parameter of field 'default'"):
+    with pytest.raises(rs.SteerError, match="has no parameter of field 'default'"):
         fit(other, loader, protect=space)
     assert same(weights(other), before)

@@ -262,7 +262,7 @@ class Reshuffled:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: changed(y=torch.zeros_like), "two classes or more; the loader has rows of 1"),
+        (lambda: changed(y=torch.zeros_like), "2 to 6 corners.*rows of 1 classes"),
         (lambda: changed(y=lambda y: y[:, None].expand(-1, 3)), "a class index for each row.*\\(20, 3\\)"),
         (lambda: changed(y=lambda y: y.float()), "class index"),
         (lambda: changed(y=lambda y: y + 1), "classes 0 to 2; a label is 3"),
@@ -270,7 +270,7 @@ class Reshuffled:
         (lambda: changed(x=torch.zeros_like), "class means are all the same"),
         (lambda: (mixed()[0], [mixed()[1]]), "received none"),
         (lambda: (mixed()[0], Reshuffled(*mixed()[1:])), "same rows.*gave 20 and then 19"),
-        (lambda: (Probe(2, 5), [(torch.randn(9, 2), torch.arange(9) % 5)]), "5 classes have in 4 dimensions"),
+        (lambda: (Probe(2, 5), [(torch.randn(9, 2), torch.arange(9) % 5)]), "2 to 3 corners.*rows of 5 classes"),
         (lambda: (nn.Tanh(), changed()[1]), "no layer of this Tanh"),
         (lambda: (nn.Flatten(0), changed()[1]), "gave \\(100,\\)"),
     ],

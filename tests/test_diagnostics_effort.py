@@ -11,7 +11,7 @@ from fields import IMAGES, shake, vit
 from residual_steer import Backbone, SteerError, steer, unsteer, use
 from residual_steer.diagnostics.drift import drift
 from residual_steer.diagnostics.effort import control_effort
-from residual_steer.diagnostics.plane import plane
+from residual_steer.diagnostics.landscape import plane
 from streams import Block, InPlace, Model
 
 SITES = [

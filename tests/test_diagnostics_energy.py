@@ -232,7 +232,7 @@ def test_what_cannot_be_measured_is_refused():
     model = steered(case_of("bert").build())
     batch = rows_for(case_of("bert"), model, labels=None)
     for beta in (0, -1.0, math.nan, math.inf, "1"):
-        with pytest.raises(rs.SteerError, match="`beta` is a positive number"):
+        with pytest.raises(rs.SteerError, match="`beta` is a number above 0"):
             stream_energy(model, [batch], beta=beta)
     with pytest.raises(rs.SteerError, match="every one is padding"):
         stream_energy(model, [{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}])

@@ -128,9 +128,9 @@ LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
 @pytest.mark.parametrize(
     ("run", "match"),
     [
-        (lambda m: landscape(m, LOADER, size=1), "from 2; received 1"),
-        (lambda m: landscape(m, LOADER, span=0), "positive number of standard deviations; received 0"),
-        (lambda m: landscape(m, LOADER, span=math.inf), "received inf"),
+        (lambda m: landscape(m, LOADER, size=1), "at least 2; received 1"),
+        (lambda m: landscape(m, LOADER, span=0), "above 0, in standard deviations; received 0"),
+        (lambda m: landscape(m, LOADER, span=math.inf), "standard deviations; received inf"),
         (lambda m: landscape(m, [IMAGES]), "a batch is a dict or a pair"),
         (lambda m: landscape(m, LOADER, size=2, loss=lambda n, b: n(b[0]).sum() / 0), "NaN or infinite"),
     ],

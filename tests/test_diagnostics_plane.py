@@ -10,11 +10,9 @@ from cases import randomise
 from fields import shake, vit
 from planes import CENTRE, SCALES, WIDTH, Toy, case_of, data, register, same, states, toy
 from residual_steer import SteerError, baselines, steer, use
-from residual_steer.diagnostics._field_measures import NEIGHBOURS
-from residual_steer.diagnostics.displacement import displacement
+from residual_steer.diagnostics.displacement import NEIGHBOURS, displacement
 from residual_steer.diagnostics.drift import drift
-from residual_steer.diagnostics.landscape import landscape
-from residual_steer.diagnostics.plane import plane
+from residual_steer.diagnostics.landscape import landscape, plane
 
 
 @pytest.fixture(autouse=True)
@@ -271,13 +269,13 @@ LOADER = [(torch.randn(9, 1, 8, 8), torch.arange(9) % 5)]
 @pytest.mark.parametrize(
     ("run", "match"),
     [
-        (lambda m: plane(m, LOADER, layer=3), "-3 to 2; received 3"),
+        (lambda m: plane(m, LOADER, layer=3), "from -3 to 2, the index of a block; received 3"),
         (lambda m: plane(m, LOADER, layer=True), "received True"),
         (lambda m: plane(m, [torch.zeros(1, 1, 8, 8)], layer=0), "vary"),
         (lambda m: displacement({}, LOADER), "one adapted model or more"),
         (lambda m: displacement(m, LOADER), "received VisionTransformer"),
-        (lambda m: displacement({"a": m}, LOADER, token="cls"), "each, first, last or mean; received 'cls'"),
-        (lambda m: displacement({"a": m}, LOADER, points=9), "from 10; received 9"),
+        (lambda m: displacement({"a": m}, LOADER, token="cls"), "one of each, first, last, mean; received .cls."),
+        (lambda m: displacement({"a": m}, LOADER, points=9), "at least 10; received 9"),
         (lambda m: displacement({"a": m}, LOADER, layer=-4), "received -4"),
         (lambda m: displacement({"a": m, "b": vit(width=16)}, LOADER), "one backbone"),
     ],

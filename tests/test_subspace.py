@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from residual_steer import SteerError
-from residual_steer._subspace import Protected, Protection, SecondMoment, Subspace, inputs_of, unwrapped
+from residual_steer._subspace import Protected, Protection, SecondMoment, extended, inputs_of, share_inside, unwrapped
 
 
 def features(seed, rows, width, rank=None, scale=1.0):
@@ -19,6 +19,10 @@ def features(seed, rows, width, rank=None, scale=1.0):
     rank = width if rank is None else rank
     left, right = (torch.randn(*shape, generator=generator).double() for shape in ((rows, rank), (rank, width)))
     return scale * left @ right
+
+
+def nothing(inputs):
+    return torch.zeros(inputs, 0, dtype=torch.float64)
 
 
 def moment(*parts, bias=False):
@@ -50,13 +54,13 @@ def test_many_small_features_are_summed_in_fp64():
 def test_the_projector_and_the_energy_it_holds(seed, width, rank, energy):
     x = features(seed, 12, width, min(rank, width))
     found = moment(x)
-    space = Subspace.nothing(width).extend(found.sum, energy)
-    u = space.basis.numpy()
+    basis = extended(nothing(width), found.sum, energy)
+    u = basis.numpy()
     outside = np.eye(width) - u @ u.T
     np.testing.assert_allclose(outside @ outside, outside, atol=1e-12)
     np.testing.assert_allclose(outside, outside.T, atol=0)
     squares = np.linalg.svd(x.numpy(), compute_uv=False) ** 2
-    held = space.share(found.sum)
+    held = share_inside(basis, found.sum)
     assert held == pytest.approx(squares[: u.shape[1]].sum() / squares.sum(), rel=1e-9)
     assert held >= energy - 1e-9
     if energy == 1:
@@ -69,44 +73,43 @@ def test_the_projector_and_the_energy_it_holds(seed, width, rank, energy):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 9999), st.integers(3, 12), st.lists(st.integers(1, 3), min_size=2, max_size=4))
 def test_every_task_keeps_its_share_however_large_the_others_are(seed, width, ranks):
-    space, moments = Subspace.nothing(width), []
+    basis, moments = nothing(width), []
     for task, rank in enumerate(ranks):
         found = moment(features(seed + task, 20, width, rank, scale=1000.0**task)).sum
-        before, space = space, space.extend(found, 0.99)
+        before, basis = basis, extended(basis, found, 0.99)
         moments.append(found)
-        if space.basis.shape[1] > before.basis.shape[1]:  # one direction fewer would not do
-            assert Subspace(space.basis[:, :-1]).share(found) < 0.99
-        assert torch.equal(space.basis[:, : before.basis.shape[1]], before.basis)
-        assert space.left >= 0
-        assert all(space.share(each) >= 0.99 - 1e-9 for each in moments)
-        gram = space.basis.t() @ space.basis
+        if basis.shape[1] > before.shape[1]:  # one direction fewer would not do
+            assert share_inside(basis[:, :-1], found) < 0.99
+        assert torch.equal(basis[:, : before.shape[1]], before)
+        assert basis.shape[1] <= width
+        assert all(share_inside(basis, each) >= 0.99 - 1e-9 for each in moments)
+        gram = basis.t() @ basis
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-10)
 
 
-def test_what_is_held_already_counts():
+def test_what_is_inside_already_counts():
     x = features(1, 30, 8, rank=3)
-    once = Subspace.nothing(8).extend(moment(x).sum, 1.0)
-    assert once.left == 5
-    assert once.extend(moment(7 * x[:11]).sum, 1.0) is not once
-    assert once.extend(moment(7 * x[:11]).sum, 1.0).left == 5
-    assert once.extend(moment(features(2, 30, 8, rank=2)).sum, 1.0).left == 3
+    once = extended(nothing(8), moment(x).sum, 1.0)
+    assert once.shape[1] == 3
+    assert extended(once, moment(7 * x[:11]).sum, 1.0).shape[1] == 3
+    assert extended(once, moment(features(2, 30, 8, rank=2)).sum, 1.0).shape[1] == 5
 
 
 def test_rounding_is_no_direction_and_a_small_feature_is():
     x = features(3, 200, 10, rank=4)
     rounded = x.float().double() + 3e-8 * features(4, 200, 10)
-    assert Subspace.nothing(10).extend(moment(rounded).sum, 1.0).left == 6
+    assert extended(nothing(10), moment(rounded).sum, 1.0).shape[1] == 4
     small = torch.cat([x, 1e-4 * features(5, 1, 10)])
-    assert Subspace.nothing(10).extend(moment(small).sum, 1.0).left == 5
+    assert extended(nothing(10), moment(small).sum, 1.0).shape[1] == 5
 
 
 def test_nothing_is_in_nothing_and_all_is_in_all():
-    space = Subspace.nothing(4)
-    assert space.extend(torch.zeros(4, 4, dtype=torch.float64), 1.0).left == 4
-    assert space.share(torch.zeros(4, 4, dtype=torch.float64)) == 1.0
-    full = space.extend(torch.eye(4, dtype=torch.float64), 1.0)
-    assert full.left == 0
-    assert full.extend(torch.eye(4, dtype=torch.float64), 1.0) is full
+    none, every = torch.zeros(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    assert extended(nothing(4), none, 1.0).shape[1] == 0
+    assert share_inside(nothing(4), none) == 1.0
+    full = extended(nothing(4), every, 1.0)
+    assert full.shape[1] == 4
+    assert extended(full, every, 1.0) is full
 
 
 OPTIMIZERS = {
@@ -158,7 +161,7 @@ def test_the_update_is_the_projected_one(kind, bias):
     u = basis(inputs_of(bound), 3)
     outside = np.eye(len(u)) - (u @ u.t()).numpy()
     optimizers = [OPTIMIZERS[kind](linear.parameters()) for linear in (free, bound)]
-    with Protection(optimizers[1], {"p": bound}, {"p": Protected.of(bound, Subspace(u))}):
+    with Protection(optimizers[1], {"p": bound}, {"p": Protected.of(bound, u)}):
         before = matrix(bound)
         step(free, optimizers[0], 0)
         step(bound, optimizers[1], 0)
@@ -174,7 +177,7 @@ def test_rounding_does_not_add_up():
     before = matrix(linear)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05, weight_decay=0.5)
     drift = []
-    with Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace(u))}):
+    with Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, u)}):
         for seed in range(600):
             step(linear, optimizer, seed)
             drift.append(np.abs((matrix(linear) - before) @ u.numpy()).max())
@@ -184,7 +187,7 @@ def test_rounding_does_not_add_up():
 def test_after_remove_it_goes_where_it_likes():
     linear = layer()
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
-    full = Protected.of(linear, Subspace(torch.eye(7, dtype=torch.float64)))
+    full = Protected.of(linear, torch.eye(7, dtype=torch.float64))
     before = matrix(linear)
     with Protection(optimizer, {"p": linear}, {"p": full}) as protection:
         step(linear, optimizer, 0)
@@ -201,7 +204,7 @@ def test_nothing_held_is_the_bare_optimizer_to_the_bit():
     for linear in (free, bound):
         optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05)
         if linear is bound:
-            Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace.nothing(7))})
+            Protection(optimizer, {"p": linear}, {"p": Protected.of(linear)})
         for seed in range(5):
             step(linear, optimizer, seed)
     assert np.array_equal(matrix(free), matrix(bound))
@@ -210,13 +213,13 @@ def test_nothing_held_is_the_bare_optimizer_to_the_bit():
 def test_what_is_held_may_grow_and_the_first_response_stays():
     linear = layer()
     u = basis(7, 6)
-    held = {"p": Protected.of(linear, Subspace(u[:, :2]))}
+    held = {"p": Protected.of(linear, u[:, :2])}
     first = matrix(linear)
     optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05)
     Protection(optimizer, {"p": linear}, held)
     for seed in range(20):
         step(linear, optimizer, seed)
-    held["p"] = held["p"].extended(linear, Subspace(u[:, :4]))
+    held["p"] = held["p"].grown(linear, u[:, 2:4] @ u[:, 2:4].t(), 1.0)
     second = matrix(linear)
     for seed in range(20):
         step(linear, optimizer, seed)
@@ -224,14 +227,14 @@ def test_what_is_held_may_grow_and_the_first_response_stays():
     assert np.abs((matrix(linear) - second) @ u[:, :4].numpy()).max() < 1e-6
     assert np.abs((matrix(linear) - second) @ u[:, 4:].numpy()).max() > 1e-3
     assert held["p"].strayed(linear) < 1e-6
-    assert Protected.of(layer(seed=2), Subspace(u)).strayed(linear) > 0.1
+    assert Protected.of(layer(seed=2), u).strayed(linear) > 0.1
 
 
 def test_a_step_that_the_scaler_skips_changes_nothing():
     linear = layer()
     optimizer = torch.optim.AdamW(linear.parameters(), lr=0.05, weight_decay=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace(basis(7, 3)))})
+    Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, basis(7, 3))})
     before = matrix(linear)
     for factor in (float("inf"), 1.0):
         optimizer.zero_grad()
@@ -245,7 +248,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing():
 
 def test_in_bf16_rounding_is_not_taken_for_a_change():
     linear = layer().bfloat16()
-    held = {"p": Protected.of(linear, Subspace(basis(7, 3)))}
+    held = {"p": Protected.of(linear, basis(7, 3))}
     first = held["p"]
     for _ in range(2):  # the second begins with what the first has rounded
         optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
@@ -260,7 +263,7 @@ def test_in_bf16_rounding_is_not_taken_for_a_change():
 def test_a_copied_optimizer_and_one_that_is_gone():
     linear = layer()
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
-    protection = Protection(optimizer, {"p": linear}, {"p": Protected.of(linear, Subspace.nothing(7))})
+    protection = Protection(optimizer, {"p": linear}, {"p": Protected.of(linear)})
     assert not protection.covers(copy.copy(optimizer))
     del optimizer
     gc.collect()

@@ -1,7 +1,6 @@
 """Sums, means and covariances of what comes in batches, in fp64, the same however the batches are cut.
 
-Batches are merged as in Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance": no sum of squares
-is ever taken about a point far from the mean.
+Batches are merged as in Chan, Golub and LeVeque 1983: no sum of squares is taken about a point far from the mean.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ class Sums(dict[Any, Tensor]):
     def add(self, key: Any, values: Tensor) -> None:
         """Add values to the sum of a key, which begins with them."""
         values = exact(values).cpu()
-        if key in self:
-            longer = max(self[key].shape[-1:], values.shape[-1:])
-            before, values = (F.pad(x, (0, longer[0] - x.shape[-1])) if longer else x for x in (self[key], values))
-            values = before + values
-        self[key] = values
+        before = self.get(key)
+        if before is not None and values.dim():
+            longer = max(before.shape[-1], values.shape[-1])
+            before, values = (F.pad(x, (0, longer - x.shape[-1])) for x in (before, values))
+        self[key] = values if before is None else before + values
 
     def layers(self, *key: Any) -> Tensor:
         """Return the sums of the keys `(*key, 0)`, `(*key, 1)`, … as one tensor, a layer each."""
@@ -59,9 +58,9 @@ class Moments:
         mean, other = x.mean(0), y.mean(0)
         scatter = (x - mean).T @ (y - other)
         if self.count:
-            before, total = self.count, self.count + len(x)
+            total = self.count + len(x)
             step, step_other = mean - self.mean, other - self.other
-            scatter = self.scatter + scatter + torch.outer(step, step_other) * (before * len(x) / total)
+            scatter = self.scatter + scatter + torch.outer(step, step_other) * (self.count * len(x) / total)
             mean, other = self.mean + step * (len(x) / total), self.other + step_other * (len(x) / total)
         self.count += len(x)
         self.mean, self.other, self.scatter = mean, other, scatter
@@ -77,9 +76,8 @@ class ClassMoments:
     """
 
     def __init__(self, classes: int, width: int, device: torch.device) -> None:
-        self.counts = torch.zeros(classes, dtype=torch.float64, device=device)
-        self.means = torch.zeros(classes, width, dtype=torch.float64, device=device)
-        self.within = torch.zeros(width, width, dtype=torch.float64, device=device)
+        shapes = (classes,), (classes, width), (width, width)
+        self.counts, self.means, self.within = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
         """Add a batch: rows `(rows, width)` in fp64, and their class indices, `(rows,)`."""

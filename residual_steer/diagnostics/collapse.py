@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer._batches import Batch, batches, require_finite
+from residual_steer._checks import check_model
 from residual_steer.errors import SteerError
-from residual_steer.recording import Call, record, uncompiled, undisturbed
+from residual_steer.recording import record, uncompiled, undisturbed
 from residual_steer.training.losses import IGNORE
 
 from ._moments import ClassMoments, exact
-from ._plots import Axes, Figure, bars, lines
-from ._table import Table
+from ._results import Axes, Figure, Table, bars, lines, table_of
 
 __all__ = ["CollapseOverTraining", "NeuralCollapse", "collapse_over_training", "neural_collapse"]
 
@@ -46,14 +46,11 @@ class NeuralCollapse:
         nc2_norms: std_c ‖μ_c − μ_G‖ / mean_c ‖μ_c − μ_G‖.
         nc2_spread: the standard deviation of cos(μ_c − μ_G, μ_c' − μ_G) over c ≠ c'.
         nc2_angles: the mean of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)| over c ≠ c'.
-        weight_norms: as `nc2_norms`, of the rows w_c of the classifier, which are not centred.
-        weight_spread: as `nc2_spread`, of the w_c.
-        weight_angles: as `nc2_angles`, of the w_c.
-        nc3: ‖W / ‖W‖_F − M / ‖M‖_F‖_F², with the μ_c − μ_G as rows of M; from 0 to 4.
-            It and the measures of w_c are None for a classifier whose weights are all 0, as a new head's may be.
+        weight_norms, weight_spread, weight_angles: the same of the rows w_c of the classifier, which are not centred.
+        nc3: ‖W / ‖W‖_F − M / ‖M‖_F‖_F², with the μ_c − μ_G as rows of M; from 0 to 4. It and the measures of w_c are
+            None for a classifier whose weights are all 0, as a new head's may be.
         nc4: the share of rows for which the class of the nearest mean is not the class of the largest logit.
-        classes: C, the classes that have rows.
-        rows: how many rows were measured.
+        classes, rows: C, the classes that have rows, and how many rows were measured.
         absent: classes of the classifier without rows, which are left out of everything.
         head: the path of the classifier.
     """
@@ -74,95 +71,19 @@ class NeuralCollapse:
 
     def table(self) -> Table:
         """Return the numbers as a table, one measure a row."""
-        rows = tuple({"measure": label, "value": getattr(self, name)} for name, label in _NAMES.items())
+        values = [getattr(self, name) for name in _NAMES]
         notes = [f"{self.rows:,} rows of {self.classes} classes, of what enters {self.head!r}; 0 is full collapse."]
         if self.absent:
             notes.append(f"Left out, as no row has them: {len(self.absent)} more classes of the classifier.")
         if self.classes == 2:
             notes.append("With two classes the NC2 of class means are 0 whatever the features are.")
-        return Table("Neural collapse", {"measure": "measure", "value": "value"}, rows, tuple(notes))
+        columns = {"measure": ("measure", _NAMES.values()), "value": ("value", values)}
+        return table_of("Neural collapse", columns, *notes)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the measures as bars."""
         values = {name.replace("_", " "): getattr(self, name) for name in _NAMES}
         return bars(ax, "Neural collapse", "distance from collapse", values)
-
-
-def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None = None) -> NeuralCollapse:
-    """Measure neural collapse at the last linear layer of a classifier (arXiv 2008.08186, § 2 and figures 2 to 7).
-
-    With features h of rows, class means μ_c, μ_G = mean_c μ_c, Σ_W = mean over rows of (h − μ_c)(h − μ_c)ᵀ and
-    Σ_B = mean_c (μ_c − μ_G)(μ_c − μ_G)ᵀ, it measures
-
-    - NC1, variability collapse: tr(Σ_W Σ_B⁺) / C;
-    - NC2, the class means become a simplex: equal norms, and every cosine −1/(C − 1);
-    - NC3, self-duality: the classifier's rows become the centred class means, but for one factor;
-    - NC4, the classifier becomes that of the nearest class mean.
-
-    Standard deviations are divided by the count. With classes of different size μ_G gives each the same weight, as the
-    authors' own program does. Features are added up in fp64 over batches; the loader is read twice, since NC4 needs
-    the class means.
-
-    Args:
-        model: a classifier, adapted in whatever way; it is run in evaluation mode.
-        loader: batches with labels `(rows,)`, as dicts or pairs, the same rows at each reading. Rows with the label
-            -100 are left out.
-        head: the path of the classifier, an `nn.Linear`. None looks for the last one whose output is what the model
-            returns as logits; one that runs at every token is found too, with the token that the model takes.
-
-    Raises:
-        SteerError: the model is no module; no classifier is found; labels are missing, not one per row, or no class of
-            the classifier; rows of fewer than two classes; more classes than the width + 1, of which there is no
-            simplex; equal class means; features that are NaN or infinite; a loader that is empty or can be read only
-            once.
-    """
-    if not isinstance(model, nn.Module):
-        raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
-    if isinstance(loader, Iterator):
-        raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
-    model = uncompiled(model)  # so that `head` is a path in it
-    with undisturbed(model):
-        rest = batches(model, loader)
-        first = next(rest)
-        classifier = _find(model, first, head)
-        linear = classifier.linear
-        moments = ClassMoments(linear.out_features, linear.in_features, exact(linear.weight).device)
-        for batch in chain([first], rest):
-            moments.add(*_labelled(model, batch, classifier)[:2])
-        present = moments.counts.nonzero().squeeze(1)
-        means = moments.means[present]
-        _require_simplex(len(present), means.shape[1])
-        centred, rows = means - means.mean(0), int(moments.counts.sum())
-        wrong = again = 0
-        for batch in batches(model, loader):
-            features, _, logits = _labelled(model, batch, classifier)
-            nearest = torch.cdist(features - means.mean(0), centred).argmin(1)
-            wrong += int((nearest != logits[:, present].argmax(1)).sum())
-            again += len(features)
-        if again != rows:
-            raise SteerError(
-                f"`loader` gives the same rows at each reading; it gave {rows} and then {again}. Switch off what "
-                "draws them at random."
-            )
-        weight = exact(linear.weight)[present]
-        fresh = not bool(weight.any())
-        norms, spread, angles = _simplex(centred)
-        weight_norms, weight_spread, weight_angles = (None, None, None) if fresh else _simplex(weight)
-        return NeuralCollapse(
-            nc1=_within(moments.within / rows, means),
-            nc2_norms=norms,
-            nc2_spread=spread,
-            nc2_angles=angles,
-            weight_norms=weight_norms,
-            weight_spread=weight_spread,
-            weight_angles=weight_angles,
-            nc3=None if fresh else float((weight / weight.norm() - centred / centred.norm()).square().sum()),
-            nc4=wrong / rows,
-            classes=len(present),
-            rows=rows,
-            absent=tuple((moments.counts == 0).nonzero().squeeze(1).tolist()),
-            head=classifier.path,
-        )
 
 
 @dataclass(frozen=True)
@@ -179,11 +100,11 @@ class CollapseOverTraining:
 
     def table(self) -> Table:
         """Return one row for every step that was measured."""
-        columns = {"step": "step", "nc1": "NC1", "nc2_angles": "NC2", "nc3": "NC3", "nc4": "NC4"}
-        found = sorted(self.found.items())
-        rows = tuple({"step": step, **{key: getattr(one, key) for key in list(columns)[1:]}} for step, one in found)
+        steps, found = zip(*sorted(self.found.items()), strict=True)
+        names = {"nc1": "NC1", "nc2_angles": "NC2", "nc3": "NC3", "nc4": "NC4"}
+        columns = {key: (head, [getattr(one, key) for one in found]) for key, head in names.items()}
         note = "NC2 is the distance of the class means' cosines from those of a simplex."
-        return Table(self.title, columns, rows, (note,))
+        return table_of(self.title, {"step": ("step", steps), **columns}, note)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the measures against the step."""
@@ -196,17 +117,13 @@ class CollapseOverTraining:
 def collapse_over_training(
     found: Mapping[int, NeuralCollapse], *, title: str = "Collapse over training"
 ) -> CollapseOverTraining:
-    """Put measurements between calls of `fit` side by side.
+    """Put measurements between calls of `fit` side by side, by step, under a title.
 
     >>> found = {0: neural_collapse(model, valid)}
     >>> for step in range(100, 600, 100):
     ...     fit(model, train, steps=100, warmup=0, schedule="constant")  # each call begins with a fresh optimizer
     ...     found[step] = neural_collapse(model, valid)
     >>> figure = collapse_over_training(found).plot()
-
-    Args:
-        found: by step.
-        title: above the plot.
 
     Raises:
         SteerError: there is nothing to show.
@@ -216,61 +133,140 @@ def collapse_over_training(
     return CollapseOverTraining(title, dict(found))
 
 
-@dataclass(frozen=True)
+def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None = None) -> NeuralCollapse:
+    """Measure neural collapse at the last linear layer of a classifier (arXiv 2008.08186, § 2 and figures 2 to 7).
+
+    With features h of rows, class means μ_c, μ_G = mean_c μ_c, Σ_W = mean over rows of (h − μ_c)(h − μ_c)ᵀ and
+    Σ_B = mean_c (μ_c − μ_G)(μ_c − μ_G)ᵀ, it measures
+
+    - NC1, variability collapse: tr(Σ_W Σ_B⁺) / C;
+    - NC2, the class means become a simplex: equal norms, and every cosine −1/(C − 1);
+    - NC3, self-duality: the classifier's rows become the centred class means, but for one factor;
+    - NC4, the classifier becomes that of the nearest class mean.
+
+    Standard deviations are divided by the count. μ_G gives classes of any size the same weight, as in the authors'
+    program. The model is any classifier, and its loader has labels `(rows,)`; rows with the label -100 are left out. It
+    is read twice, for the class means and then for NC4. `head` is the path of the classifier, an `nn.Linear`; None
+    looks for the last one whose output the model returns as logits, also where it runs at every token and the model
+    takes one of them.
+
+    Raises:
+        SteerError: no classifier is found; labels are missing, not one per row, or no class of the classifier; rows of
+            fewer than two classes, or of more than the width + 1, of which there is no simplex; equal class means; NaN
+            or infinity; a loader that is empty, an iterator, or gives other rows at the second reading.
+    """
+    if isinstance(loader, Iterator):
+        raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
+    model = uncompiled(check_model(model))  # so that `head` is a path in it
+    with undisturbed(model):
+        rest = batches(model, loader)
+        first = next(rest)
+        classifier = _Classifier(model, first, head)
+        linear = classifier.linear
+        moments = ClassMoments(linear.out_features, linear.in_features, exact(linear.weight).device)
+        for batch in chain([first], rest):
+            moments.add(*classifier.rows(batch)[:2])
+        present = moments.counts.nonzero().squeeze(1)
+        means = moments.means[present]
+        classes, width = means.shape
+        if not 2 <= classes <= width + 1:
+            raise SteerError(
+                f"neural collapse is towards a simplex, which has 2 to {width + 1} corners in the {width} dimensions "
+                f"of these features; the loader has rows of {classes} classes."
+            )
+        centred, rows = means - means.mean(0), int(moments.counts.sum())
+        wrong = again = 0
+        for batch in batches(model, loader):
+            features, _, logits = classifier.rows(batch)
+            nearest = torch.cdist(features - means.mean(0), centred).argmin(1)
+            wrong += int((nearest != logits[:, present].argmax(1)).sum())
+            again += len(features)
+        if again != rows:
+            raise SteerError(
+                f"`loader` gives the same rows at each reading; it gave {rows} and then {again}. Switch off what "
+                "draws them at random."
+            )
+        weight = exact(linear.weight)[present]
+        of_weights: tuple[float | None, ...] = (None,) * 4
+        if bool(weight.any()):
+            nc3 = float((weight / weight.norm() - centred / centred.norm()).square().sum())
+            of_weights = (*_simplex(weight), nc3)
+        values = _within(moments.within / rows, means), *_simplex(centred), *of_weights, wrong / rows
+        measures: dict[str, Any] = dict(zip(_NAMES, values, strict=True))
+        absent = tuple((moments.counts == 0).nonzero().squeeze(1).tolist())
+        return NeuralCollapse(**measures, classes=classes, rows=rows, absent=absent, head=classifier.path)
+
+
 class _Classifier:
-    """The last linear layer of a model, its path, and whether it was found by its output.
+    """The last linear layer of a model: the one at a path, or else the last whose output is the model's logits.
 
     That is then looked for in every batch: it may run at every token, of which the model takes one for each row.
     """
 
-    path: str
-    linear: nn.Linear
-    found: bool
+    def __init__(self, model: nn.Module, batch: Batch, head: str | None) -> None:
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._model, self._named = model, head is not None
+        if head is not None and (not isinstance(head, str) or head not in linears):
+            raise SteerError(f"`head` is the path of an nn.Linear, such as {list(linears)[-1:]}; received {head!r}.")
+        self.path = self._find(linears, batch) if head is None else head
+        self.linear = linears[self.path]
 
-    def features(self, model: nn.Module, batch: Batch) -> Call:
-        """Run the model and return what entered and left the classifier, one vector per row of the batch."""
+    def _find(self, linears: dict[str, nn.Linear], batch: Batch) -> str:
+        """Return the path of the last layer whose output is the logits of a batch."""
+        kind, logits = type(self._model).__name__, _logits(batch.run(self._model))
+        if logits is None or logits.dim() != 2 or len(logits) != batch.rows:
+            shape = "none" if logits is None else str(tuple(logits.shape))
+            raise SteerError(
+                f"neural collapse is measured on a classifier, whose logits are (rows, classes); for {batch.rows} rows "
+                f"this {kind} gave {shape}. Name a linear layer with one vector per row with `head`."
+            )
+        require_finite("the logits of a batch", logits)
+        tried = {path: linear for path, linear in linears.items() if linear.out_features == logits.shape[1]}
+        with record(tried) as seen:
+            logits = _logits(batch.run(self._model))
+        found = [path for path, calls in seen.calls.items() if _by_row(calls[-1].left, logits, batch.rows)]
+        if not found:
+            raise SteerError(
+                f"the classifier is the last nn.Linear whose output is the model's logits, and no layer of this {kind} "
+                f"gives them (tried: {', '.join(tried) or 'none has as many outputs'}). Name it with `head`."
+            )
+        return str(found[-1])
+
+    def rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features in fp64, labels and logits of the rows that count, or raise if labels are no classes."""
+        labels, classes = batch.labels, self.linear.out_features
+        whole = labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool
+        if labels is None or not whole or labels.shape != (batch.rows,):
+            given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise SteerError(
+                f"neural collapse needs a class index for each row, (rows,): 'labels' in a dict, or the second of a "
+                f"pair; received {given} for {batch.rows} rows."
+            )
+        counts = labels != IGNORE
+        wrong = labels[counts & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise SteerError(
+                f"the classifier {self.path!r} has classes 0 to {classes - 1}; a label is {int(wrong[0])}. Give the "
+                "labels that it was trained on, or name another layer with `head`."
+            )
         with record({self.path: self.linear}) as seen:
-            logits = _logits(batch.run(model))
-        calls = seen.calls.get(self.path)
-        if self.found and logits is not None:
+            logits = _logits(batch.run(self._model))
+        if self._named:
+            logits = None
+        elif logits is not None:
             require_finite("the logits of a batch", logits)
-        call = _by_row(calls[-1], logits if self.found else None, batch.rows) if calls else None
-        if call is None:
+        calls = seen.calls.get(self.path)
+        at = _by_row(calls[-1].left, logits, batch.rows) if calls else None
+        if calls is None or at is None:
             shape = f"an input of shape {tuple(calls[-1].entered.shape)}" if calls else "no input"
             raise SteerError(
                 f"the classifier {self.path!r} takes one vector per row; for a batch of {batch.rows} rows it was given "
                 f"{shape}. Name the right layer with `head`."
             )
-        require_finite(f"what enters {self.path!r}", call.entered)
-        return call
-
-
-def _find(model: nn.Module, batch: Batch, head: str | None) -> _Classifier:
-    """Find the last `nn.Linear` whose output is what the model returns as logits, or take the one that is named."""
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if head is not None:
-        if not isinstance(head, str) or head not in linears:
-            raise SteerError(f"`head` is the path of an nn.Linear, such as {list(linears)[-1:]}; received {head!r}.")
-        return _Classifier(head, linears[head], False)
-    logits = _logits(batch.run(model))
-    if logits is None or logits.dim() != 2 or len(logits) != batch.rows:
-        shape = "none" if logits is None else str(tuple(logits.shape))
-        raise SteerError(
-            f"neural collapse is measured on a classifier, whose logits are (rows, classes); for {batch.rows} rows "
-            f"this {type(model).__name__} gave {shape}. Name a linear layer with one vector per row with `head`."
-        )
-    require_finite("the logits of a batch", logits)
-    tried = {path: linear for path, linear in linears.items() if linear.out_features == logits.shape[1]}
-    with record(tried) as seen:
-        logits = _logits(batch.run(model))
-    found = [path for path, calls in seen.calls.items() if _by_row(calls[-1], logits, batch.rows)]
-    if not found:
-        raise SteerError(
-            f"the classifier is the last nn.Linear whose output is the model's logits, and no layer of this "
-            f"{type(model).__name__} gives them (tried: {', '.join(tried) or 'none has as many outputs'}). Name the "
-            "layer with `head`."
-        )
-    return _Classifier(found[-1], linears[found[-1]], True)
+        entered, left = calls[-1].entered[at], calls[-1].left[at]
+        require_finite(f"what enters {self.path!r}", entered)
+        features = exact(entered[counts])
+        return features, labels[counts].to(features.device), exact(left[counts])
 
 
 def _logits(output: Any) -> Tensor | None:
@@ -279,56 +275,19 @@ def _logits(output: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def _by_row(call: Call, logits: Tensor | None, rows: int) -> Call | None:
-    """Return one vector per row: all that entered, or, where every token did, the one whose output is the row's logits.
+def _by_row(left: Tensor, logits: Tensor | None, rows: int) -> Any:
+    """Return the index of one vector per row in what a layer returned, `(rows, classes)` or of every token; else None.
 
-    `logits` is what has to be found; None takes what entered as it is.
+    `logits` is what has to be found; None takes one vector per row as it is.
     """
-    left = call.left if logits is None else call.left.to(logits.dtype)
     if len(left) != rows:
         return None
     if left.dim() == 2:
-        return call if logits is None or torch.equal(left, logits) else None
+        return ... if logits is None or torch.equal(left.to(logits.dtype), logits) else None
     if left.dim() != 3 or logits is None:
         return None
-    same = (left == logits[:, None]).all(-1)
-    if not bool(same.any(1).all()):
-        return None
-    at = torch.arange(rows, device=same.device), same.int().argmax(1)
-    return Call(call.entered[at], call.left[at])
-
-
-def _labelled(model: nn.Module, batch: Batch, classifier: _Classifier) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features in fp64, labels and logits of the rows that count, or raise if labels are no class indices."""
-    labels, classes = batch.labels, classifier.linear.out_features
-    whole = labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool
-    if labels is None or not whole or labels.shape != (batch.rows,):
-        given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise SteerError(
-            f"neural collapse needs a class index for each row, (rows,): 'labels' in a dict, or the second of a pair; "
-            f"received {given} for {batch.rows} rows."
-        )
-    counts = labels != IGNORE
-    wrong = labels[counts & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise SteerError(
-            f"the classifier {classifier.path!r} has classes 0 to {classes - 1}; a label is {int(wrong[0])}. Give the "
-            "labels that it was trained on, or name another layer with `head`."
-        )
-    call = classifier.features(model, batch)
-    features = exact(call.entered[counts])
-    return features, labels[counts].to(features.device), exact(call.left[counts])
-
-
-def _require_simplex(classes: int, width: int) -> None:
-    """Raise if there are fewer than two classes, or more than a simplex can have corners."""
-    if classes < 2:
-        raise SteerError(f"neural collapse is of two classes or more; the loader has rows of {classes}.")
-    if classes > width + 1:
-        raise SteerError(
-            f"neural collapse is towards a simplex of one corner per class, which {classes} classes have in "
-            f"{classes - 1} dimensions and more; these features have {width}."
-        )
+    same = (left.to(logits.dtype) == logits[:, None]).all(-1)
+    return (torch.arange(rows, device=same.device), same.int().argmax(1)) if bool(same.any(1).all()) else None
 
 
 def _within(within: Tensor, means: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""Two models side by side: an adapted one, and the frozen one that it was; both see every batch before the next.
+"""Two models side by side, an adapted one and the frozen one that it was; both see every batch before the next.
 
-Which of their tokens belong together: an adapted model may have more than the frozen one, those of a prompt, and then
-they stand in one place: before a text, behind its padding on the left, or behind the first tokens of an image.
+An adapted model may have more tokens, those of a prompt, which stand in one place: before a text, behind its padding on
+the left, or behind the first tokens of an image, such as CLS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer._batches import Batch, batches, require_finite
+from residual_steer._checks import check_integer, check_model
 from residual_steer._controller import steering_of
 from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
@@ -24,9 +25,8 @@ from residual_steer.steering import use
 from residual_steer.tokens import prefix_tokens
 
 from ._moments import exact
-from ._table import Table
 
-__all__ = ["SIDES", "Pair", "beside", "compare", "layer_of", "layer_table", "places"]
+__all__ = ["SIDES", "Pair", "beside", "compare", "layer_of", "places", "require_tokens"]
 
 SIDES = ("frozen", "adapted")
 
@@ -38,7 +38,7 @@ class Pair:
     Attributes:
         models: by side, `"frozen"` and `"adapted"`; they may be one.
         backbones: where the stream of each is.
-        inner: the part of the frozen model that its backbone describes.
+        inner: the part of the frozen model that its backbone describes, without heads and other towers.
         prefix: how many tokens the frozen model puts before those of an image.
     """
 
@@ -89,35 +89,38 @@ def compare(model: nn.Module, reference: nn.Module | None = None) -> Iterator[Pa
 
     Args:
         model: a steered model; any model where a reference is given.
-        reference: the frozen model that it is compared with, on the same device. None is the same model with its
-            fields off, which only a steered one has.
+        reference: the frozen model, on the same device. None is the same model with its fields off.
 
     Raises:
-        SteerError: one of them is no module, the model is neither steered nor given a reference, none of its fields
-            acts, the reference is the model itself or is on another device, or they have no known backbone or
-            different numbers of blocks.
+        SteerError: one of them is no module; the model is neither steered nor given a reference, or none of its fields
+            acts; the reference is the model itself, on another device, of no known backbone or of other blocks.
     """
-    for one in (model,) if reference is None else (model, reference):
-        if not isinstance(one, nn.Module):
-            raise SteerError(f"a model is a torch.nn.Module; received {type(one).__name__}.")
-    models = {"frozen": uncompiled(model if reference is None else reference), "adapted": uncompiled(model)}
+    adapted = uncompiled(check_model(model))
+    frozen = adapted if reference is None else uncompiled(check_model(reference))
     if reference is None:
-        _require_acting(model)
-    else:
-        _require_comparable(models)
-    backbones = {side: find_backbone(one) for side, one in models.items()}
-    depths = {side: len(backbone.blocks) for side, backbone in backbones.items()}
-    if depths["frozen"] != depths["adapted"]:
+        _check_acting(adapted)
+    elif frozen is adapted:
         raise SteerError(
-            f"a model is compared with one of as many blocks; it has {depths['adapted']}, and the reference "
-            f"{depths['frozen']}. Give the frozen model that it was made of."
+            "a model is compared with another one; `reference` is the model itself. Leave it out for a steered model, "
+            "or give a copy that was made before: copy.deepcopy(model)."
         )
-    inner = models["frozen"].get_submodule(backbones["frozen"].path)  # without heads and other towers
+    models = {"frozen": frozen, "adapted": adapted}
+    there, here = (next((p.device for p in one.parameters()), torch.device("cpu")) for one in models.values())
+    if there != here:
+        raise SteerError(f"both models see the same batches: one is on {here}, the reference on {there}.")
+    backbones = {side: find_backbone(one) for side, one in models.items()}
+    before, after = (len(backbone.blocks) for backbone in backbones.values())
+    if before != after:
+        raise SteerError(
+            f"a model is compared with one of as many blocks; it has {after}, and the reference {before}. Give the "
+            "frozen model that it was made of."
+        )
+    inner = frozen.get_submodule(backbones["frozen"].path)
     with undisturbed(*models.values()):
         yield Pair(models, backbones, inner, prefix_tokens(inner))
 
 
-def _require_acting(model: nn.Module) -> None:
+def _check_acting(model: nn.Module) -> None:
     """Raise if a model has no fields that can be switched off, or none is on."""
     try:
         _, state = steering_of(model)
@@ -127,30 +130,14 @@ def _require_acting(model: nn.Module) -> None:
             "the model that it is compared with as `reference`: a copy made before, copy.deepcopy(model)."
         ) from error
     if not state.mix.names:
-        raise SteerError(
-            f"no field acts, so that there is nothing to compare. Select one of {', '.join(state.specs)} with "
-            "residual_steer.use first."
-        )
-
-
-def _require_comparable(models: dict[str, nn.Module]) -> None:
-    """Raise if a reference is the model itself, or on another device."""
-    if models["frozen"] is models["adapted"]:
-        raise SteerError(
-            "a model is compared with another one; `reference` is the model itself. Leave it out for a steered model, "
-            "or give a copy that was made before: copy.deepcopy(model)."
-        )
-    frozen, adapted = (next((p.device for p in one.parameters()), None) for one in models.values())
-    if frozen is not None and adapted is not None and frozen != adapted:
-        raise SteerError(f"both models see the same batches: one is on {adapted}, the reference on {frozen}.")
+        fields = ", ".join(state.specs)
+        raise SteerError(f"no field acts, and there is nothing to compare. Select one of {fields} with `use` first.")
 
 
 def layer_of(backbone: Backbone, layer: object) -> int:
     """Return the index of a block that is counted from the end if negative, or raise if there is none."""
     count = len(backbone.blocks)
-    if not isinstance(layer, int) or isinstance(layer, bool) or not -count <= layer < count:
-        raise SteerError(f"`layer` is the index of a block, {-count} to {count - 1}; received {layer!r}.")
-    return layer % count
+    return check_integer("layer", layer, -count, count - 1, meaning="the index of a block") % count
 
 
 def places(length: int, longer: int, prefix: int, device: torch.device) -> Tensor:
@@ -174,21 +161,8 @@ def beside(adapted: Tensor, frozen: Tensor, prefix: int) -> Tensor:
     return adapted[:, places(frozen.shape[1], adapted.shape[1], prefix, adapted.device)]
 
 
-def layer_table(
-    title: str,
-    blocks: Sequence[int],
-    numbers: dict[str, tuple[str, Tensor]],
-    notes: tuple[str, ...],
-    equal: tuple[str, Sequence[bool]] | None = None,
-) -> Table:
-    """Return a row for every layer; `numbers` are the head and values of each column, `equal` those of a last one."""
-    columns = {"layer": "layer", "block": "block", **{key: head for key, (head, _) in numbers.items()}}
-    rows: list[dict[str, Any]] = [
-        {"layer": layer, "block": block, **{key: float(values[layer]) for key, (_, values) in numbers.items()}}
-        for layer, block in enumerate(blocks)
-    ]
-    if equal is not None:
-        columns["equal"] = equal[0]
-        for row, same in zip(rows, equal[1], strict=True):
-            row["equal"] = "yes" if same else "no"
-    return Table(title, columns, tuple(rows), notes)
+def require_tokens(count: Tensor) -> int:
+    """Return how many tokens count, or raise if none does."""
+    if not int(count):
+        raise SteerError("no token of the data counts: every one is padding. Look at the attention mask.")
+    return int(count)

@@ -1,8 +1,7 @@
 """The displacement field of a method: where it moves each state of the frozen stream (figure 1b of arXiv 2606.24396).
 
 The paper calls LoRA's field "chaotic" and H-Res's "smooth, convergent" (claim 10) and shows a drawing. Here the field
-is that of real states, and the two words are numbers: the coherence of neighbouring displacements, and how far states
-come together.
+is that of real states, and the two words are numbers: whether neighbours move alike, and whether states come together.
 """
 
 from __future__ import annotations
@@ -12,31 +11,46 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from residual_steer._batches import Batch
+from residual_steer._checks import check_choice, check_integer
 from residual_steer.errors import SteerError
 
-from ._field_measures import NEIGHBOURS, Draw, FieldMeasures, measures_of
 from ._moments import Moments, Sums
-from ._plots import Axes, Figure, panels
-from ._table import Table
+from ._results import Axes, Figure, Table, panels, table_of
 from .compare import Pair, beside, compare, layer_of
-from .plane import Plane, plane_of, spectrum
+from .landscape import Plane, plane_of, spectrum
 
-__all__ = ["Displacement", "MethodField", "Token", "displacement"]
+__all__ = ["NEIGHBOURS", "Displacement", "FieldMeasures", "MethodField", "Token", "displacement"]
 
 Token = Literal["each", "first", "last", "mean"]
 
-_STATES = {
-    "each": "one for every token",
-    "first": "the first token of every row",
-    "last": "the last token of every row",
-    "mean": "the mean of the tokens of every row",
-}
-_MEASURES = ("coherence", "chance", "contraction", "divergence")
-_PANELS = 4
+NEIGHBOURS = 8  # of a point, whose displacements its own is compared with
+_STATES = {"each": "one for every token", "mean": "the mean of the tokens of every row"}
+
+
+@dataclass(frozen=True)
+class FieldMeasures:
+    """The measures of a displacement field, in the stream or in the plane. None where it is not defined.
+
+    Attributes:
+        coherence: the mean cosine between the displacement of a point and those of its 8 nearest neighbours in the
+            frozen stream: 1 for a smooth field, `chance` for one without order.
+        chance: the same between any two points. A field that moves all states alike has 1 in both.
+        contraction: after ÷ before, of the root mean square distance of a state from the mean of its class; where rows
+            have no class, of the mean distance between two states. Below 1 states come together.
+        divergence: of the field's best linear fit by least squares, tr J, divided by the number of directions: 0 for a
+            field that only shifts or turns, −1 where all states end in one point.
+    """
+
+    coherence: float | None
+    chance: float | None
+    contraction: float | None
+    divergence: float | None
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,10 @@ class MethodField:
 
     Attributes:
         name: of the method.
-        dx: of every point, along the first principal direction.
-        dy: along the second.
+        dx, dy: of every point, along the first and the second principal direction.
         size: the mean of ‖displacement‖ / ‖frozen state‖ over all states.
         seen: the share of the squared displacement that lies in the plane; None where nothing moves.
-        stream: its measures in all dimensions of the stream.
-        plane: those of its image in the plane.
+        stream, plane: its measures in all dimensions of the stream, and those of its image in the plane.
     """
 
     name: str
@@ -68,12 +80,11 @@ class Displacement:
 
     Attributes:
         plane: of the frozen stream.
-        x: of the points, along the first principal direction.
-        y: along the second.
+        x, y: of the points, along the first and the second principal direction.
         groups: the class of each point; empty where rows have none.
         fields: one for each method.
         states: of how many states the points were drawn.
-        token: which states of a row they are: of each token, of the first, of the last, or their mean.
+        token: which states of a row they are.
     """
 
     plane: Plane
@@ -86,23 +97,26 @@ class Displacement:
 
     def table(self) -> Table:
         """Return one row for each method."""
-        columns = {"method": "method", "size": "relative size", "seen": "in the plane, %"}
-        columns |= {f"{where}_{name}": f"{name}, {where}" for where in ("stream", "plane") for name in _MEASURES}
-        rows = []
-        for one in self.fields:
-            row: dict[str, Any] = {"method": one.name, "size": one.size}
-            row["seen"] = None if one.seen is None else 100 * one.seen
-            for where, measures in (("stream", one.stream), ("plane", one.plane)):
-                row |= {f"{where}_{name}": getattr(measures, name) for name in _MEASURES}
-            rows.append(row)
-        drawn = f"{len(self.x)} of {self.states:,} states behind block {self.plane.layer}, {_STATES[self.token]}"
-        within = "within classes" if self.groups else "of all pairs"
-        notes = (
+        fields = self.fields
+        columns: dict[str, tuple[str, list[Any]]] = {
+            "method": ("method", [one.name for one in fields]),
+            "size": ("relative size", [one.size for one in fields]),
+            "seen": ("in the plane, %", [None if one.seen is None else 100 * one.seen for one in fields]),
+        }
+        for where in ("stream", "plane"):
+            for name in ("coherence", "chance", "contraction", "divergence"):
+                values = [getattr(getattr(one, where), name) for one in fields]
+                columns[f"{where}_{name}"] = f"{name}, {where}", values
+        which = _STATES.get(self.token, f"the {self.token} token of every row")
+        drawn = f"{len(self.x)} of {self.states:,} states behind block {self.plane.layer}, {which}"
+        return table_of(
+            "Displacement fields",
+            columns,
             f"{drawn}; the plane holds {100 * sum(self.plane.explained):.1f} % of the frozen variance.",
             f"Coherence: mean cosine with the {NEIGHBOURS} nearest neighbours; chance: with any point. Contraction "
-            f"{within}: below 1 states come together. Divergence: of the best linear fit, per direction.",
+            f"{'within classes' if self.groups else 'of all pairs'}: below 1 states come together. Divergence: of the "
+            "best linear fit, per direction.",
         )
-        return Table("Displacement fields", columns, tuple(rows), notes)
 
     def plot(self, *methods: str, ax: Axes | None = None) -> Figure:
         """Draw the fields in the plane beside each other, an arrow from each frozen state to the adapted one.
@@ -115,19 +129,20 @@ class Displacement:
             SteerError: there is no such method, there are too many, or more than `ax` has room for.
         """
         known = {one.name: one for one in self.fields}
-        wrong = [name for name in methods if name not in known]
-        chosen = [known[name] for name in methods if name in known] if methods else list(self.fields)
-        if wrong or len(chosen) > _PANELS:
+        chosen = [known[name] for name in methods or known if name in known]
+        if len(chosen) < len(methods) or len(chosen) > 4:
             raise SteerError(f"a plot is of one to four of {', '.join(known)}; received {', '.join(methods) or 'all'}.")
         figure, found = panels(ax, len(chosen))
-        of = [self.groups.index(group) for group in self.groups]  # the same colour for a class in every panel
+        colours = [[self.groups.index(group) for group in self.groups]] if self.groups else []  # alike in all panels
         for axes, one in zip(found, chosen, strict=True):
-            colour = [of] if of else []
-            arrows = (self.x, self.y, one.dx, one.dy, *colour)
+            arrows = (self.x, self.y, one.dx, one.dy, *colours)
             axes.quiver(*arrows, angles="xy", scale_units="xy", scale=1, cmap="tab10")
-            axes.update_datalim([(x + dx, y + dy) for x, y, dx, dy in zip(self.x, self.y, one.dx, one.dy, strict=True)])
+            axes.update_datalim([(x + dx, y + dy) for x, y, dx, dy in zip(*arrows[:4], strict=True)])
             axes.autoscale_view()
-            axes.set_title(f"{one.name}: coherence {_text(one.stream.coherence)}, chance {_text(one.stream.chance)}")
+            coherence, chance = (
+                "–" if each is None else f"{each:.2f}" for each in (one.stream.coherence, one.stream.chance)
+            )
+            axes.set_title(f"{one.name}: coherence {coherence}, chance {chance}")
             self.plane.label(axes)
         return figure
 
@@ -145,29 +160,21 @@ def displacement(
     """Measure how each of several methods moves the stream at a layer, from the frozen states to the adapted ones.
 
     The plane, sizes and the linear fit are of all states, added up over batches; coherence, contraction and the picture
-    are of points drawn from them without replacement, the same for every method and however the batches are cut.
-    Padding and tokens that a method puts into the stream are left out (see `drift`).
+    are of `points` drawn from them without replacement, the same for every method and however the batches are cut.
 
-    Args:
-        models: adapted models by name, on one device, of one backbone.
-        loader: batches; class labels `(rows,)` say between which states contraction is measured. It is read once.
-        reference: the frozen model; None is the first of the models, which is then steered, with its fields off.
-        layer: the block whose outgoing stream is looked at; negative ones count from the end.
-        points: how many are drawn.
-        token: which states of a row count: of each token, of the first (CLS), of the last, or their mean.
-        seed: of the draw.
+    `models` are adapted ones by name, on one device and of one backbone; without a `reference` the first is steered.
+    `token` says which states of a row count: of "each" token, of the "first" (CLS), the "last", or their "mean". Class
+    labels of the loader, `(rows,)`, say between which states contraction is measured.
 
     Raises:
-        SteerError: no model, models that cannot be compared, no such block, an unknown `token`, fewer than 10 points, a
-            loader that gives nothing, states that are NaN or vary in fewer than two directions.
+        SteerError: besides what all raise, no model, no such block, an unknown `token`, fewer than 10 points, or states
+            that vary in fewer than two directions.
     """
     if not isinstance(models, Mapping) or not models:
         raise SteerError(f"`models` is a dict of one adapted model or more, by name; received {type(models).__name__}.")
-    if token not in get_args(Token):
-        raise SteerError(f"`token` is each, first, last or mean; received {token!r}.")
-    if not isinstance(points, int) or isinstance(points, bool) or points <= NEIGHBOURS + 1:
-        raise SteerError(f"`points` is an integer from {NEIGHBOURS + 2}; received {points!r}.")
-    moments, tallies, draw = Moments(), {name: _Tally() for name in models}, Draw(points, seed)
+    check_choice("token", token, get_args(Token))
+    check_integer("points", points, NEIGHBOURS + 2)
+    moments, tallies, draw = Moments(), {name: _Tally() for name in models}, _Draw(points, seed)
     with contextlib.ExitStack() as stack:
         pairs: dict[str, Pair] = {}
         for name, model in models.items():
@@ -186,20 +193,69 @@ def displacement(
                 tallies[name].add(start, shifts[-1])
             moments.add(start)
             draw.add(torch.stack([start, *shifts], 1), _labels(batch, rows))
-    draw.sort()
     over = plane_of(moments, index)
-    start, *shifts = draw.states.unbind(1)
+    (start, *shifts), labels = draw.sorted()
     flat = over.project(start)
     fields = []
     for (name, tally), shift in zip(tallies.items(), shifts, strict=True):
         image = shift @ over.directions.T
-        stream = measures_of(start, shift, draw.labels, tally.divergence(moments, None))
-        inside = measures_of(flat, image, draw.labels, tally.divergence(moments, 2))
-        dx, dy = (tuple(part) for part in image.T.tolist())
+        stream = _measures(start, shift, labels, tally.divergence(moments, None))
+        inside = _measures(flat, image, labels, tally.divergence(moments, 2))
+        dx, dy = map(tuple, image.T.tolist())
         fields.append(MethodField(name, dx, dy, *tally.sizes(over), stream, inside))
-    groups = () if draw.labels is None else tuple(str(label) for label in draw.labels.tolist())
-    x, y = (tuple(part) for part in flat.T.tolist())
+    groups = () if labels is None else tuple(map(str, labels.tolist()))
+    x, y = map(tuple, flat.T.tolist())
     return Displacement(over, x, y, groups, tuple(fields), moments.count, token)
+
+
+def _pick(z: Tensor, real: Tensor, token: Token) -> tuple[Tensor, Tensor]:
+    """Return the states that count of z, `(rows, tokens, width)`, as `(states, width)`, and the row of each.
+
+    `real` is `(rows, tokens)` of booleans; rows of padding alone give nothing.
+    """
+    if token == "each":
+        return z[real], real.nonzero()[:, 0]
+    rows = real.any(1).nonzero().squeeze(1)
+    z, real = z[rows], real[rows]
+    if token == "mean":
+        return torch.where(real[..., None], z, 0.0).sum(1) / real.sum(1, keepdim=True), rows
+    at = real.int().argmax(1) if token == "first" else real.shape[1] - 1 - real.flip(1).int().argmax(1)
+    return z[torch.arange(len(z), device=z.device), at], rows
+
+
+def _labels(batch: Batch, rows: Tensor) -> Tensor | None:
+    """Return the class of each state's row; None where a batch has no class for each row."""
+    labels = batch.labels
+    if labels is None or labels.shape != (batch.rows,) or labels.is_floating_point():
+        return None
+    return labels.long().to(rows.device)[rows]
+
+
+class _Draw:
+    """Some of the states that come in batches, each as likely as any other: those with the smallest random keys."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._random = size, np.random.default_rng(seed)
+        self._keys, self._states = torch.zeros(0, dtype=torch.float64), torch.zeros(0)
+        self._labels: Tensor | None = torch.zeros(0, dtype=torch.long)
+
+    def add(self, states: Tensor, labels: Tensor | None) -> None:
+        """Add states, `(states, 1 + methods, width)`, with their labels; none at all unless every batch has them."""
+        keys = torch.cat([self._keys, torch.from_numpy(self._random.random(len(states)))])
+        states = torch.cat([self._states.to(states), states]) if len(self._states) else states
+        kept = keys.argsort()[: self._size]
+        self._keys, self._states = keys[kept], states[kept.to(states.device)]
+        if labels is None or self._labels is None:
+            self._labels = None
+        else:
+            self._labels = torch.cat([self._labels, labels.cpu()])[kept]
+
+    def sorted(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Return the states, `(points, width)` of the frozen model and of each method, and their labels, by label."""
+        if self._labels is None:
+            return self._states.unbind(1), None
+        order = self._labels.argsort(stable=True)
+        return self._states[order.to(self._states.device)].unbind(1), self._labels[order]
 
 
 class _Tally:
@@ -235,28 +291,27 @@ class _Tally:
         return float((along / values).mean())
 
 
-def _pick(z: Tensor, real: Tensor, token: Token) -> tuple[Tensor, Tensor]:
-    """Return the states that count of z, `(rows, tokens, width)`, as `(states, width)`, and the row of each.
-
-    `real` is `(rows, tokens)` of booleans; rows of padding alone give nothing.
-    """
-    if token == "each":
-        return z[real], real.nonzero()[:, 0]
-    rows = real.any(1).nonzero().squeeze(1)
-    z, real = z[rows], real[rows]
-    if token == "mean":
-        return torch.where(real[..., None], z, 0.0).sum(1) / real.sum(1, keepdim=True), rows
-    at = real.int().argmax(1) if token == "first" else real.shape[1] - 1 - real.flip(1).int().argmax(1)
-    return z[torch.arange(len(z), device=z.device), at], rows
-
-
-def _text(number: float | None) -> str:
-    return "–" if number is None else f"{number:.2f}"
+def _measures(start: Tensor, shift: Tensor, labels: Tensor | None, divergence: float | None) -> FieldMeasures:
+    """Return the measures of the field that moves `start` by `shift`, `(points, dimensions)` both."""
+    before, after = (_spread(states, labels) for states in (start, start + shift))
+    contraction = after / before if before else None
+    moving = shift.norm(dim=1) > 0
+    start, unit = start[moving], F.normalize(shift[moving], dim=1, eps=0.0)
+    count = len(start)
+    if count <= NEIGHBOURS:
+        return FieldMeasures(None, None, contraction, divergence)
+    distance = torch.cdist(start, start, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    near = distance.topk(NEIGHBOURS, largest=False).indices
+    coherence = (unit[:, None] * unit[near]).sum(-1).mean()
+    chance = (unit.sum(0).square().sum() - count) / (count * (count - 1))
+    return FieldMeasures(float(coherence), float(chance), contraction, divergence)
 
 
-def _labels(batch: Batch, rows: Tensor) -> Tensor | None:
-    """Return the class of each state's row; None where a batch has no class for each row."""
-    labels = batch.labels
-    if labels is None or labels.shape != (batch.rows,) or labels.is_floating_point():
-        return None
-    return labels.long().to(rows.device)[rows]
+def _spread(states: Tensor, labels: Tensor | None) -> float:
+    """Return the root mean square distance from the mean of the class, or the mean distance between two states."""
+    if labels is None:
+        return float(torch.pdist(states).mean()) if len(states) > 1 else 0.0
+    _, of = torch.unique(labels.to(states.device), return_inverse=True)
+    counts = torch.bincount(of).to(states)
+    means = torch.zeros(len(counts), states.shape[1]).to(states).index_add_(0, of, states) / counts[:, None]
+    return float((states - means[of]).square().sum(1).mean().sqrt())

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from ._moments import Sums
-from ._plots import Axes, Figure, lines
-from ._table import Table
+from ._results import Axes, Figure, Table, lines, table_of
 from .compare import Pair, compare
 
 __all__ = ["Drift", "drift"]
@@ -44,14 +43,14 @@ class Drift:
 
     def table(self) -> Table:
         """Return one row for every block."""
-        columns = {"layer": "block", "task": "drift on the task"}
-        rows: list[dict[str, Any]] = [{"layer": layer, "task": value} for layer, value in enumerate(self.task)]
+        columns: dict[str, tuple[str, Iterable[Any]]] = {
+            "layer": ("block", range(len(self.task))),
+            "task": ("drift on the task", self.task),
+        }
         if self.other is not None and self.interference is not None:
-            columns |= {"other": "drift on other data", "ratio": "other / task"}
-            for row, other, ratio in zip(rows, self.other, self.interference, strict=True):
-                row.update(other=other, ratio=ratio)
+            columns |= {"other": ("drift on other data", self.other), "ratio": ("other / task", self.interference)}
         note = "Mean over tokens of ‖z_adapted − z_frozen‖ / ‖z_frozen‖ behind each block."
-        return Table("Drift from the frozen trajectory", columns, tuple(rows), (note,))
+        return table_of("Drift from the frozen trajectory", columns, note)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the drift against the block."""
@@ -64,20 +63,8 @@ def drift(
 ) -> Drift:
     """Measure how far the stream of an adapted model is from the frozen one's, token by token, at every block.
 
-    On other data than the task's, it is interference with what the backbone knew. Tokens that a method puts into the
-    stream are left out: they are known by their place, before a text and behind the first tokens of an image, such as
-    CLS. Padding and tokens whose frozen state is 0 are left out too; padding counts in an encoder-decoder, whose mask
-    is not that of both halves.
-
-    Args:
-        model: a steered model; with a reference, one that was adapted by any method.
-        task: batches of the task; labels are not needed. It is read once.
-        other: batches of something else.
-        reference: the frozen model; None is the same model with its fields off.
-
-    Raises:
-        SteerError: the model is neither steered nor given a reference, the two are not of one backbone, a loader gives
-            nothing, a state is NaN or infinite.
+    `task` and `other` are loaders; on other data than the task's, drift is interference with what the backbone knew.
+    Tokens whose frozen state is 0 are left out.
     """
     with compare(model, reference) as pair:
         on_task, tokens = _measure(pair, task)

@@ -18,8 +18,7 @@ from residual_steer.recording import record, undisturbed
 from residual_steer.steering import use
 
 from ._moments import Sums, exact
-from ._plots import Axes, Figure, lines
-from ._table import Table
+from ._results import Axes, Figure, Table, lines, table_of
 
 __all__ = ["ControlEffort", "LayerEffort", "control_effort"]
 
@@ -65,7 +64,7 @@ class ControlEffort:
 
     def table(self) -> Table:
         """Return one row for every steered block."""
-        columns = {
+        heads = {
             "layer": "block",
             "effort": "‖λH(z)‖ / ‖z‖",
             "share": "share of squared effort, %",
@@ -73,12 +72,11 @@ class ControlEffort:
             "rank": "effective rank",
             "bottleneck": "rank",
         }
-        rows = [{key: getattr(one, key) for key in columns} for one in self.layers]
-        for row in rows:
-            row["share"] = None if row["share"] is None else 100 * row["share"]
+        columns = {key: (head, [getattr(one, key) for one in self.layers]) for key, head in heads.items()}
+        columns["share"] = heads["share"], [None if one.share is None else 100 * one.share for one in self.layers]
         padding = "padding is left out, except in an encoder-decoder"
         note = f"Site {self.site!r}, λ = {self.scale:g}. z is what the field reads; {padding}."
-        return Table(f"Control effort of {self.name!r}", columns, tuple(rows), (note,))
+        return table_of(f"Control effort of {self.name!r}", columns, note)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the effort against the block."""
@@ -91,22 +89,15 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
     """Measure how hard a field steers, at every block that it steers.
 
     Besides the effort ‖λH(z)‖ / ‖z‖ of eq. 1, it says how H(z) stands to what the frozen module itself does at the
-    token, M(z) − z of a block and M(z) of a mixer or mlp; for the site `input`, whose H is added to what the mixer
-    receives, u is what the mixer returns. The effective rank is that of Roy and Vetterli 2007: exp of the entropy of
-    the eigenvalues of E[H Hᵀ], not centred, divided by their sum. H is computed in fp64 from the stream as the model
-    has it.
+    token, M(z) − z of a block and M(z) of a mixer or mlp; for the site `input`, u is what the mixer returns. The
+    effective rank is that of Roy and Vetterli 2007: exp of the entropy of the eigenvalues of E[H Hᵀ], not centred,
+    divided by their sum. H is computed in fp64 from the stream as the model has it.
 
-    The field is measured alone, with weight 1, whatever mix is selected; that comes back after. Tokens at which z is 0
-    are left out of the effort. Padding counts in an encoder-decoder alone, whose mask is not that of both halves.
-
-    Args:
-        model: a steered model; it is run in evaluation mode.
-        loader: batches; labels are not needed. It is read once.
-        name: of the field; None takes the one that acts.
+    The field `name`, or the one that acts, is measured alone, with weight 1, whatever mix is selected; that comes back
+    after. Tokens at which z is 0 are left out of the effort.
 
     Raises:
-        SteerError: the model is not steered, has no such field or several act and none is named; the loader gives
-            nothing; a state is NaN or infinite.
+        SteerError: besides what all raise, there is no such field, several act and none is named, or none was called.
     """
     model, state = steering_of(model)  # without wrappers
     name = state.name_of(name)
@@ -120,7 +111,7 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
                 for call in calls:
                     own = call.left - call.entered if spec.site == "block" else call.left
                     tokens = (tokens_of(part, backbone.channels, batch) for part in (call.entered, own))
-                    _add(sums[index], fields[index], *tokens)
+                    _add(sums[index], fields[index], *map(exact, tokens))
     unused = [index for index, found in sums.items() if not found]
     if unused:
         raise SteerError(f"the model ran without calling what field {name!r} steers at the blocks {unused}.")
@@ -142,28 +133,24 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
 
 
 def _add(sums: Sums, field: HRes, z: Tensor, own: Tensor) -> None:
-    """Add tokens: what the field reads and the module's own update, `(tokens, width)` both."""
-    z, own = exact(z), exact(own)
-    up, bias = exact(field.up.weight), field.up.bias
+    """Add tokens: what the field reads and the module's own update, `(tokens, width)` in fp64 both."""
+    bias = field.up.bias
     require_finite("the stream that a field reads", z)
     hidden = field.hidden(z, z.dtype)
-    steered = F.linear(hidden, up, None if bias is None else exact(bias))
+    steered = F.linear(hidden, exact(field.up.weight), None if bias is None else exact(bias))
     require_finite("what a field adds to it", steered)
     require_finite("the update of what a field steers", own)
     size, length = steered.norm(dim=1), z.norm(dim=1)
     ratio = abs(field.scale) * size[length > 0] / length[length > 0]
     both = (size > 0) & (own.norm(dim=1) > 0)
-    ones = hidden if bias is None else torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
-    for key, values in {
-        "tokens": torch.tensor(len(z)),
-        "kept": (length > 0).sum(),
-        "effort": ratio.sum(),
-        "squared": ratio.square().sum(),
-        "cosines": F.cosine_similarity(steered[both], own[both], dim=1, eps=0.0).sum(),
-        "pointed": both.sum(),
-        "hidden": ones.T @ ones,
-    }.items():
-        sums.add(key, values)
+    ones = hidden if bias is None else F.pad(hidden, (0, 1), value=1.0)
+    sums.add("tokens", torch.tensor(len(z)))
+    sums.add("kept", (length > 0).sum())
+    sums.add("effort", ratio.sum())
+    sums.add("squared", ratio.square().sum())
+    sums.add("cosines", F.cosine_similarity(steered[both], own[both], dim=1, eps=0.0).sum())
+    sums.add("pointed", both.sum())
+    sums.add("hidden", ones.T @ ones)
 
 
 def _effective_rank(field: HRes, hidden: Tensor) -> float | None:
@@ -172,9 +159,8 @@ def _effective_rank(field: HRes, hidden: Tensor) -> float | None:
     H = A·(h, 1) with A = (W_up, b_up), so that they are those of K^½ AᵀA K^½: as small as the bottleneck, however wide
     the stream.
     """
-    out = exact(field.up.weight).cpu()
-    if field.up.bias is not None:
-        out = torch.cat([out, exact(field.up.bias).cpu()[:, None]], 1)
+    parts = [field.up.weight] if field.up.bias is None else [field.up.weight, field.up.bias[:, None]]
+    out = torch.cat([exact(part).cpu() for part in parts], 1)
     values, vectors = torch.linalg.eigh(hidden)
     half = vectors * values.clamp_min(0).sqrt()
     spectrum = torch.linalg.eigvalsh(half.T @ (out.T @ out) @ half).clamp_min(0)

@@ -6,7 +6,6 @@ energy: ξ ← X·softmax(β·Xᵀξ) (eq. 3) never raises it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.errors import SteerError
+from residual_steer._checks import check_number
 
 from ._moments import Moments, Sums, exact
-from ._plots import Axes, Figure, lines
-from ._table import Table
-from .attention import attentions_of, chosen, of_queries
-from .compare import SIDES, compare, layer_table
+from ._results import Axes, Figure, Table, layer_table, lines
+from .attention import attentions_of, queries_of, values_of
+from .compare import SIDES, compare, require_tokens
 
 __all__ = ["StreamEnergy", "hopfield_energy", "stream_energy"]
 
@@ -32,10 +30,8 @@ class StreamEnergy:
     Attributes:
         blocks: the block of every layer.
         beta: β of every layer, the inverse temperature.
-        frozen: averaged over tokens, `(layers, heads)`.
-        adapted: the same.
-        frozen_spread: standard deviation over tokens and heads, `(layers,)`.
-        adapted_spread: the same.
+        frozen, adapted: averaged over tokens, `(layers, heads)`.
+        frozen_spread, adapted_spread: standard deviation over tokens and heads, `(layers,)`.
         tokens: how many tokens were averaged over.
     """
 
@@ -54,7 +50,7 @@ class StreamEnergy:
 
     def table(self) -> Table:
         """Return a row for every layer, averaged over heads."""
-        numbers = {
+        columns = {
             "frozen": ("frozen", self.frozen.mean(1)),
             "frozen_spread": ("spread, frozen", self.frozen_spread),
             "adapted": ("adapted", self.adapted.mean(1)),
@@ -62,12 +58,12 @@ class StreamEnergy:
             "change": ("change", self.change),
         }
         note = f"Over {self.tokens} tokens and {self.frozen.shape[1]} heads; the spread is a standard deviation."
-        return layer_table("Hopfield energy of the stream", self.blocks, numbers, (note,))
+        return layer_table("Hopfield energy of the stream", self.blocks, columns, note)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the energy along the layers, with the spread over tokens and heads."""
-        series = {"frozen": self.frozen.mean(1).tolist(), "adapted": self.adapted.mean(1).tolist()}
-        spread = {"frozen": self.frozen_spread.tolist(), "adapted": self.adapted_spread.tolist()}
+        series = {"frozen": self.frozen.mean(1), "adapted": self.adapted.mean(1)}
+        spread = {"frozen": self.frozen_spread, "adapted": self.adapted_spread}
         return lines(ax, "Hopfield energy of the stream by layer", "layer", "Hopfield energy", series, spread=spread)
 
 
@@ -102,46 +98,37 @@ def stream_energy(
 ) -> StreamEnergy:
     """Measure the energy of every token in every layer and head, frozen against adapted.
 
-    The state of a token is its query, the stored patterns are the keys that it may attend to, a prompt's too. Both are
-    what the layer hands to the attention function, behind rotary positions and norms: transformers' AttentionInterface
-    or torch's scaled_dot_product_attention. A model that scales its queries itself (OPT) hands over scaled ones, with
-    β = 1. Eq. 2 knows masks, but no bias of positions, soft cap or learned sink: those are not in the energy. Energies
-    of different layers or models have different norms of queries and keys: what can be compared is frozen with
-    adapted. A batch takes `(batch, heads, length, length)` in fp64, layer by layer.
-
-    Args:
-        model: a steered model, or any with a `reference`.
-        loader: batches, of which labels are not needed. Padding is left out, as are tokens that a method put in.
-        reference: the frozen model; None is the same model with its fields off.
-        beta: β; None is what the layer multiplies products of queries and keys by, 1/√(head width) in most.
+    The state of a token is its query, the stored patterns are the keys that it may attend to, a prompt's too, as the
+    layer hands both to transformers' AttentionInterface or torch's scaled_dot_product_attention, behind rotary
+    positions and norms. β is `beta`, or what the layer multiplies their products by: 1/√(head width) in most, 1 where
+    the model scales its queries itself (OPT). Eq. 2 knows masks, but no bias of positions, soft cap or learned sink.
+    Energies of different layers or models have different norms: compare frozen with adapted. A batch takes `(batch,
+    heads, length, length)` in fp64, layer by layer.
 
     Raises:
-        SteerError: nothing to compare with, a β that is not positive, no data, NaN or infinity, an encoder-decoder,
-            queries and keys that cannot be read (transformers without the interface, `nn.MultiheadAttention`) or are of
-            windows (Swin), or a model without attention: an SSM has a memory length instead.
+        SteerError: besides what all raise, a β that is not positive, an encoder-decoder, queries and keys that cannot
+            be read (transformers without the interface, `nn.MultiheadAttention`) or are of windows (Swin), or no
+            attention: an SSM has a memory length.
     """
-    if beta is not None and not (isinstance(beta, (int, float)) and math.isfinite(beta) and beta > 0):
-        raise SteerError(f"`beta` is a positive number, the inverse temperature; received {beta!r}.")
-    sums, betas, blocks, tokens = Sums(), tuple[float, ...](), tuple[int, ...](), 0
-    moments: dict[tuple[str, int], Moments] = {}
+    if beta is not None:
+        beta = check_number("beta", beta, above=0, meaning="the inverse temperature")
+    sums, moments = Sums(), dict[tuple[str, int], Moments]()
     with compare(model, reference) as pair:
         for batch in pair.batches(loader):
             found = attentions_of(pair, batch, keys=True)
-            counts = chosen(batch, found, "all")
-            tokens += int(counts.sum())
-            blocks = tuple(one.block for one in found["frozen"])
-            betas = tuple(one.scale if beta is None else float(beta) for one in found["frozen"])
+            counts = queries_of(batch, found)
+            sums.add("tokens", counts.sum())
+            betas = tuple(one.scale if beta is None else beta for one in found["frozen"])
             for side, layers in found.items():
                 for layer, (one, warmth) in enumerate(zip(layers, betas, strict=True)):
                     query, key = one.seen
                     energy = hopfield_energy(query, key, warmth, one.visible)
-                    energy = of_queries(energy, counts.shape[1], pair.prefix).movedim(1, 2)[counts.to(energy.device)]
+                    energy = values_of(energy, counts.shape[1], pair.prefix).movedim(1, 2)[counts.to(energy.device)]
                     sums.add((side, layer), energy.sum(0))
                     moments.setdefault((side, layer), Moments()).add(energy.reshape(-1, 1))
-    if not tokens:
-        raise SteerError("no token of the data counts: every one is padding. Look at the attention mask.")
+    tokens = require_tokens(sums["tokens"])
     means = {side: sums.layers(side) / tokens for side in SIDES}
     for side in SIDES:
-        each = [moments[side, layer] for layer in range(len(blocks))]
+        each = [moments[side, layer] for layer in range(len(betas))]
         means[f"{side}_spread"] = torch.stack([(one.scatter / one.count).sqrt()[0, 0].cpu() for one in each])
-    return StreamEnergy(blocks, betas, tokens=tokens, **means)
+    return StreamEnergy(tuple(one.block for one in found["frozen"]), betas, tokens=tokens, **means)

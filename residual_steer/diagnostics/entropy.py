@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.errors import SteerError
+from residual_steer._checks import check_choice
+from residual_steer.tokens import class_token
 
 from ._moments import Sums, exact
-from ._plots import Axes, Figure, lines
-from ._table import Table
-from .attention import Attention, attentions_of, chosen, of_queries, query_of
-from .compare import SIDES, compare, layer_table
+from ._results import Axes, Figure, Table, layer_table, lines
+from .attention import Attention, attentions_of, queries_of, values_of
+from .compare import SIDES, compare, require_tokens
 
 __all__ = ["AttentionEntropy", "attention_entropy"]
 
@@ -31,15 +31,11 @@ class AttentionEntropy:
     Attributes:
         query: which tokens attend: "first" (CLS in a ViT), "last" or "all".
         blocks: the block of every layer: in a hybrid not every one has attention.
-        frozen: −Σ a·ln a over the keys, averaged over rows and queries, `(layers, heads)`.
-        adapted: the same of the adapted model, over all its keys, those of a prompt too.
-        frozen_by_position: averaged over rows and heads for each place of a query in the batch, `(layers, positions)`,
-            NaN where none counts.
-        adapted_by_position: the same; what a method put in has no place.
-        frozen_keys: how many keys a query may attend to, on average, `(layers,)`.
-        adapted_keys: the same.
-        frozen_bound: the average of the logarithm of that number, the highest entropy there can be, `(layers,)`.
-        adapted_bound: the same.
+        frozen, adapted: −Σ a·ln a over the keys, a prompt's too, averaged over rows and queries, `(layers, heads)`.
+        frozen_by_position, adapted_by_position: averaged over rows and heads for each place of a query among those of
+            the frozen model, `(layers, positions)`; NaN where none counts.
+        frozen_keys, adapted_keys: how many keys a query may attend to, on average, `(layers,)`.
+        frozen_bound, adapted_bound: the average logarithm of that number, the highest entropy possible, `(layers,)`.
         equal: of every layer, whether both models had equal maps, bit for bit, in every row.
         queries: how many were averaged over.
     """
@@ -79,22 +75,25 @@ class AttentionEntropy:
 
     def table(self) -> Table:
         """Return a row for every layer, averaged over heads."""
-        numbers = {
+        columns = {
             "frozen": ("frozen, nats", self.frozen.mean(1)),
             "adapted": ("adapted, nats", self.adapted.mean(1)),
             "change": ("change, nats", self.change),
             "frozen_keys": ("keys, frozen", self.frozen_keys),
             "adapted_keys": ("keys, adapted", self.adapted_keys),
+            "equal": ("equal maps", ["yes" if same else "no" for same in self.equal]),
         }
-        notes = (
+        return layer_table(
+            "Attention entropy",
+            self.blocks,
+            columns,
             f"Averaged over {self.frozen.shape[1]} heads and {self.queries} queries ({self.query}).",
             f"The maps of the first {self.untouched} of {len(self.blocks)} layers are equal, bit for bit.",
         )
-        return layer_table("Attention entropy", self.blocks, numbers, notes, ("equal maps", self.equal))
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the entropy over the layers, averaged over heads."""
-        series = {"frozen": self.frozen.mean(1).tolist(), "adapted": self.adapted.mean(1).tolist()}
+        series = {"frozen": self.frozen.mean(1), "adapted": self.adapted.mean(1)}
         return lines(ax, "Attention entropy by layer", "layer", "attention entropy, nats", series)
 
 
@@ -103,61 +102,48 @@ def attention_entropy(
 ) -> AttentionEntropy:
     """Measure the entropy of attention in every layer and head, frozen against adapted.
 
-    Both models see each batch before the next, with attention that gives its maps: fused and flash implementations are
-    switched for the measurement and put back. Maps are taken as a layer computes them, in its precision; the share that
-    a learned sink takes (gpt-oss) is not in them. All maps of a batch are held at once, `(batch, heads, length,
-    length)` a layer: choose its size accordingly.
-
-    Args:
-        model: a steered model, or any with a `reference`.
-        loader: batches, of which labels are not needed.
-        reference: the frozen model; None is the same model with its fields off.
-        query: which tokens attend: "first", "last", "all", or "auto", the first where that is a class token of images
-            and all elsewhere. Padding never counts, nor do tokens that a method put in, which are keys alone: they are
-            told apart by their number, the queries that the reference does not have, and by their one place, before a
-            text (behind its padding on the left) or behind the prefix tokens of an image.
+    `query` says which tokens attend: "first", "last", "all", or "auto", the first where that is a class token of images
+    and all elsewhere. Tokens that a method put in are keys alone. Maps are taken as a layer computes them, in its
+    precision, from attention that gives them: fused and flash implementations are switched meanwhile. The share of a
+    learned sink (gpt-oss) is not in them. All maps of a batch are kept at once, `(batch, heads, length, length)` a
+    layer: choose its size accordingly.
 
     Raises:
-        SteerError: nothing to compare with, an unknown `query`, no data, NaN or infinity in a map, an encoder-decoder,
-            attention that gives no maps or maps of windows (Swin), layers of different numbers of heads, or a model
-            without attention: an SSM has a memory length instead.
+        SteerError: besides what all raise, an unknown `query`, an encoder-decoder, attention that gives no maps or maps
+            of windows (Swin), layers of different numbers of heads, or no attention: an SSM has a memory length.
     """
-    sums, equal, blocks = Sums(), list[bool](), tuple[int, ...]()
+    check_choice("query", query, ("auto", "first", "last", "all"))
+    sums = Sums()
     with compare(model, reference) as pair:
-        query = query_of(query, pair.inner)
+        if query == "auto":
+            query = "first" if class_token(pair.inner) else "all"
         for batch in pair.batches(loader):
             found = attentions_of(pair, batch, keys=False)
-            counts = chosen(batch, found, query)
-            for side, layers in found.items():
-                for layer, one in enumerate(layers):
-                    _add(sums, (side, layer), one, counts, pair.prefix)
+            counts = queries_of(batch, found, query)
             sums.add("counted", counts.sum(0))
-            both = zip(*found.values(), strict=True)
-            same = [torch.equal(one.seen[0], other.seen[0]) for one, other in both]
-            equal = [one and other for one, other in zip(equal or same, same, strict=True)]
-            blocks = tuple(one.block for one in found["frozen"])
-    queries = int(sums["counted"].sum())
-    if not queries:
-        raise SteerError("no token of the data counts as a query: every one is padding. Look at the attention mask.")
-    means: dict[str, Tensor] = {}
+            for layer, both in enumerate(zip(*found.values(), strict=True)):
+                for side, one in zip(SIDES, both, strict=True):
+                    _add(sums, (side, layer), one, counts, pair.prefix)
+                sums.add(("differ", layer), torch.tensor(not torch.equal(*(one.seen[0] for one in both))))
+    queries = require_tokens(sums["counted"].sum())
+    means: dict[str, Any] = {}
     for side in SIDES:
         means[side] = sums.layers("entropy", side) / queries
         means[f"{side}_by_position"] = sums.layers("positions", side) / sums["counted"]
         means[f"{side}_keys"], means[f"{side}_bound"] = (sums.layers("keys", side) / queries).unbind(1)
-    return AttentionEntropy(query, blocks, equal=tuple(equal), queries=queries, **means)
+    means["equal"] = tuple((sums.layers("differ") == 0).tolist())
+    return AttentionEntropy(query, tuple(one.block for one in found["frozen"]), queries=queries, **means)
 
 
 def _add(sums: Sums, key: tuple[str, int], one: Attention, counts: Tensor, prefix: int) -> None:
     """Add the map of a layer, for the tokens that count, `(rows, length)`."""
-    (weights,), share = one.seen, exact(counts)[:, None]
-    entropy = of_queries(torch.special.entr(exact(weights)).sum(-1), counts.shape[1], prefix)
+    (weights,), share, length = one.seen, exact(counts)[:, None], counts.shape[1]
+    entropy = values_of(torch.special.entr(exact(weights)).sum(-1), length, prefix)
     entropy = torch.where(share > 0, entropy, 0.0)  # which is NaN for padding that sees nothing
-    if one.visible is None:
-        keys = torch.full_like(entropy, weights.shape[3])
-    else:
+    keys = torch.full_like(entropy, weights.shape[3])
+    if one.visible is not None:
         visible = one.visible.expand(*weights.shape[:1], -1, *weights.shape[2:])
-        keys = exact(visible.sum(-1)).clamp(min=1)  # a query that sees none is padding
-        keys = of_queries(keys, counts.shape[1], prefix)
+        keys = values_of(exact(visible.sum(-1)).clamp(min=1), length, prefix)  # a query that sees none is padding
     sums.add(("entropy", *key), entropy.sum((0, 2)))
     sums.add(("positions", *key), entropy.mean(1).sum(0))
     sums.add(("keys", *key), torch.stack([(x.mean(1, keepdim=True) * share).sum() for x in (keys, keys.log())]))

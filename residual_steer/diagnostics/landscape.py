@@ -1,8 +1,7 @@
-"""The loss over the plane of the stream, with the ways that states take (figure 1a of arXiv 2606.24396)."""
+"""The plane in which the frozen stream varies most, and the loss over it (figure 1a of arXiv 2606.24396)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +11,100 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer._batches import require_finite
+from residual_steer._checks import check_integer, check_number
 from residual_steer.errors import SteerError
 from residual_steer.recording import watch
 from residual_steer.training.losses import Loss, measure
 
-from ._moments import Sums, exact
-from ._plots import Axes, Figure, panels
-from ._table import Table
+from ._moments import Moments, Sums, exact
+from ._results import Axes, Figure, Table, bars, panels, table_of
 from .compare import SIDES, Pair, compare, layer_of
-from .plane import Plane, plane
 
-__all__ = ["Landscape", "Path", "landscape"]
+__all__ = ["Landscape", "Path", "Plane", "landscape", "plane", "plane_of", "spectrum"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A plane through the mean of the frozen states at a layer.
+
+    Attributes:
+        layer: index of the block that the states leave.
+        mean: of the states, `(width,)`, fp64.
+        directions: the first two principal directions, orthonormal, `(2, width)`, with positive largest entries.
+        deviations: standard deviations of the states along them.
+        explained: the share of the variance that lies along each.
+        tokens: how many states.
+    """
+
+    layer: int
+    mean: Tensor
+    directions: Tensor
+    deviations: tuple[float, float]
+    explained: tuple[float, float]
+    tokens: int
+
+    def project(self, states: Tensor) -> Tensor:
+        """Return coordinates in the plane, `(..., width) -> (..., 2)`."""
+        return (states - self.mean) @ self.directions.T
+
+    def label(self, axes: Axes) -> None:
+        """Name the axes of a picture in the plane."""
+        first, second = (100 * share for share in self.explained)
+        axes.set(xlabel=f"first principal direction, {first:.0f} % of the variance", ylabel=f"second, {second:.0f} %")
+
+    def table(self) -> Table:
+        """Return one row for each direction."""
+        columns = {
+            "direction": ("principal direction", (1, 2)),
+            "deviation": ("standard deviation", self.deviations),
+            "explained": ("variance, %", [100 * share for share in self.explained]),
+        }
+        note = f"Of {self.tokens:,} states of the frozen model behind block {self.layer}."
+        return table_of("Plane of the stream", columns, note)
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw the share of the variance along each direction as bars."""
+        shares = dict(zip(("first", "second"), (100 * share for share in self.explained), strict=True))
+        return bars(ax, f"Plane of the stream behind block {self.layer}", "share of the variance, %", shares)
+
+
+def plane(model: nn.Module, loader: Iterable[Any], *, layer: int = -1, reference: nn.Module | None = None) -> Plane:
+    """Find the plane in which the frozen stream at a layer varies most: adapted states do not turn it.
+
+    Raises:
+        SteerError: besides what all raise, there is no such block, or states vary in fewer than two directions.
+    """
+    moments = Moments()
+    with compare(model, reference) as pair:
+        index = layer_of(pair.backbones["frozen"], layer)
+        for batch in pair.batches(loader):
+            z = pair.stream("frozen", batch, [index])[index]
+            moments.add(z[batch.real(z.shape[:2], z.device)])
+    return plane_of(moments, index)
+
+
+def plane_of(moments: Moments, layer: int) -> Plane:
+    """Return the plane of states whose moments were added up, or raise if they vary in fewer than two directions."""
+    values, vectors = spectrum(moments)
+    if len(values) < 2:
+        raise SteerError(
+            f"a plane needs states that vary in two directions; {moments.count} states behind block {layer} vary in "
+            f"{len(values)}. Give more data, or another layer."
+        )
+    directions = vectors[:2]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    share, deviations = (values[:2] / values.sum()).tolist(), values[:2].sqrt().tolist()
+    return Plane(layer, moments.mean, directions * largest.sign(), (*deviations,), (*share,), moments.count)
+
+
+def spectrum(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a covariance, largest first, and its eigenvectors as rows."""
+    if not moments.count:
+        return torch.zeros(0), torch.zeros(0, 0)
+    values, vectors = torch.linalg.eigh(moments.scatter / moments.count)
+    values, vectors = values.flip(0).clamp_min(0), vectors.T.flip(0)
+    kept = values > 1e-10 * values[0]  # across the hyperplane on which a LayerNorm puts a stream is only rounding
+    return values[kept], vectors[kept]
 
 
 @dataclass(frozen=True)
@@ -30,8 +112,7 @@ class Path:
     """The way of the mean state through the layers, in the plane.
 
     Attributes:
-        x: along the first principal direction, of what leaves each block up to the plane's.
-        y: along the second.
+        x, y: along the first and second principal direction, of what leaves each block up to the plane's.
         loss: of the model, nothing moved.
         loss_there: of the adapted model with all states of the layer moved to where the way ends.
     """
@@ -48,11 +129,9 @@ class Landscape:
 
     Attributes:
         plane: its origin is the mean of the frozen states.
-        across: coordinates along the first principal direction.
-        up: along the second.
+        across, up: coordinates along the first and the second principal direction.
         losses: one row for each of `up`.
-        frozen: the way of the frozen model.
-        adapted: that of the adapted model.
+        frozen, adapted: the ways of both models.
         together: whether all states were shifted alike, or each was given the coordinates.
     """
 
@@ -73,28 +152,23 @@ class Landscape:
 
     def table(self) -> Table:
         """Return where the ways end and where the loss is lowest."""
+        lowest, ways = self.lowest, (self.frozen, self.adapted)
         columns = {
-            "state": "state",
-            "x": "along the first direction",
-            "y": "along the second",
-            "there": "loss with states moved there",
-            "loss": "loss of the model",
+            "state": ("state", [*(f"mean of the {side} model" for side in SIDES), "lowest of the grid"]),
+            "x": ("along the first direction", [*(way.x[-1] for way in ways), lowest[0]]),
+            "y": ("along the second", [*(way.y[-1] for way in ways), lowest[1]]),
+            "there": ("loss with states moved there", [*(way.loss_there for way in ways), lowest[2]]),
+            "loss": ("loss of the model", [*(way.loss for way in ways), None]),
         }
-        x, y, loss = self.lowest
-        rows: list[dict[str, Any]] = [
-            {"state": f"mean of the {name} model", "x": way.x[-1], "y": way.y[-1], "there": way.loss_there,
-             "loss": way.loss}
-            for name, way in zip(SIDES, (self.frozen, self.adapted), strict=True)
-        ]  # fmt: skip
-        rows.append({"state": "lowest of the grid", "x": x, "y": y, "there": loss})
-        notes = (
+        return table_of(
+            "Loss over the plane of the stream",
+            columns,
             f"Behind block {self.plane.layer}; the plane holds {100 * sum(self.plane.explained):.1f} % of the variance "
             "of the frozen states.",
             "Loss of the adapted model with all states shifted alike, so that their mean is there."
             if self.together
             else "Loss of the adapted model with every state there; what it has outside the plane stays as it is.",
         )
-        return Table("Loss over the plane of the stream", columns, tuple(rows), notes)
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the loss as contours, with the ways of the mean states through the layers over them."""
@@ -120,64 +194,51 @@ def landscape(
     loss: Loss | None = None,
     together: bool = False,
 ) -> Landscape:
-    """Measure the loss of an adapted model with the states at a layer moved about in a plane.
+    """Measure the loss of an adapted model with the states at a layer moved about in the plane of `plane`.
 
-    The plane is that of `plane`. At a point (a, b) of the grid every state z that leaves the block is given these
-    coordinates, z ← z − PᵀP (z − z̄) + Pᵀ (a, b) with the two directions as rows of P, and keeps what it has outside
-    the plane; or all are shifted alike, so that their mean gets them. The blocks behind and the head then run as they
-    are, with the fields that act there. Tokens of padding and of a prompt are moved as all others.
+    At a point (a, b) of the grid every state z that leaves the block is given these coordinates, z ← z − PᵀP (z − z̄) +
+    Pᵀ (a, b) with the two directions as rows of P, and keeps what it has outside the plane; or all are shifted alike,
+    so that their mean gets them. The blocks behind and the head then run as they are, with the fields that act there.
+    Tokens of padding and of a prompt are moved as all others.
 
-    Every point is a run of the whole model: `size`² times the loader, which a few batches of are enough.
-
-    Args:
-        model: a steered model; with a reference, one that was adapted by any method.
-        loader: batches with what the loss needs, as in `fit`. It is read three times.
-        layer: the block whose outgoing stream is moved; negative ones count from the end.
-        reference: the frozen model; None is the same model with its fields off.
-        size: points along each direction.
-        span: how far the grid reaches, in standard deviations of the frozen states along each direction; it is made
-            wider where a way of the mean states leads out of it.
-        loss: as in `fit`.
-        together: shift all states alike. The way of the adapted model then ends at the loss that it really has.
+    `loader` gives what the `loss` needs, both as for `fit`, and is read three times; `size`² points are as many runs of
+    the whole model. The grid reaches `span` standard deviations of the frozen states along each direction, and further
+    where a way of the mean states leads out of it. With `together` all states are shifted alike: the way of the adapted
+    model then ends at the loss that it really has.
 
     Raises:
-        SteerError: the model is neither steered nor given a reference; there is no such block; a bad `size` or `span`;
-            the loader is empty or can be read only once, gives no loss; states or losses are NaN or infinite.
+        SteerError: besides what all raise, there is no such block; a bad `size` or `span`; the loader is an iterator.
     """
     if isinstance(loader, Iterator):
-        raise SteerError(
-            "`loader` is read three times, which an iterator cannot be. Give the list or DataLoader itself."
-        )
-    if not isinstance(size, int) or isinstance(size, bool) or size < 2:
-        raise SteerError(f"`size` is an integer from 2; received {size!r}.")
-    if isinstance(span, bool) or not isinstance(span, (int, float)) or not 0 < span < math.inf:
-        raise SteerError(f"`span` is a positive number of standard deviations; received {span!r}.")
+        raise SteerError("`loader` is read three times, which an iterator cannot be. Give the list or DataLoader.")
+    check_integer("size", size, 2)
+    check_number("span", span, above=0, meaning="in standard deviations")
     over = plane(model, loader, layer=layer, reference=reference)
     with compare(model, reference) as pair:
-        ways = _ways(pair, loader, over, layer_of(pair.backbones["adapted"], layer))
+        ways = _ways(pair, loader, over)
         ends = ways[:, -1]
         reach = torch.tensor(over.deviations, dtype=ends.dtype) * span
         low, high = torch.minimum(-reach, ways.amin((0, 1))), torch.maximum(reach, ways.amax((0, 1)))
         across, up = (torch.linspace(float(low[k]), float(high[k]), size, dtype=ends.dtype) for k in (0, 1))
-        grid = torch.cartesian_prod(up, across).flip(1)
-        points = torch.cat([ends, grid])
+        points = torch.cat([ends, torch.cartesian_prod(up, across).flip(1)])
         losses, own = _losses(pair, loader, over, points, ends[1] if together else None, loss)
     require_finite("the loss over the plane", losses)
+    there, grid = losses[:2].tolist(), losses[2:].view(size, size).tolist()
     frozen, adapted = (
-        Path(tuple(way[:, 0].tolist()), tuple(way[:, 1].tolist()), own[side], float(there))
-        for side, way, there in zip(SIDES, ways, losses[: len(SIDES)], strict=True)
+        Path(tuple(way[:, 0].tolist()), tuple(way[:, 1].tolist()), own[side], at)
+        for side, way, at in zip(SIDES, ways, there, strict=True)
     )
-    rows = tuple(map(tuple, losses[len(SIDES) :].view(size, size).tolist()))
+    rows = tuple(map(tuple, grid))
     return Landscape(over, tuple(across.tolist()), tuple(up.tolist()), rows, frozen, adapted, together)
 
 
-def _ways(pair: Pair, loader: Iterable[Any], over: Plane, last: int) -> Tensor:
+def _ways(pair: Pair, loader: Iterable[Any], over: Plane) -> Tensor:
     """Return the coordinates of the mean states of both sides through the layers, `(2, layers, 2)`.
 
     Blocks whose stream has another width than the plane are passed over.
     """
     widths, sums = pair.backbones["frozen"].widths, Sums()
-    blocks = [index for index in range(last + 1) if widths[index] == widths[last]]
+    blocks = [index for index in range(over.layer + 1) if widths[index] == widths[over.layer]]
     for batch in pair.batches(loader):
         for place, states in enumerate(pair.states(batch, blocks).values()):
             sums.add(("states", place), torch.stack([each.sum(0) for each in states]))
