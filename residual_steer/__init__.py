@@ -9,6 +9,7 @@ from .field import HRes
 from .overview import fields, summary
 from .prefix_cache import PrefixCache as _PrefixCache  # noqa: F401 – which tells fit of `cache_prefix`
 from .pretrained import from_pretrained
+from .reference import reference
 from .registry import find_backbone, list_backbones, register_backbone
 from .steering import freeze, parameters, steer, thaw, unsteer, use
 from .storage import load, push, save
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "parameters",
     "push",
+    "reference",
     "register_backbone",
     "save",
     "steer",
