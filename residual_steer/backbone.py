@@ -30,6 +30,7 @@ from .nested import dense, moved
 
 SITES = ("block", "mixer", "mlp", "input")
 ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was done to it
+_PATH = "an attribute path or None"
 _COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
@@ -141,21 +142,26 @@ class Backbone:
         for index, block in enumerate(self.blocks):
             if not isinstance(block, nn.Module):
                 raise LayoutError(f"every block is a torch.nn.Module; block {index} is a {type(block).__name__}.")
-        each = f"or one per block ({len(self.blocks)} blocks); received"
-        widths = self.widths if isinstance(self.width, (int, Sequence)) else ()
-        if len(widths) != len(self.blocks) or any(type(d) is not int or d < 1 for d in widths):
-            raise LayoutError(f"`width` is a positive integer, {each} {self.width!r}.")
-        for site, given in (("mixer", self.mixer), ("mlp", self.mlp)):
-            paths = self._paths(site) if isinstance(given, (str, Sequence, type(None))) else ()
-            if len(paths) != len(self.blocks) or any(not isinstance(path, (str, type(None))) for path in paths):
-                raise LayoutError(f"`{site}` is an attribute path or None, {each} {given!r}.")
+        for name, kind in (("width", "a positive integer"), ("mixer", _PATH), ("mlp", _PATH)):
+            given, each = getattr(self, name), self._each(name)
+            right = [type(x) is int and x > 0 if name == "width" else isinstance(x, (str, type(None))) for x in each]
+            if len(each) != len(self.blocks) or not all(right):
+                many = f"or one per block ({len(self.blocks)} blocks)"
+                raise LayoutError(f"`{name}` is {kind}, {many}; received {given!r}.")
         if self.channels not in (-1, 1):
             raise LayoutError(f"`channels` is -1 (width last) or 1 (ConvNets); received {self.channels!r}.")
+
+    def _each(self, name: str) -> tuple[Any, ...]:
+        """Return the width, the mixer or the mlp of every block."""
+        given = getattr(self, name)
+        if given is None or isinstance(given, (int, str)):
+            return (given,) * len(self.blocks)
+        return tuple(given) if isinstance(given, Sequence) else ()
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The width of the stream at every block."""
-        return (self.width,) * len(self.blocks) if isinstance(self.width, int) else tuple(self.width)
+        return self._each("width")
 
     def left(self, output: Any) -> Tensor:
         """Return the stream in a block's output."""
@@ -169,13 +175,8 @@ class Backbone:
         """Return the module of block `index` beside which fields of `site` run, None where it has no such part."""
         if site == "block":
             return self.blocks[index]
-        path = self._paths(site)[index]
+        path = self._each("mlp" if site == "mlp" else "mixer")[index]  # `input` is in front of the mixer
         return None if path is None else _part(self.blocks[index], path)
-
-    def _paths(self, site: str) -> Sequence[str | None]:
-        """Return the path of every block's mixer (which is also where `input` is steered) or mlp."""
-        given = self.mlp if site == "mlp" else self.mixer
-        return (given,) * len(self.blocks) if given is None or isinstance(given, str) else given
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -187,7 +188,7 @@ class Backbone:
         widths = self.widths
         width = str(widths[0]) if len(set(widths)) == 1 else f"{widths[0]} … {widths[-1]}"
         kinds = dict.fromkeys(type(block).__name__ for block in self.blocks)
-        found = {site: dict.fromkeys(f".{path}" for path in self._paths(site) if path) for site in ("mixer", "mlp")}
+        found = {site: dict.fromkeys(f".{path}" for path in self._each(site) if path) for site in ("mixer", "mlp")}
         where = [f"{site}: {', '.join(paths)}" for site, paths in found.items() if paths]
         lines = [
             f"{self.name or 'unregistered'} at {self.path or 'the model itself'}",

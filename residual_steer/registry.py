@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ._checks import check_model
 from .backbone import ATTRIBUTE, Backbone, LayoutError
 from .discovery import discover, is_marked
 from .errors import SteerError
@@ -112,9 +113,7 @@ def find_backbone(model: nn.Module, arch: str | None = None, *, example: Any = N
         SteerError: `model` is no module, `arch` is unknown, no backbone is found or proved, or several are and its
             output depends on more than one stream.
     """
-    if not isinstance(model, nn.Module):
-        raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
-    steered = _steered(model)
+    steered = _steered(check_model(model))
     if steered is not None and arch in (None, steered.name) and arch != AUTO:
         return steered
     _load_plugins()
