@@ -1,7 +1,9 @@
 """A small ViT with a field of every option, and what the tests of storage ask of it."""
 
+import contextlib
 import json
 
+import pytest
 import safetensors.torch
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -40,6 +42,15 @@ def assert_as(model, before):
     assert (hooks, gradients) == before[:2]
     assert state.keys() == before[2].keys()
     assert all(torch.equal(state[key], before[2][key]) for key in state)
+
+
+@contextlib.contextmanager
+def refused(model, message):
+    """Expect an error that leaves the model as it was."""
+    before = snapshot(model)
+    with pytest.raises(rs.SteerError, match=message):
+        yield
+    assert_as(model, before)
 
 
 def save_one(folder):

@@ -72,15 +72,14 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeyp
 
 @needs_locks
 def test_only_what_dead_writers_left_is_removed(tmp_path):
-    alive = files._open_aside(tmp_path / "file")
-    kept = {Path(alive.name).name, ".file.swp", ".file.safetensors.0.old", "file.partial", ".other.1.partial"}
-    for name in (*kept - {Path(alive.name).name}, ".file.0123.partial"):
+    kept = {".file.swp", ".file.safetensors.0.old", "file.partial", ".other.1.partial"}
+    for name in (*kept, ".file.0123.partial"):
         (tmp_path / name).write_bytes(b"")
-    write_whole({tmp_path / "file": b"new"})
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"file"}
-    alive.close()
+    with files._open_aside(tmp_path / "file") as alive:
+        write_whole({tmp_path / "file": b"new"})
+        assert {path.name for path in tmp_path.iterdir()} == kept | {"file", Path(alive.name).name}
     write_whole({tmp_path / "file": b"newer"})
-    assert {path.name for path in tmp_path.iterdir()} == (kept - {Path(alive.name).name}) | {"file"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"file"}
 
 
 def test_where_nothing_can_be_locked_nothing_is_removed(tmp_path, monkeypatch):

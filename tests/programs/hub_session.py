@@ -11,51 +11,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, constants
-from torch import nn
+from small_net import BATCH, fresh, steer
 
 import residual_steer as rs
-
-BATCH = torch.linspace(-1, 1, 2 * 3 * 8).reshape(2, 3, 8)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mlp = nn.Linear(8, 8)
-
-    def forward(self, z):
-        return z + torch.tanh(self.mlp(z))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, z):
-        for block in self.blocks:
-            z = block(z)
-        return self.head(z)
-
-
-@rs.register_backbone("net", matches=["__main__.Net"])
-def net(model):
-    return rs.Backbone(blocks=model.blocks, width=8, mlp="mlp")
-
-
-def fresh():
-    torch.manual_seed(0)
-    return Net()
-
-
-def steered(seed):
-    model = rs.steer(fresh(), rank=3, train="head")
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in rs.parameters(model):
-            parameter.normal_()
-    return model
 
 
 def state(model):
@@ -64,7 +22,7 @@ def state(model):
     return hooks, gradients, {key: tensor.tolist() for key, tensor in model.state_dict().items()}
 
 
-FIELDS = {name: steered(seed) for seed, name in enumerate("ABC")}
+FIELDS = {name: steer(fresh(), seed, train="head") for seed, name in enumerate("ABC")}
 OUTPUTS = {name: model(BATCH) for name, model in FIELDS.items()}
 DONE = {}
 

@@ -3,7 +3,6 @@
 Usage: kill_saves.py FOLDER KILLS
 """
 
-import copy
 import json
 import os
 import random
@@ -14,35 +13,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
+from small_net import BATCH, fresh, steer
 
 import residual_steer as rs
 from residual_steer._format import DESCRIPTION, TENSORS, open_field
 
-BATCH = torch.linspace(-1, 1, 64).reshape(1, 2, 32)
 WHOLE = {DESCRIPTION, TENSORS}
-
-
-class Block(nn.Module):
-    def forward(self, z):
-        return z + 1
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.scale = nn.Parameter(torch.ones(32))
-
-    def forward(self, z):
-        for block in self.blocks:
-            z = block(z)
-        return self.scale * z
-
-
-@rs.register_backbone("net", matches=["__main__.Net"])
-def net(model):
-    return rs.Backbone(blocks=model.blocks, width=32)
 
 
 def save_for_ever(model, folder, names):
@@ -60,15 +36,9 @@ def save_for_ever(model, folder, names):
 
 def main(folder, kills):
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     chance = random.Random(0)
-    model, expected = Net(), {}
-    for name in ("A", "B"):
-        rs.steer(model, name=name, rank=8)
-        with torch.no_grad():
-            for parameter in rs.parameters(model):
-                parameter.normal_()
-        expected[name] = model(BATCH)
+    model = fresh()
+    expected = {name: steer(model, seed, name=name)(BATCH) for seed, name in enumerate("AB")}
     began = time.perf_counter()
     rs.save(model, folder, "A")
     took = time.perf_counter() - began
@@ -82,7 +52,7 @@ def main(folder, kills):
         assert os.WIFSIGNALED(status), "the child ended by itself: a save failed"
         files = {path.name for path in folder.iterdir()}
         assert files >= WHOLE, files
-        loaded = rs.load(copy.deepcopy(Net()), folder)
+        loaded = rs.load(fresh(), folder)
         (field,) = rs.summary(loaded).fields
         assert torch.equal(loaded(BATCH), expected[field.name])
         seen[field.name] += 1
