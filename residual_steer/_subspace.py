@@ -7,8 +7,7 @@ leave the null space again.
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +93,7 @@ def share_inside(basis: Tensor, moment: Tensor) -> float:
 
 
 def extended(basis: Tensor, moment: Tensor, energy: float) -> Tensor:
-    """Return the basis of the smallest space around another that holds `energy` of a task's energy.
+    """Return the basis of the smallest space around another that holds `energy` of a task's energy (GPM).
 
     What the space holds already counts; what is missing is taken from the rest, in the order of its eigenvalues. An
     energy of 1 takes all that the numbers can tell from zero: eigenvalues above what fp32 (of the features) and fp64
@@ -130,6 +129,9 @@ class Protection:
     then rounding does not add up from step to step. What others write between two steps, as when weights are loaded, is
     no update: where it leaves what is protected, that is what the map does from then on, and a warning is given.
     `protected` is looked up in every step, so that it may grow.
+
+    Attributes:
+        active: whether it has not been removed.
     """
 
     def __init__(
@@ -138,26 +140,17 @@ class Protection:
         self._linears, self._protected = linears, protected
         self._near: dict[str, tuple[Protected, Tensor, Tensor]] = {}
         self._left: dict[str, list[tuple[int, int]]] = {}  # the marks of a map as the last step left it
-        self._optimizer: Callable[[], Optimizer | None] = weakref.ref(optimizer)
+        self.active = True
         self._handles = [
             optimizer.register_step_pre_hook(self._notice),
             optimizer.register_step_post_hook(self._correct),
         ]
 
-    @property
-    def active(self) -> bool:
-        """Whether it has not been removed, and the optimizer is still there."""
-        return self._optimizer() is not None
-
-    def covers(self, optimizer: Optimizer) -> bool:
-        """Return whether it stands behind this optimizer now."""
-        return self._optimizer() is optimizer
-
     def remove(self) -> None:
         """Let the optimizer go where it likes again."""
         for handle in self._handles:
             handle.remove()
-        self._optimizer = lambda: None
+        self.active = False
         self._near.clear()
 
     def __enter__(self) -> Protection:

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import safetensors
 import safetensors.torch
@@ -45,11 +46,9 @@ class NullSpace:
 
     A field has two projections at every steered block, `blocks.3.down` and `blocks.3.up`. What enters each, [z, 1] and
     [σ(W_down·z + b_down), 1], spans directions that later updates must leave alone. They are found task by task: those
-    that hold `energy` of that task's energy, what earlier tasks keep counted in (GPM). So a task with many tokens does
-    not swamp one with few, as it would in one covariance of all.
-
-    What trains along with the field (`steer(..., train=...)`), such as a head, is not protected: give every task a head
-    of its own, or keep the head still.
+    that hold `energy` of that task's energy, what earlier tasks keep counted in, so that a task with many tokens does
+    not swamp one with few. What trains along with the field (`steer(..., train=...)`), such as a head, is not
+    protected: give every task a head of its own, or keep the head still.
 
     Args:
         model: a steered model.
@@ -73,7 +72,7 @@ class NullSpace:
         self.energy = check_number("energy", energy, above=0, at_most=1)
         self.name, self._model = state.name_of(name), model
         self._protected = {key: Protected.of(linear) for key, linear in self._linears().items()}
-        self._protections: list[Protection] = []
+        self._protections: WeakKeyDictionary[Optimizer, Protection] = WeakKeyDictionary()
 
     @property
     def tasks(self) -> int:
@@ -88,19 +87,18 @@ class NullSpace:
     def observe(self, loader: Iterable[Any], *, padding: bool = False) -> None:
         """Take in a task, in one pass over its data: from now on its features are protected.
 
-        Call it once for each task, when it has been learned, with the fields selected as the task uses them. The pass
-        is in evaluation mode and changes nothing in the model; it keeps the sums of x·xᵀ over the inputs x of every
-        projection, `(inputs, inputs)` in fp64, and no features. Under several processes each observes all of the data.
+        Call it once a task, when it has been learned, with the fields selected as the task uses them; under several
+        processes each observes all of the data. The pass changes nothing in the model, and keeps the sums of x·xᵀ over
+        the inputs x of every projection, `(inputs, inputs)` in fp64, but no features.
 
         Args:
             loader: batches as in `fit`: dicts, pairs `(x, y)`, or x alone.
-            padding: whether tokens that a dict's `attention_mask` leaves out count too. They need to in a recurrent
-                model that is given padding in front of the text and ignores the mask, not where no real token sees
-                them. In an encoder-decoder every token counts, since the mask is not that of both halves.
+            padding: whether padding counts too. It needs to in a recurrent model that is given padding in front of the
+                text and ignores the mask. In an encoder-decoder it always does: the mask is not that of both halves.
 
         Raises:
-            SteerError: the loader is empty, a feature is NaN or infinite, no token counts, the field does not act, or
-                it acts on some rows only. Nothing was taken in then, as after an error of the loader's or model's own.
+            SteerError: the loader is empty, a feature is NaN or infinite, no token counts, or the field does not act on
+                every row. Nothing was taken in then, as after an error of the loader's or model's own.
 
         Warns:
             UserWarning: a projection has no dimension left.
@@ -139,19 +137,14 @@ class NullSpace:
         """Project every update that an optimizer makes to the field onto the null space of what was observed.
 
         This is done behind its steps, whatever it does in them: momentum, scaling, weight decay. Costs 4·outputs·
-        inputs·protected operations a projection and step. What is observed later is protected from then on.
-        `fit(..., protect=space)` calls it.
+        inputs·protected operations a projection and step. What is observed later is protected from then on. The handle
+        that is returned ends it by `remove()`, or at the end of a `with`. `fit(..., protect=space)` calls this.
 
         Args:
-            optimizer: one of torch, which has the parameters of the field, of both projections or of one, and both
-                weight and bias of each; or accelerate's around it.
-
-        Returns:
-            A handle: `remove()` it, or use it in a `with`.
+            optimizer: one of torch, or accelerate's around it, with weight and bias of both projections or of one.
 
         Raises:
-            SteerError: it is no optimizer, has nothing of the field, or a bias without its weight or a weight without
-                its bias, or is protected by this space already.
+            SteerError: it is no optimizer, has nothing of the field or half of a projection, or is protected already.
 
         Warns:
             UserWarning: a projection has no dimension left; in a step, that the field was changed otherwise since it
@@ -159,8 +152,7 @@ class NullSpace:
         """
         self._steering()
         inner = unwrapped(optimizer)
-        self._protections = [protection for protection in self._protections if protection.active]
-        if any(protection.covers(inner) for protection in self._protections):
+        if inner in self._protections and self._protections[inner].active:
             raise SteerError("this NullSpace protects from this optimizer already. Call `remove()` of that first.")
         there, linears = {id(parameter) for group in inner.param_groups for parameter in group["params"]}, {}
         for key, linear in self._linears().items():
@@ -177,8 +169,8 @@ class NullSpace:
                 f"this optimizer has no parameter of field {self.name!r}. Give it residual_steer.parameters(model)."
             )
         self._warn([key for key in linears if not self._protected[key].left])
-        self._protections.append(Protection(inner, linears, self._protected))
-        return self._protections[-1]
+        self._protections[inner] = Protection(inner, linears, self._protected)
+        return self._protections[inner]
 
     def report(self) -> Table:
         """Return what is protected and what is left, projection by projection."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import weakref
 
 import numpy as np
@@ -320,7 +321,13 @@ def test_optimizers_that_cannot_be_protected_are_refused():
     with space.protect(optimizer):
         assert len(optimizer._optimizer_step_post_hooks) == 1
     assert not optimizer._optimizer_step_post_hooks
-    assert weakref.ref(optimizer)() is optimizer
+    protected = space.protect(optimizer)
+    space.protect(copy.copy(optimizer)).remove()  # a copy is another one
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None, "a space keeps no optimizer alive"
+    protected.remove()
 
 
 def test_one_projection_alone_can_train():

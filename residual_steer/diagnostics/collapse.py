@@ -235,8 +235,8 @@ class _Classifier:
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return features in fp64, labels and logits of the rows that count, or raise if labels are no classes."""
         labels, classes = batch.labels, self.linear.out_features
-        whole = labels is not None and not labels.is_floating_point() and labels.dtype != torch.bool
-        if labels is None or not whole or labels.shape != (batch.rows,):
+        fits = labels is not None and labels.shape == (batch.rows,) and labels.dtype != torch.bool
+        if labels is None or not fits or labels.is_floating_point():
             given = "none" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise SteerError(
                 f"neural collapse needs a class index for each row, (rows,): 'labels' in a dict, or the second of a "

@@ -1,7 +1,7 @@
 """The displacement field of a method: where it moves each state of the frozen stream (figure 1b of arXiv 2606.24396).
 
 The paper calls LoRA's field "chaotic" and H-Res's "smooth, convergent" (claim 10) and shows a drawing. Here the field
-is that of real states, and the two words are numbers: whether neighbours move alike, and whether states come together.
+is that of real states, and the words are numbers: whether neighbours move alike, and whether states come together.
 """
 
 from __future__ import annotations
@@ -119,11 +119,7 @@ class Displacement:
         )
 
     def plot(self, *methods: str, ax: Axes | None = None) -> Figure:
-        """Draw the fields in the plane beside each other, an arrow from each frozen state to the adapted one.
-
-        Args:
-            *methods: which ones, four at most; none names all.
-            ax: where to draw a single one; None makes a figure.
+        """Draw the fields of methods, four at most, or all, with an arrow from each frozen state to the adapted one.
 
         Raises:
             SteerError: there is no such method, there are too many, or more than `ax` has room for.
@@ -236,26 +232,25 @@ class _Draw:
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._random = size, np.random.default_rng(seed)
-        self._keys, self._states = torch.zeros(0, dtype=torch.float64), torch.zeros(0)
-        self._labels: Tensor | None = torch.zeros(0, dtype=torch.long)
+        self._parts: list[Tensor] = []  # keys, labels and states
+        self._labelled = True
 
     def add(self, states: Tensor, labels: Tensor | None) -> None:
         """Add states, `(states, 1 + methods, width)`, with their labels; none at all unless every batch has them."""
-        keys = torch.cat([self._keys, torch.from_numpy(self._random.random(len(states)))])
-        states = torch.cat([self._states.to(states), states]) if len(self._states) else states
-        kept = keys.argsort()[: self._size]
-        self._keys, self._states = keys[kept], states[kept.to(states.device)]
-        if labels is None or self._labels is None:
-            self._labels = None
-        else:
-            self._labels = torch.cat([self._labels, labels.cpu()])[kept]
+        self._labelled = self._labelled and labels is not None
+        labels = torch.zeros(len(states), dtype=torch.long) if labels is None else labels.cpu()
+        parts = [torch.from_numpy(self._random.random(len(states))), labels, states]
+        parts = [torch.cat(both) for both in zip(self._parts, parts, strict=True)] if self._parts else parts
+        kept = parts[0].argsort()[: self._size]
+        self._parts = [part[kept.to(part.device)] for part in parts]
 
     def sorted(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Return the states, `(points, width)` of the frozen model and of each method, and their labels, by label."""
-        if self._labels is None:
-            return self._states.unbind(1), None
-        order = self._labels.argsort(stable=True)
-        return self._states[order.to(self._states.device)].unbind(1), self._labels[order]
+        _, labels, states = self._parts
+        if not self._labelled:
+            return states.unbind(1), None
+        order = labels.argsort(stable=True)
+        return states[order.to(states.device)].unbind(1), labels[order]
 
 
 class _Tally:
