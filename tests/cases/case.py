@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import importlib
@@ -174,6 +175,24 @@ def text(model: str, config: str, **more: Any) -> nn.Module:
     """Build a small model over tokens, whose config calls things as most do."""
     shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
     return of_transformers(model, config, **{**shape, "intermediate_size": 32, "num_labels": 3, **SPECIAL, **more})
+
+
+def read(settings: str) -> dict[str, Any]:
+    """Return settings from words: `a=1 b=[2,3]`."""
+    pairs = (word.split("=") for word in settings.split())
+    return {key: ast.literal_eval(value) for key, value in pairs}
+
+
+def of_text(name: str, kind: str, points: Points, head: str, settings: str = "", **more: Any) -> Case:
+    """Return the case of a model over tokens of transformers: `XForY`, whose config is `XConfig` unless it is named."""
+    config = more.pop("config", f"{kind.partition('For')[0]}Config")
+    make = functools.partial(text, kind, config, **read(settings))
+    return Case(name, make, more.pop("batch", tokens), points, head, **more)
+
+
+def causal(name: str, kind: str, points: Points, head: str, settings: str = "", **more: Any) -> Case:
+    """Return the case of a language model of transformers, which is called without its cache, and generates."""
+    return of_text(name, f"{kind}ForCausalLM", points, head, settings, batch=WITHOUT_CACHE, generates=True, **more)
 
 
 def tokens(**more: Any) -> dict[str, Any]:

@@ -31,32 +31,17 @@ def _convnext(**more: Any) -> nn.Module:
 
 CONVNEXT = [f"convnext.encoder.stages.{path}" for path in ("0.layers.0", "1.layers.0", "1.layers.1")]
 
+BY_RESNET = {"untraced": "timm-resnet goes through both"}
+IMAGES, MOBILENET = floats("x", 3, 32, 32), points(["blocks.0.0", "blocks.0.1", "blocks.1.1"], None, None)
 CONVOLUTIONS = [
-    Case(
-        "timm-resnet",
-        _resnet,
-        floats("x", 3, 32, 32),
-        points(["layer1.1", "layer2.1"], None, None),
-        "fc",
-        mixes_rows=True,
-    ),
-    Case(
-        "timm-mobilenet",
-        _mobilenet,
-        floats("x", 3, 32, 32),
-        points(["blocks.0.0", "blocks.0.1", "blocks.1.1"], None, None),
-        "classifier",
-        mixes_rows=True,
-        untraced="timm-resnet goes through both",
-    ),
+    Case("timm-resnet", _resnet, IMAGES, points(["layer1.1", "layer2.1"], None, None), "fc", mixes_rows=True),
+    Case("timm-mobilenet", _mobilenet, IMAGES, MOBILENET, "classifier", mixes_rows=True, **BY_RESNET),
     Case(
         "hf-convnext",
         _convnext,
         floats("pixel_values", 3, 32, 32),
-        points(
-            [f"convnext.encoder.stages.{path}" for path in ("0.layers.0", "1.layers.0", "1.layers.1")], "dwconv", None
-        ),
+        points(CONVNEXT, "dwconv", None),
         "classifier",
-        untraced="timm-resnet goes through both",
+        **BY_RESNET,
     ),
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .case import WIDTH, Case, before, floats, of_timm, of_transformers, pair, points, text, tokens
+from .case import WIDTH, Case, Points, before, floats, of_text, of_timm, of_transformers, pair, points
 
 
 def _timm_vit(module: str, name: str, **more: Any) -> nn.Module:
@@ -46,137 +47,78 @@ def _tnt() -> nn.Module:
     return of_timm("tnt", "TNT", **shape, num_heads_inner=2, num_heads_outer=2, num_classes=3)
 
 
-CHECKPOINT = "'function' object has no attribute 'checkpoint'"
+def _hf_swin() -> nn.Module:
+    shape = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 4], "window_size": 2}
+    return of_transformers("SwinForImageClassification", "SwinConfig", **shape, drop_path_rate=0.0, num_labels=3)
+
+
+def _of_timm(name: str, make: Callable[[], nn.Module], points: Points, head: str = "head", **more: Any) -> Case:
+    return Case(name, make, more.pop("batch", floats("x", 3, 16, 16)), points, head, **more)
+
+
+def _of_hf(name: str, kind: str, points: Points, head: str, untraced: str = "", **settings: Any) -> Case:
+    make = functools.partial(_vision, kind, f"{kind.partition('For')[0].removesuffix('Model')}Config", **settings)
+    return Case(name, make, floats("pixel_values", 3, 16, 16), points, head, untraced=untraced)
+
+
+VIT = functools.partial(_timm_vit, "vision_transformer", "VisionTransformer", init_values=0.1)
+EVA = functools.partial(_timm_vit, "eva", "Eva", use_rot_pos_emb=True, swiglu_mlp=True)
+BLOCKS = pair("blocks.{}", "attn")
 SWIN = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1"]
+GCVIT = [f"stages.{stage}.blocks.{index}" for stage in range(2) for index in range(2)]
+BY_SWIN = {"untraced": "its stages are those of timm-swin"}
+BROKEN = before("timm", "1.0.16", checkpoint="'function' object has no attribute 'checkpoint'")
+PATCHES = {"enter": lambda args, kwargs: args[1], "leave": lambda output: output[1]}
+BY_VIT, BY_PATCHES = "its blocks are those of hf-vit", "its patches go through the blocks of timm-vit"
+BEIT = "its blocks are those of timm-vit with relative positions"
+ASKED = "its stages are those of timm-swin, beside convolutions for what all windows ask"
 
 VISION = [
-    Case(
-        "timm-vit",
-        functools.partial(_timm_vit, "vision_transformer", "VisionTransformer", init_values=0.1),
-        floats("x", 3, 16, 16),
-        pair("blocks.{}", "attn"),
-        "head",
-    ),
-    Case(
-        "timm-eva",
-        functools.partial(_timm_vit, "eva", "Eva", use_rot_pos_emb=True, swiglu_mlp=True),
-        floats("x", 3, 16, 16),
-        pair("blocks.{}", "attn"),
-        "head",
-    ),
-    Case(
-        "timm-deit",
-        functools.partial(_timm_vit, "deit", "VisionTransformerDistilled"),
-        floats("x", 3, 16, 16),
-        pair("blocks.{}", "attn"),
-        "head*",
-    ),
-    Case(
-        "hf-vit",
-        functools.partial(_vision, "ViTForImageClassification", "ViTConfig"),
-        floats("pixel_values", 3, 16, 16),
-        pair("vit.layers.{}", "attention"),
-        "classifier",
-    ),
-    Case(
-        "hf-deit",
-        functools.partial(_vision, "DeiTForImageClassification", "DeiTConfig"),
-        floats("pixel_values", 3, 16, 16),
-        pair("deit.layers.{}", "attention"),
-        "classifier",
-        untraced="its blocks are those of hf-vit",
-    ),
-    Case(
-        "hf-dinov2",
-        functools.partial(_vision, "Dinov2Model", "Dinov2Config"),
-        floats("pixel_values", 3, 16, 16),
-        pair("encoder.layer.{}", "attention"),
-        "layernorm",
-    ),
-    Case(
-        "hf-clip",
-        functools.partial(_vision, "CLIPVisionModel", "CLIPVisionConfig"),
-        floats("pixel_values", 3, 16, 16),
-        pair("encoder.layers.{}", "self_attn"),
-        "pre_layrnorm",
-    ),
-    Case(
-        "timm-beit",
-        functools.partial(_timm_vit, "beit", "Beit", init_values=0.1),
-        floats("x", 3, 16, 16),
-        pair("blocks.{}", "attn"),
-        "head",
-        untraced="its blocks are those of timm-vit with relative positions",
-    ),
+    _of_timm("timm-vit", VIT, BLOCKS),
+    _of_timm("timm-eva", EVA, BLOCKS),
+    _of_timm("timm-deit", functools.partial(_timm_vit, "deit", "VisionTransformerDistilled"), BLOCKS, "head*"),
+    _of_hf("hf-vit", "ViTForImageClassification", pair("vit.layers.{}", "attention"), "classifier"),
+    _of_hf("hf-deit", "DeiTForImageClassification", pair("deit.layers.{}", "attention"), "classifier", BY_VIT),
+    _of_hf("hf-dinov2", "Dinov2Model", pair("encoder.layer.{}", "attention"), "layernorm"),
+    _of_hf("hf-clip", "CLIPVisionModel", pair("encoder.layers.{}", "self_attn"), "pre_layrnorm"),
+    _of_timm("timm-beit", functools.partial(_timm_vit, "beit", "Beit", init_values=0.1), BLOCKS, untraced=BEIT),
     Case(
         "hf-mae",
         functools.partial(_vision, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.5),
         _masked,
         pair("layers.{}", "attention"),
         "layernorm",
-        untraced="its blocks are those of hf-vit",
+        untraced=BY_VIT,
     ),
-    Case(
-        "siglip-text",
-        functools.partial(text, "SiglipTextModel", "SiglipTextConfig", max_position_embeddings=16, projection_size=3),
-        tokens,
-        pair("encoder.layers.{}", "self_attn"),
-        "final_layer_norm",
+    of_text(
+        *("siglip-text", "SiglipTextModel", pair("encoder.layers.{}", "self_attn"), "final_layer_norm"),
+        "max_position_embeddings=16 projection_size=3",
+        config="SiglipTextConfig",
         untraced="its blocks are those of hf-clip",
     ),
-    Case(
-        "timm-swin",
-        functools.partial(_swin, "swin_transformer", "SwinTransformer"),
-        floats("x", 3, 16, 16),
-        points(SWIN, "attn", "mlp"),
-        "head",
-    ),
-    Case(
+    _of_timm("timm-swin", functools.partial(_swin, "swin_transformer", "SwinTransformer"), points(SWIN, "attn", "mlp")),
+    _of_timm(
         "timm-swin-v2",
         functools.partial(_swin, "swin_transformer_v2", "SwinTransformerV2"),
-        floats("x", 3, 16, 16),
         points(SWIN, "attn", "mlp"),
-        "head",
-        untraced="its stages are those of timm-swin",
-        broken=before("timm", "1.0.16", checkpoint=CHECKPOINT),
+        broken=BROKEN,
+        **BY_SWIN,
     ),
-    Case(
+    _of_timm(
         "timm-gcvit",
         _gcvit,
-        floats("x", 3, 32, 32),
-        points([f"stages.{stage}.blocks.{index}" for stage in range(2) for index in range(2)], "attn", "mlp"),
-        "head",
-        untraced="its stages are those of timm-swin, beside convolutions for what all windows ask",
-        broken=before("timm", "1.0.16", checkpoint=CHECKPOINT),
+        points(GCVIT, "attn", "mlp"),
+        batch=floats("x", 3, 32, 32),
+        untraced=ASKED,
+        broken=BROKEN,
     ),
-    Case(
-        "timm-tnt",
-        _tnt,
-        floats("x", 3, 16, 16),
-        pair("blocks.{}", "attn_out"),
-        "head",
-        enter=lambda args, kwargs: args[1],
-        leave=lambda output: output[1],
-        untraced="its patches go through the blocks of timm-vit",
-    ),
+    _of_timm("timm-tnt", _tnt, pair("blocks.{}", "attn_out"), untraced=BY_PATCHES, **PATCHES),
     Case(
         "hf-swin",
-        functools.partial(
-            of_transformers,
-            "SwinForImageClassification",
-            "SwinConfig",
-            image_size=16,
-            patch_size=2,
-            embed_dim=8,
-            depths=[1, 2],
-            num_heads=[2, 4],
-            window_size=2,
-            drop_path_rate=0.0,
-            num_labels=3,
-        ),
+        _hf_swin,
         floats("pixel_values", 3, 16, 16),
         points([f"swin.encoder.{path}" for path in SWIN], "attention", "mlp"),
         "classifier",
-        untraced="its stages are those of timm-swin",
+        **BY_SWIN,
     ),
 ]
