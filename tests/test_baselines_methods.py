@@ -1,4 +1,4 @@
-"""What apply refuses, and the methods without tokens: held against closed forms."""
+"""What apply refuses, and the methods without tokens against closed forms; and every kind in its users' hands."""
 
 import copy
 import pickle
@@ -9,97 +9,70 @@ from torch import nn
 from torch.nn import functional
 
 import residual_steer as rs
-from cases import WIDTH, closed_form
-from held import HELD
+from baseline_models import MODELS, applied, shaken, snapshot, trained
+from cases import WIDTH
 from residual_steer import HRes
 from residual_steer.baselines.ssf import ScaleShift
 from residual_steer.errors import UnsuitableError
-
-BY_NAME = {case.name: case for case in HELD}
-TOKENS = {"prompt": {"length": 3}, "prefix": {"length": 3}, "vpt-shallow": {"length": 3}, "vpt-deep": {"length": 3}}
-
-
-def made(name, method, **options):
-    return rs.baselines.apply(BY_NAME[name].build(), method, **options)
-
-
-def opened(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def shaken(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
-    return model
-
-
-def snapshot(model):
-    hooks = [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
-    return hooks, list(model.state_dict()), [p.requires_grad for p in model.parameters()], sorted(vars(model))
 
 
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
-        ("loar", {}, r"`method` is one of hres, adaptformer, parallel-adapter, lora.* received 'loar'"),
+        ("loar", {}, "`method` is one of hres, adaptformer, parallel-adapter, lora.* received 'loar'"),
         (None, {}, "`method` .* received None"),
-        ("lora", {"rnak": 3}, r"`lora` has no option 'rnak'; it has rank, alpha, dropout, layers, targets"),
+        ("lora", {"rnak": 3}, "`lora` has no option 'rnak'; it has rank, alpha, dropout, layers, targets"),
+        ("adaptformer", {"bias": False}, "`adaptformer` has no option 'bias'; it has rank, scale, dropout, layers"),
         ("full", {"rank": 3}, "`full` has no option 'rank'; it has none"),
-        ("hres", {"ranks": 3}, r"`hres` has no option 'ranks'; it has rank, scale, layers, site"),
-        ("hres", {"rank": 99}, "`rank` is an integer from 1 to the width"),
-        ("lora", {"train": "haed"}, r"the `train` pattern 'haed' matches no parameter"),
-        ("hres", {"train": "haed"}, r"the `train` pattern 'haed' matches no parameter"),
-        ("ssf", {"layers": [7]}, "a layer is an integer"),
+        ("hres", {"ranks": 3}, "`hres` has no option 'ranks'; it has rank, scale, layers, site"),
+        ("hres", {"rank": 99}, "rank.* received 99"),
+        ("lora", {"train": "haed"}, "'haed' matches no parameter"),
+        ("hres", {"train": "haed"}, "'haed' matches no parameter"),
+        ("ssf", {"layers": [7]}, "layer.* -2 to 1"),
         ("vpt-deep", {"arch": "gpt2"}, "no known backbone"),
         ("vpt-deep", {"arch": "gpt3"}, "unknown backbone 'gpt3'"),
+        ("vpt-deep", {"length": 0}, "`length`.* received 0"),
+        ("vpt-shallow", {"length": True}, "`length`.* received True"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused_and_changes_nothing(method, options, words):
-    model = BY_NAME["timm-vit"].build().requires_grad_(True)
+    model = MODELS["timm-vit"].build().requires_grad_(True)
     before = snapshot(model)
     with pytest.raises(rs.SteerError, match=words) as raised:
-        rs.baselines.apply(model, method, **options)
+        applied(model, method, **options)
     assert not isinstance(raised.value, UnsuitableError)  # a study goes on past those, and would hide a mistake
     assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("method", ["hres", "adaptformer", "lora", "vpt-deep", "ssf", "bitfit", "linear", "full"])
-def test_a_model_carries_one_method(method):
-    model = made("timm-vit", method, **({"rank": 2} if method in ("hres", "adaptformer") else {}))
+def test_a_model_carries_one_method_and_so_do_its_parts(method):
+    model = applied("timm-vit", method)
     before = snapshot(model)
-    with pytest.raises(rs.SteerError, match="one method at a time: it"):
-        rs.baselines.apply(model, "bitfit")
+    for whole, where in ((model, "it"), (nn.Sequential(model), "its part '0'")):
+        with pytest.raises(rs.SteerError, match=f"one method at a time: {where}|a part of this model, '0', is steered"):
+            applied(whole, "bitfit")
     assert snapshot(model) == before
 
 
-def test_nor_do_its_parts_carry_another():
-    part = nn.Sequential(made("timm-vit", "ssf"))
-    with pytest.raises(rs.SteerError, match="its part '0' carries 'ssf'"):
-        rs.baselines.apply(part, "lora")
+def test_models_of_others_are_refused():
     peft = pytest.importorskip("peft")
-    foreign = BY_NAME["timm-vit"].build()
+    foreign = MODELS["timm-vit"].build()
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"]), foreign)
     with pytest.raises(rs.SteerError, match=r"its part 'blocks\.0\.attn\.qkv' is PEFT's"):
-        rs.baselines.apply(foreign, "bitfit")
-
-
-def test_a_compiled_or_wrapped_model_is_refused():
-    compiled = torch.compile(BY_NAME["timm-vit"].build())
-    with pytest.raises(rs.SteerError, match="compiled model"):
-        rs.baselines.apply(compiled, "lora")
-    with pytest.raises(rs.SteerError, match=r"a model is a torch\.nn\.Module"):
+        applied(foreign, "bitfit")
+    compiled = torch.compile(MODELS["timm-vit"].build())
+    with pytest.raises(rs.SteerError, match="compiled"):
+        applied(compiled, "lora")
+    with pytest.raises(rs.SteerError, match=r"a model is a torch\.nn\.Module; received str"):
         rs.baselines.apply("gpt2", "lora")
 
 
 @pytest.mark.parametrize("method", ["lora", "ssf", "vpt-deep", "bitfit", "hres", "linear"])
 def test_what_is_named_trains_along(method):
-    options = {"rank": 2} if method in ("lora", "hres") else {}
-    model = made("timm-vit", method, train=["head", "norm.*"], **options)
-    own = {name for name in opened(model) if name.startswith(("head.", "norm."))}
+    opened = set(trained(applied("timm-vit", method, train=["head", "norm.*"])))
+    own = {name for name in opened if name.startswith(("head.", "norm."))}
     assert own == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
-    assert (opened(model) - own == set()) is (method == "linear")
+    assert (opened == own) is (method == "linear")
 
 
 @pytest.mark.parametrize(
@@ -111,51 +84,51 @@ def test_what_is_named_trains_along(method):
     ],
 )
 def test_a_name_that_is_taken_is_found_before_anything_is_put(method, path, name):
-    model = BY_NAME["timm-vit"].build()
+    model = MODELS["timm-vit"].build()
     setattr(model.get_submodule(path), name, 1)
     before = snapshot(model)
     with pytest.raises(rs.SteerError, match=f"has a {name!r} of its own"):
-        rs.baselines.apply(model, method)
+        applied(model, method)
     assert snapshot(model) == before
 
 
-def test_presets_are_fields_beside_the_mlp():
-    model = shaken(made("timm-vit", "adaptformer", rank=4))
-    block, x = model.blocks[0], torch.randn(2, 5, WIDTH)
-    (field,) = [m for m in block.modules() if isinstance(m, HRes)]
-    frozen = BY_NAME["timm-vit"].build().blocks[0]
-    down, up = (getattr(field, name) for name in ("down", "up"))
-    bottleneck = functional.linear(functional.relu(functional.linear(x, down.weight, down.bias)), up.weight, up.bias)
-    torch.testing.assert_close(block.mlp(x), frozen.mlp(x) + 0.1 * bottleneck)
-    assert (field.activation, field.scale) == ("relu", 0.1)
+def field_in(module):
+    (field,) = [m for m in module.modules() if isinstance(m, HRes)]
+    return field
 
-    shaken(parallel := made("mamba", "parallel-adapter", rank=4))
-    (field,) = [m for m in parallel.backbone.layers[0].mixer.modules() if isinstance(m, HRes)]
+
+def test_adapters_are_fields_beside_the_mlp():
+    model, x = shaken(applied("timm-vit", "adaptformer", rank=4)), torch.randn(2, 5, WIDTH)
+    block, frozen = model.blocks[0], MODELS["timm-vit"].build().blocks[0]
+    field = field_in(block)
+    hidden = functional.relu(functional.linear(x, field.down.weight, field.down.bias))
+    bottleneck = functional.linear(hidden, field.up.weight, field.up.bias)
+    torch.testing.assert_close(block.mlp(x), frozen.mlp(x) + 0.1 * bottleneck)
+    field = field_in(applied("mamba", "parallel-adapter", rank=4).backbone.layers[0].mixer)
     assert (field.activation, field.scale) == ("relu", 4.0)
-    assert opened(made("mamba_ssm-2", "parallel-adapter", rank=4)) == {
-        f"backbone.layers.{i}.mlp.steering_mlp.fields.default.{part}.{kind}"
-        for i in range(2)
-        for part in ("down", "up")
-        for kind in ("weight", "bias")
-    }
-    assert closed_form(field, x).shape == x.shape
+    places = {name.rpartition(".steering_")[0] for name in trained(applied("mamba_ssm-2", "parallel-adapter"))}
+    assert places == {"backbone.layers.0.mlp", "backbone.layers.1.mlp"}
 
 
 @torch.no_grad()
 def test_ssf_scales_and_shifts_what_leaves_norms_and_linear_layers():
-    model, frozen = shaken(made("gpt2", "ssf")), BY_NAME["gpt2"].build()
+    model, frozen = shaken(applied("gpt2", "ssf")), MODELS["gpt2"].build()
     x = torch.randn(2, 5, WIDTH)
     for path in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc"):
         layer, plain = (m.transformer.h[1].get_submodule(path) for m in (model, frozen))
-        child = layer.scale_shift
-        torch.testing.assert_close(layer(x), plain(x) * child.scale + child.shift)
+        torch.testing.assert_close(layer(x), plain(x) * layer.scale_shift.scale + layer.scale_shift.shift)
     assert not hasattr(model.transformer.ln_f, "scale_shift")
     assert set(frozen.state_dict()) <= set(model.state_dict())
+    host = nn.BatchNorm2d(3).eval()  # acts on channels
+    plain = copy.deepcopy(host)
+    child = shaken(ScaleShift(host, True, torch.device("cpu"), torch.float32))
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(host(x), plain(x) * child.scale.view(-1, 1, 1) + child.shift.view(-1, 1, 1))
 
 
 def test_ssf_stands_where_it_is_called():
     def places(name):
-        found = [n for n, m in made(name, "ssf", layers=[0]).named_modules() if isinstance(m, ScaleShift)]
+        found = [n for n, m in applied(name, "ssf", layers=[0]).named_modules() if isinstance(m, ScaleShift)]
         return {n.removesuffix(".scale_shift").partition(".0.")[2] for n in found}
 
     assert places("mamba") == {"norm", "mixer.in_proj", "mixer.x_proj", "mixer.out_proj"}
@@ -163,35 +136,20 @@ def test_ssf_stands_where_it_is_called():
     assert places("mamba_ssm-1") == {"norm", "mixer.x_proj", "mixer.out_proj"}
     assert "attn.qkv" not in places("timm-eva")
     assert {"attn.proj", "norm1"} <= places("timm-eva")
-    keys = made("hf-vit", "ssf").vit.layers[0].attention
+    keys = applied("hf-vit", "ssf").vit.layers[0].attention
     assert keys.k_proj.scale_shift.shift is None
     assert keys.q_proj.scale_shift.shift is not None
 
 
-@torch.no_grad()
-def test_ssf_on_a_norm_of_feature_maps_acts_on_channels():
-    host = nn.BatchNorm2d(3).eval()
-    child = shaken(ScaleShift(host, True, torch.device("cpu"), torch.float32))
-    x = torch.randn(2, 3, 4, 5)
-    plain = copy.deepcopy(host)
-    plain._forward_hooks.clear()
-    torch.testing.assert_close(host(x), plain(x) * child.scale.view(-1, 1, 1) + child.shift.view(-1, 1, 1))
-
-
-def test_bitfit_trains_every_bias_but_those_of_keys():
-    model = made("hf-vit", "bitfit")
+def test_bitfit_trains_every_bias_but_those_of_keys_unless_positions_rotate():
+    model = applied("hf-vit", "bitfit")
     biases = {n for n, _ in model.vit.named_parameters(prefix="vit") if n.endswith(".bias")}
-    assert opened(model) == {n for n in biases if "k_proj" not in n}
-    assert any("k_proj" in n for n in biases)
-    assert {n.rpartition(".")[2] for n in opened(made("timm-eva", "bitfit"))} == {"bias", "q_bias", "v_bias"}
-    assert "backbone.layers.0.mixer.dt_bias" in opened(made("mamba2", "bitfit"))
-
-
-def test_bitfit_keeps_key_biases_where_positions_rotate():
-    model = BY_NAME["hf-vit"].build()
-    model.vit.rotary_emb = nn.Identity()
-    rs.baselines.apply(model, "bitfit")
-    assert "vit.layers.0.attention.k_proj.bias" in opened(model)
+    assert set(trained(model)) == {n for n in biases if "k_proj" not in n} < biases
+    assert {n.rpartition(".")[2] for n in trained(applied("timm-eva", "bitfit"))} == {"bias", "q_bias", "v_bias"}
+    assert "backbone.layers.0.mixer.dt_bias" in trained(applied("mamba2", "bitfit"))
+    rotary = MODELS["hf-vit"].build()
+    rotary.vit.rotary_emb = nn.Identity()
+    assert set(trained(applied(rotary, "bitfit"))) == biases
 
 
 class Bare(nn.Module):
@@ -210,7 +168,7 @@ class Bare(nn.Module):
         ("linear", "has none where timm or transformers keep theirs"),
         ("ssf", "calls none there"),
         ("lora", "here are none"),
-        ("adaptformer", "the sites of 'bare' are block"),
+        ("adaptformer", "the sites of 'bare' are block.* 'parallel-adapter'"),
         ("parallel-adapter", "the sites of 'bare' are block.* 'hres'"),
         ("vpt-deep", "is a map of features or changes its width"),
         ("prompt", "'bare' has no such embeddings"),
@@ -220,7 +178,7 @@ class Bare(nn.Module):
 def test_a_model_without_what_a_method_needs(method, words):
     rs.register_backbone("bare", matches=[f"{__name__}.Bare"])(lambda m: rs.Backbone(m.blocks, 3, channels=1))
     with pytest.raises(UnsuitableError, match=words):
-        rs.baselines.apply(Bare(), method)
+        applied(Bare(), method)
 
 
 HEADS = {
@@ -235,11 +193,11 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_linear_probe_is_the_head(name):
-    assert opened(made(name, "linear")) == HEADS[name]
+    assert set(trained(applied(name, "linear"))) == HEADS[name]
 
 
 def test_a_probe_on_tied_embeddings_leaves_them_and_survives_a_save(tmp_path):
-    model = made("gpt2", "linear")
+    model = applied("gpt2", "linear")
     embeddings = model.transformer.wte.weight
     assert model.lm_head.weight is not embeddings
     assert torch.equal(model.lm_head.weight, embeddings)
@@ -253,41 +211,36 @@ def test_a_probe_on_tied_embeddings_leaves_them_and_survives_a_save(tmp_path):
     torch.testing.assert_close(again.transformer.wte.weight, embeddings)
 
 
-def test_transformers_mamba_trains_through_the_linear_scan(monkeypatch):
+@pytest.mark.parametrize("method", ["lora", "full", "linear", "vpt-deep"])
+def test_transformers_mamba_trains_through_the_linear_scan(monkeypatch, method):
     from residual_steer import scan
 
     calls, selective_scan = [], scan.selective_scan
     monkeypatch.setattr(scan, "selective_scan", lambda *args: calls.append(1) or selective_scan(*args))
-    for method in ("lora", "full", "linear", "vpt-deep"):
-        model = made("mamba", method).train()
-        before = len(calls)
-        BY_NAME["mamba"].run(model)
-        assert len(calls) == before + 2
-        BY_NAME["mamba"].run(model.eval())
-        assert len(calls) == before + 2
-    plain = rs.baselines.merge(made("mamba", "lora"))
-    assert not any(m._forward_hooks or "forward" in m.__dict__ for m in plain.modules())
+    model = applied("mamba", method)
+    for training in (True, False):
+        MODELS["mamba"].run(model.train(training))
+        assert len(calls) == 2
 
 
-HALF = [
-    ("timm-vit", "vpt-deep"),
-    ("timm-eva", "vpt-shallow"),
-    ("gpt2", "prompt"),
-    ("gpt2", "prefix"),
-    ("mamba", "prompt"),
-]
-HALF += [("mamba_ssm-1", "vpt-deep"), ("mamba2", "ssf"), ("gpt2", "ssf"), ("hf-vit", "lora")]
+HALF = {
+    "vpt-deep": ("timm-vit", "mamba_ssm-1"),
+    "vpt-shallow": ("timm-eva",),
+    "prompt": ("gpt2", "mamba"),
+    "prefix": ("gpt2",),
+    "ssf": ("mamba2", "gpt2"),
+    "lora": ("hf-vit",),
+}
 
 
-@pytest.mark.parametrize(("name", "method"), HALF)
-def test_beside_half_precision_methods_train_in_fp32(name, method):
-    case = BY_NAME[name]
+@pytest.mark.parametrize(("method", "name"), [(method, name) for method in HALF for name in HALF[method]])
+def test_beside_half_precision_methods_train_in_fp32(method, name):
+    case = MODELS[name]
     frozen = case.build(dtype=torch.bfloat16)
-    model = rs.baselines.apply(copy.deepcopy(frozen), method, **TOKENS.get(method, {}))
-    own = [p for p in model.parameters() if p.requires_grad]
+    model = applied(copy.deepcopy(frozen), method)
+    own = trained(model).values()
     assert {p.dtype for p in own} == {torch.float32}
-    expected = case.run(frozen)
-    actual = case.run(model)
+    expected, actual = case.run(frozen), case.run(model)
     assert actual.dtype == expected.dtype
     assert torch.equal(actual, expected) is (method in ("ssf", "lora"))
     case.loss(model.train()).backward()
@@ -300,44 +253,36 @@ COMPILED = [("timm-eva", "vpt-shallow"), ("gpt2", "prompt"), ("mamba2", "vpt-dee
 @pytest.mark.parametrize(("name", "method"), COMPILED)
 @torch.no_grad()
 def test_it_compiles_to_one_graph(name, method):
-    case = BY_NAME[name]
-    model = shaken(made(name, method, **TOKENS.get(method, {})))
-    expected = case.run(model)
+    model = shaken(applied(name, method))
+    expected = MODELS[name].run(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(case.run(compiled), expected)
+    torch.testing.assert_close(MODELS[name].run(torch.compile(model, fullgraph=True, backend="eager")), expected)
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "vpt-shallow", "ssf"])
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "mamba"])
 def test_checkpointed_activations_give_the_same_gradients(name, method):
-    case = BY_NAME[name]
-    plain, saving = (shaken(made(name, method, **TOKENS.get(method, {}))).train() for _ in range(2))
-    if name == "timm-vit":
-        saving.set_grad_checkpointing(True)
-    else:
-        saving.gradient_checkpointing_enable()
+    plain, saving = (shaken(applied(name, method)).train() for _ in range(2))
+    saving.set_grad_checkpointing(True) if name == "timm-vit" else saving.gradient_checkpointing_enable()
     for model in (plain, saving):
-        case.loss(model).backward()
-    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
-        if one.requires_grad:
-            torch.testing.assert_close(other.grad, one.grad)
+        MODELS[name].loss(model).backward()
+    for one, other in zip(trained(plain).values(), trained(saving).values(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("timm-vit", "vpt-deep"), ("gpt2", "prompt"), ("gpt2", "prefix"), ("mamba", "ssf")]
-)
+PICKLED = [("timm-vit", "vpt-deep"), ("gpt2", "prompt"), ("gpt2", "prefix"), ("mamba", "ssf")]
+
+
+@pytest.mark.parametrize(("name", "method"), PICKLED)
 @torch.no_grad()
 def test_a_pickle_stands_on_its_own(name, method):
-    case = BY_NAME[name]
-    model = shaken(made(name, method, **TOKENS.get(method, {})))
-    expected = case.run(model)
-    twin = pickle.loads(pickle.dumps(model))
-    assert torch.equal(case.run(twin), expected)
+    model = shaken(applied(name, method))
+    expected = MODELS[name].run(model)
+    assert torch.equal(MODELS[name].run(pickle.loads(pickle.dumps(model))), expected)
 
 
 def test_parameters_made_in_inference_mode_train():
-    model = BY_NAME["timm-vit"].build()
+    model = MODELS["timm-vit"].build()
     with torch.inference_mode():
-        rs.baselines.apply(model, "vpt-deep", length=2)
-    BY_NAME["timm-vit"].loss(model).backward()
+        applied(model, "vpt-deep")
+    MODELS["timm-vit"].loss(model).backward()

@@ -1,125 +1,109 @@
-"""Where data come from: local files in every format, and a Hub that cannot be reached."""
+"""Where data come from: local files in every format, a Hub that is there, and one that cannot be reached."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from hub_data import datasets, jsonl, word_tokenizer
+from hub_data import cache, datasets, jsonl, texts, word_tokenizer  # noqa: F401  # the fixture
+from hub_server import HubServer
 from residual_steer import SteerError
 from residual_steer.data import images, plan, splits, squad, vtab, wikitext
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    """What `datasets` prepares goes into a folder of the test's."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("prepared")))
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-def some_rows():
-    return datasets.Dataset.from_dict({"text": ["one two", "", "three"]})
+ROWS = ["one two", "", "three"]
 
 
 def save_to_disk(folder):
-    datasets.DatasetDict({"train": some_rows(), "test": some_rows().select([0])}).save_to_disk(folder)
+    datasets.DatasetDict({"train": texts(*ROWS), "test": texts(ROWS[0])}).save_to_disk(folder)
 
 
 def save_parquet(folder):
     folder.mkdir()
-    some_rows().to_parquet(folder / "train-00000-of-00001.parquet")
-    some_rows().select([0]).to_parquet(folder / "test-00000-of-00001.parquet")
+    texts(*ROWS).to_parquet(folder / "train-00000-of-00001.parquet")
+    texts(ROWS[0]).to_parquet(folder / "test-00000-of-00001.parquet")
 
 
 def save_json(folder):
-    jsonl(folder / "train.jsonl", some_rows())
-    (folder / "test.jsonl").write_text('{"text": "one two"}\n')
+    jsonl(folder / "train.jsonl", texts(*ROWS))
+    jsonl(folder / "test.jsonl", texts(ROWS[0]))
 
 
 def save_under_config(folder):
     save_json(folder / "small")
 
 
+def contents(parts):
+    return {name: list(rows["text"]) for name, rows in parts.items()}
+
+
 @pytest.mark.parametrize("save", [save_to_disk, save_parquet, save_json, save_under_config])
-def test_local_folders(tmp_path, save):
+def test_local_folders(tmp_path, save, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path / "data")
-    parts = splits(tmp_path / "data", "small")
-    assert {name: list(rows["text"]) for name, rows in parts.items()} == {
-        "train": ["one two", "", "three"],
-        "test": ["one two"],
-    }
-    assert plan(str(tmp_path / "data")).download is False
+    for place in (tmp_path / "data", "~/data"):
+        assert contents(splits(place, "small")) == {"train": ROWS, "test": ROWS[:1]}
+        assert plan(place).download is False
 
 
 def test_a_copy_of_a_repository_with_configurations(tmp_path):
-    for name, text in (("small", "few"), ("large", "many")):
-        jsonl(tmp_path / name / "train.jsonl", [{"text": text}])
-    configs = [{"config_name": name, "data_dir": name} for name in ("small", "large")]
+    for folder, text in (("small", "few"), ("big", "many")):
+        jsonl(tmp_path / folder / "train.jsonl", [{"text": text}])
+    configs = [{"config_name": name, "data_dir": folder} for name, folder in (("small", "small"), ("large", "big"))]
     (tmp_path / "README.md").write_text("---\n" + json.dumps({"configs": configs}) + "\n---\n")
-    (tmp_path / "large").rename(tmp_path / "big")
-    configs[1]["data_dir"] = "big"
-    (tmp_path / "README.md").write_text("---\n" + json.dumps({"configs": configs}) + "\n---\n")
-    assert splits(tmp_path, "large")["train"]["text"][0] == "many"
+    assert contents(splits(tmp_path, "large")) == {"train": ["many"]}
     with pytest.raises(SteerError, match="has the configurations small, large; received 'huge'"):
         splits(tmp_path, "huge")
+    texts("saved").save_to_disk(tmp_path / "other")  # each configuration saved into a folder of its own
+    assert contents(splits(tmp_path, "other")) == {"train": ["saved"]}
 
 
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train-v1.parquet", "train"),
-        ("validation.parquet", "validation"),
-        ("squad_dev.parquet", "validation"),
-        ("my-test-set.parquet", "test"),
-        ("latest.parquet", "train"),
-        ("anything.parquet", "train"),
+        ("train-v1", "train"),
+        ("validation", "validation"),
+        ("squad_dev", "validation"),
+        ("my-test-set", "test"),
+        ("latest", "train"),
+        ("anything", "train"),
     ],
 )
 def test_the_split_of_a_file_is_in_its_name(tmp_path, name, split):
-    some_rows().to_parquet(tmp_path / name)
-    assert list(splits(tmp_path / name)) == [split]
+    texts(*ROWS).to_parquet(tmp_path / f"{name}.parquet")
+    assert list(splits(tmp_path / f"{name}.parquet")) == [split]
 
 
-def test_a_lone_saved_data_set_is_the_split_it_says_it_is(tmp_path):
-    some_rows().save_to_disk(tmp_path / "plain")
+def test_a_lone_saved_data_set_is_the_split_it_was(tmp_path):
     datasets.Dataset.from_dict({"text": ["x"]}, split="validation").save_to_disk(tmp_path / "named")
-    assert list(splits(tmp_path / "plain")) == ["train"]
     assert list(splits(tmp_path / "named")) == ["validation"]
 
 
 def test_data_in_memory():
-    rows = some_rows()
+    rows = texts(*ROWS)
     assert splits(rows) == {"train": rows}
     assert splits(datasets.DatasetDict(test=rows))["test"] is rows
     assert str(plan(datasets.DatasetDict(test=rows))) == "data in memory: nothing to download; rows: test 3"
     for wrong in (7, None, {"train": [1, 2]}):
         for function in (splits, plan):
-            with pytest.raises(SteerError, match=r"named by a path or by 'owner/name' on the Hub.*received"):
+            with pytest.raises(SteerError, match=r"'owner/name'.* received (int|NoneType|dict)"):
                 function(wrong)
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("name", "content", "words"),
     [
-        (lambda path: path.mkdir(), "has none of these"),
-        (lambda path: path.write_text("x"), "is none of these"),
+        ("a", None, "a folder that `save_to_disk` wrote.* has none of these"),
+        ("a", b"x", "a folder that `save_to_disk` wrote.* is none of these"),
+        ("a.parquet", b"nonsense", r"a\.parquet' cannot be had: .*Look at the files\."),
+        ("a.jsonl", b"{nonsense", r"a\.jsonl' cannot be had: .*Look at the files\."),
+        ("a.jsonl", b"", r"a\.jsonl' cannot be had: .*Look at the files\."),
     ],
 )
-def test_a_place_without_data(tmp_path, make, said):
-    make(tmp_path / "data")
-    with pytest.raises(SteerError, match=said) as caught:
-        splits(tmp_path / "data")
-    assert "a folder that `save_to_disk` wrote" in str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.parquet", b"nonsense"), ("a.jsonl", b"{nonsense"), ("a.jsonl", b"")])
-def test_damaged_files(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(SteerError, match=r"the data set '.*a\.\w+' cannot be had: .*Look at the files\.") as caught:
+def test_a_place_without_data(tmp_path, name, content, words):
+    (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(SteerError, match=words) as caught:
         splits(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert "error occurred while" not in str(caught.value)
@@ -136,88 +120,134 @@ def test_names_that_are_neither_here_nor_on_the_hub(name, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "read",
+    ("read", "name"),
     [
-        lambda t: squad(tokenizer=t),
-        lambda t: wikitext(tokenizer=t),
-        lambda t: images("owner/pictures"),
-        lambda t: vtab("cifar100"),
-        lambda t: vtab("svhn", "test"),
-        lambda t: plan("owner/name"),
+        (lambda: squad(tokenizer=word_tokenizer()), "'rajpurkar/squad'"),
+        (lambda: wikitext(tokenizer=word_tokenizer()), r"'Salesforce/wikitext' \(wikitext-2-raw-v1\)"),
+        (lambda: images("owner/pictures"), "'owner/pictures'"),
+        (lambda: vtab("cifar100"), "'uoft-cs/cifar100'"),
+        (lambda: vtab("svhn", "test"), r"'ufldl-stanford/svhn' \(cropped_digits\)"),
+        (lambda: plan("owner/name"), "'owner/name'"),
     ],
 )
-def test_without_a_network(read, tokenizer):
-    with pytest.raises(
-        SteerError, match=r"the data set '[\w-]+/[\w-]+'.* cannot be had: the Hub was not asked"
-    ) as caught:
-        read(tokenizer)
-    message = str(caught.value)
-    assert "HF_HUB_OFFLINE" in message
-    assert "save_to_disk(folder)" in message
-    assert "\n" not in message
+def test_without_a_network(read, name):
+    call = name.replace(r" \(", ", '").replace(r"\)", "'")
+    words = rf"the data set {name} cannot be had: the Hub was not asked.*HF_HUB_OFFLINE.*load_dataset\({call}\)\.save"
+    with pytest.raises(SteerError, match=words):
+        read()
 
 
-def test_what_was_wanted_is_said_with_its_configuration():
-    with pytest.raises(SteerError, match=r"'ufldl-stanford/svhn' \(cropped_digits\) cannot be had") as caught:
-        vtab("svhn")
-    assert "datasets.load_dataset('ufldl-stanford/svhn', 'cropped_digits').save_to_disk(folder)" in str(caught.value)
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Couldn't reach it"), "the Hub could not be reached, and it is not in the cache"),
+        (ValueError("It is missing.\nPlease pick 'a'.\n"), r"had: ValueError: It is missing\. Please pick 'a'\. Give"),
+        (ValueError(), r"had: ValueError\. Give"),
+    ],
+)
+def test_what_the_libraries_below_raise_becomes_one_line(monkeypatch, error, words):
+    def load(*arguments, **options):
+        raise error
 
-
-def test_a_hub_that_does_not_answer(monkeypatch):
-    def unreachable(*arguments, **options):
-        raise ConnectionError("Couldn't reach 'owner/name' on the Hub (ConnectError)")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(SteerError, match="the Hub could not be reached, and it is not in the cache"):
+    with pytest.raises(SteerError, match=words):
         splits("owner/name")
 
 
 def test_without_datasets(monkeypatch):
-    import importlib
-
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SteerError, match=r"pip install .residual-steer\[datasets\]"):
         images("owner/name")
 
 
-def test_splits_and_columns_that_are_not_there(tmp_path, tokenizer):
-    save_parquet(tmp_path / "data")
-    with pytest.raises(SteerError, match=r"has no split 'validation'; it has train, test\."):
-        wikitext(tmp_path / "data", "validation", tokenizer=tokenizer)
-    with pytest.raises(SteerError, match=r"has no column 'words'; its columns are text\."):
-        wikitext(tmp_path / "data", column="words", tokenizer=tokenizer)
-    with pytest.raises(
-        SteerError, match=r"no column 'context' and none 'question' and none 'answers'; its columns are"
-    ):
-        squad(tmp_path / "data", tokenizer=tokenizer)
-    with pytest.raises(SteerError, match=r"the split 'train' of the data set in memory has no rows"):
-        wikitext(some_rows().select([]), tokenizer=tokenizer)
-    with pytest.raises(SteerError, match=r"has none; received None\. Its columns are text"):
-        images(some_rows())
-
-
-def test_one_folder_for_each_saved_configuration(tmp_path):
-    for name in ("small", "large"):
-        datasets.Dataset.from_dict({"text": [name]}).save_to_disk(tmp_path / name)
-    assert list(splits(tmp_path, "large")["train"]["text"]) == ["large"]
-
-
-def test_an_error_of_many_lines_becomes_one(monkeypatch):
-    def several(*arguments, **options):
-        raise ValueError("Config name is missing.\nPlease pick one among ['a', 'b']\n")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", several)
-    with pytest.raises(
-        SteerError, match=r"ValueError: Config name is missing\. Please pick one among \['a', 'b'\]\. Give"
-    ):
-        splits("owner/name")
-
-
-def test_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (lambda data, t: wikitext(data, "validation", tokenizer=t), r"no split 'validation'; it has train, test\."),
+        (lambda data, t: wikitext(data, column="words", tokenizer=t), r"no column 'words'; its columns are text\."),
+        (lambda data, t: squad(data, tokenizer=t), "no column 'context' and none 'question' and none 'answers'; its"),
+        (lambda data, t: wikitext(texts(), tokenizer=t), "'train' of the data set in memory has no rows"),
+        (lambda data, t: images(data), r"has none; received None\. Its columns are text"),
+    ],
+)
+def test_splits_and_columns_that_are_not_there(tmp_path, read, words):
     save_json(tmp_path / "data")
-    assert list(splits("~/data")) == ["train", "test"]
+    with pytest.raises(SteerError, match=words):
+        read(tmp_path / "data", word_tokenizer())
+
+
+PROGRAM = """
+import logging, sys
+logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stdout)
+import datasets
+datasets.logging.set_verbosity_error()
+datasets.disable_progress_bars()
+from residual_steer.data import plan, splits
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+print(attempt(plan, "owner/texts", "small"))
+parts = attempt(splits, "owner/texts", "small")
+print(parts if isinstance(parts, str) else {name: list(rows["text"]) for name, rows in parts.items()})
+print(attempt(plan, "owner/texts", "small"))
+print(attempt(splits, "owner/nothing"))
+print(attempt(splits, "owner/texts", "huge"))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with a data set in the schema of WikiText: a README with sizes, and Parquet files."""
+    sizes = [{"name": "train", "num_bytes": 30, "num_examples": 2}, {"name": "test", "num_bytes": 9, "num_examples": 1}]
+    info = {"config_name": "small", "splits": sizes, "download_size": 1234567, "dataset_size": 39}
+    parts = [{"split": name, "path": f"small/{name}-*"} for name in ("train", "test")]
+    readme = {
+        "dataset_info": [info | {"features": [{"name": "text", "dtype": "string"}]}],
+        "configs": [{"config_name": "small", "data_files": parts}],
+    }
+    files = {"README.md": f"---\n{json.dumps(readme)}\n---\n# Texts\n".encode()}
+    for name, rows in (("train", texts("one", "two")), ("test", texts("three"))):
+        rows.to_parquet(tmp_path / "part")
+        files[f"small/{name}-00000-of-00001.parquet"] = (tmp_path / "part").read_bytes()
+    with HubServer() as server:
+        server.add("datasets/owner/texts", files)
+        yield server
+
+
+def session(hub, home, offline=False):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()
+
+
+def test_a_download_is_announced_and_read_from_the_cache_after(hub, tmp_path):
+    rows = "{'train': ['one', 'two'], 'test': ['three']}"
+    planned = "owner/texts (small): a download of 1.2 MB from the Hugging Face Hub; rows: train 2, test 1"
+    cached = "owner/texts (small): nothing to download; rows: train 2, test 1"
+    online = session(hub, tmp_path / "home")
+    assert online[:4] == [planned, f"residual_steer.data.hub: {planned}", rows, cached]
+    absent, unknown = online[4:]
+    assert absent.startswith("SteerError: the data set 'owner/nothing' cannot be had: DatasetNotFoundError: ")
+    assert unknown.startswith("SteerError: the data set 'owner/texts' (huge) cannot be had: ValueError: ")
+    assert "Available: ['small']" in unknown
+
+    asked = len(hub.asked)
+    offline = session(hub, tmp_path / "home", offline=True)
+    assert offline[:3] == [cached, rows, cached]  # and no line of a download
+    assert "HF_HUB_OFFLINE is set" in offline[3]
+    assert "(huge) cannot be had" in offline[4]
+    assert len(hub.asked) == asked
