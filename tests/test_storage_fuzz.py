@@ -330,7 +330,7 @@ HUGE = {
     "bytes after the tensors": (lambda f: enlarge_file(f, 2**32), "file not fully covered"),
     "a rank that needs gigabytes": (
         lambda f: rewrite(f, None, lambda described: described["field"].update(ranks={"0": 2**30})),
-        "`rank` is an integer from 1 to the width, here 32; received 1073741824",
+        "`rank` is an integer from 1 to 32, the width; received 1073741824",
     ),
     "blocks by the thousand": (
         lambda f: rewrite(f, None, lambda d: d["backbone"].update(blocks=10**4, widths=[*range(1, 10**4 + 1)])),
