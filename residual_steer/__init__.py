@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 from .backbone import Backbone
 from .errors import SteerError
 from .field import HRes
-from .overview import fields, summary
 from .prefix_cache import PrefixCache as _PrefixCache  # noqa: F401 – which tells fit of `cache_prefix`
 from .pretrained import from_pretrained
 from .reference import reference
 from .registry import find_backbone, list_backbones, register_backbone
-from .steering import freeze, parameters, steer, thaw, unsteer, use
+from .steering import fields, freeze, parameters, steer, summary, thaw, unsteer, use
 from .storage import load, push, save
 from .training import fit
 

@@ -19,19 +19,10 @@ Choice = TypeVar("Choice")
 def check_integer(
     name: str, value: Any, at_least: int | None = None, at_most: int | None = None, *, meaning: str = ""
 ) -> int:
-    """Return an argument that is a whole number in a range, also one of numpy's.
+    """Return an argument that is a whole number in a range, also one of numpy's, as a plain int.
 
-    >>> check_integer("steps", 0, 1)
-    SteerError: `steps` is an integer of at least 1; received 0.
-    >>> check_integer("limit", 0, 1, meaning="rows, or None for all")
+    >>> check_integer("limit", 0, 1, meaning="rows, or None for all")  # meaning: what it counts, or its alternative
     SteerError: `limit` is an integer of at least 1, rows, or None for all; received 0.
-
-    Args:
-        name: what the argument is called.
-        value: what was given.
-        at_least: the smallest number allowed.
-        at_most: the largest number allowed.
-        meaning: what the number counts, or what may stand in its place; said after the range.
 
     Raises:
         SteerError: it is no integer, a bool, or outside the range.
@@ -52,19 +43,10 @@ def check_number(
     below: float | None = None,
     meaning: str = "",
 ) -> float:
-    """Return an argument that is a finite number in a range, also one of numpy's.
+    """Return an argument that is a finite number in a range, also one of numpy's, as a plain float.
 
     >>> check_number("dropout", 1.0, at_least=0, below=1)
     SteerError: `dropout` is a number of at least 0 and below 1; received 1.0.
-
-    Args:
-        name: what the argument is called.
-        value: what was given.
-        at_least: the smallest number allowed.
-        above: a number that is too small.
-        at_most: the largest number allowed.
-        below: a number that is too large.
-        meaning: the unit, or what may stand in its place; said after the range.
 
     Raises:
         SteerError: it is no number, a bool, NaN, infinite, or outside the range.
@@ -83,11 +65,7 @@ def check_number(
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Return an argument that is True or False.
-
-    Raises:
-        SteerError: it is neither.
-    """
+    """Return an argument that is True or False; raise if it is neither."""
     if not isinstance(value, bool):
         raise SteerError(_message(name, "True or False", "", value))
     return value
@@ -110,11 +88,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Choice], *, meaning: s
 
 
 def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
-    """Check the names of keyword arguments that are passed on.
-
-    Raises:
-        SteerError: one of them is not known.
-    """
+    """Raise if one of the keyword arguments that are passed on is not known."""
     known = tuple(known)
     for name in options:
         if name not in known:
@@ -123,11 +97,7 @@ def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> N
 
 
 def check_model(model: Any) -> nn.Module:
-    """Return a model that is a `torch.nn.Module`.
-
-    Raises:
-        SteerError: it is none.
-    """
+    """Return a model that is a `torch.nn.Module`; raise if it is none."""
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     return model

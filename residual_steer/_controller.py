@@ -6,22 +6,23 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
-from ._frozen import Frozen, Moving, plain_name, unsaved
-from ._internals import has_hook, owned_tensors, parts
+from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, running, tensors_in
+from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
+from ._internals import has_hook, owned_tensors
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
 from .config import FieldConfig
 from .errors import SteerError, some
 from .field import HRes
 from .injector import Injector
 from .routing import OFF, Mix, Tables
-from .rows import Repeats, batch_of, rows_in_order
-from .selection import Call, Selection, enter_call, leave_call, remember
-from .trained_modules import Entry, Heads, Switch
+from .trained_modules import Entry, Heads
 
 __all__ = ["ATTRIBUTE", "Steering", "attachments", "base_tensors", "steered_part", "steering_of"]
 
@@ -31,34 +32,19 @@ attachments: list[Callable[[nn.Module, Steering], Sequence[Handle]]] = []
 
 @dataclass
 class Steering:
-    """What steering did to a model, kept on the model itself.
-
-    Attributes:
-        backbone: where the stream is.
-        frozen: what was closed and held still in the base.
-        specs: the fields, by name.
-        mix: which fields act.
-        wish: by field, whether it was asked to train (`thaw`) or not to (`freeze`).
-        injectors: the module at each steered point, by site and block index.
-        heads: the base tensors that fields train along.
-        handles: hooks on the model itself, and those that the family needs while it is steered.
-        selection: what is selected, as the outputs of a forward pass remember it.
-        repeats: sequences whose rows `generate` repeated.
-        moving: buffers that are watched during a call.
-        unchecked: whether no call in training mode was watched since the selection was made.
-    """
+    """What steering did to a model, kept on the model itself."""
 
     backbone: Backbone
     frozen: Frozen = field(default_factory=Frozen)
-    specs: dict[str, FieldConfig] = field(default_factory=dict)
-    mix: Mix = OFF
-    wish: dict[str, bool] = field(default_factory=dict)
-    injectors: dict[tuple[str, int], Injector] = field(default_factory=dict)
+    specs: dict[str, FieldConfig] = field(default_factory=dict)  # the fields
+    mix: Mix = OFF  # which of them act
+    wish: dict[str, bool] = field(default_factory=dict)  # of fields that were thawed or frozen: whether they train
+    injectors: dict[tuple[str, int], Injector] = field(default_factory=dict)  # by site and block index
     heads: Heads = field(default_factory=Heads)
-    handles: list[Handle] = field(default_factory=list)
-    selection: Selection = field(default_factory=Selection)
+    handles: list[Handle] = field(default_factory=list)  # hooks on the model, and those that the family needs
+    selected: Selected = field(default_factory=Selected)
     repeats: Repeats = field(default_factory=Repeats)
-    unchecked: bool = True
+    unchecked: bool = True  # whether no call in training mode was watched since the selection was made
     moving: Moving | None = None
 
     def install(self, model: nn.Module) -> None:
@@ -74,44 +60,31 @@ class Steering:
         setattr(model, ATTRIBUTE, self)
 
     def name_of(self, name: str | None) -> str:
-        """Return the name of a field, the one that acts for None.
-
-        Raises:
-            SteerError: there is no such field, or not one that acts.
-        """
-        known = ", ".join(self.specs)
-        if name is None and len(self.mix.names) != 1:
-            now = "several of them act" if self.mix.names else "none of them acts"
-            raise SteerError(f"`name` is one of the fields {known}; received None, while {now}.")
-        name = self.mix.names[0] if name is None else name
+        """Return the name of a field, the one that acts for None; raise if there is none."""
+        received = repr(name)
+        if name is None:
+            name = self.mix.names[0] if len(self.mix.names) == 1 else None
+            received = f"None, while {'several of them act' if self.mix.names else 'none of them acts'}"
         if not isinstance(name, str) or name not in self.specs:
-            raise SteerError(f"`name` is one of the fields {known}; received {name!r}.")
+            raise SteerError(f"`name` is one of the fields {', '.join(self.specs)}; received {received}.")
         return name
 
-    def trains(self, name: str) -> bool:
-        """Say whether a field trains: selected by name it does unless frozen, in other mixes only if thawed.
+    def trains(self, name: str, mix: Mix | None = None) -> bool:
+        """Return whether a field trains: selected by name it does unless frozen, in other mixes only if thawed.
 
         So mixes for serving require no gradient, and neither other weights nor other rows are another graph to compile.
         """
-        return self._trains_in(self.mix, name)
-
-    def _trains_in(self, mix: Mix, name: str) -> bool:
+        mix = mix or self.mix
         return name in mix.names and self.wish.get(name, mix.by_name)
 
     def fields(self, name: str) -> dict[int, HRes]:
         """Return the modules of one field by block index."""
         spec = self.specs[name]
-        found: dict[int, HRes] = {}
-        for index in spec.ranks:
-            module = self.injectors[spec.site, index].fields[name]
-            if isinstance(module, HRes):
-                found[index] = module
-        return found
+        return {index: cast(HRes, self.injectors[spec.site, index].fields[name]) for index in spec.ranks}
 
-    def stored(self) -> set[int]:
-        """Return the ids of all tensors that are stored with a field, of every field."""
-        own = {id(p) for name in self.specs for p in _parameters(self.fields(name))}
-        return own | {id(tensor) for tensors in self.heads.own.values() for tensor in tensors.values()}
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of one field's modules."""
+        return [parameter for module in self.fields(name).values() for parameter in module.parameters()]
 
     def values(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """Return the base tensors that one field trains, its own."""
@@ -126,26 +99,36 @@ class Steering:
         }
         return own | {f"train.{key}": tensor for key, tensor in self.values(model, name).items()}
 
+    def unsaved(self, model: nn.Module) -> list[str]:
+        """Return the names of the base's parameters that train and belong neither to a field nor to another adapter."""
+        known = self._own_values() | adapters_own(module for _, module in base_modules(model))
+        found: dict[int, str] = {}
+        for key, _, _, tensor in _base_entries(model):
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in known:
+                found.setdefault(id(tensor), key)
+        return list(found.values())
+
+    def _own_values(self) -> set[int]:
+        return {id(tensor) for tensors in self.heads.own.values() for tensor in tensors.values()}
+
     @torch.inference_mode(False)  # what is made here is to be trained, whatever mode the caller is in
     def add(self, model: nn.Module, spec: FieldConfig) -> None:
         """Make the field of `spec` and select it; if that fails, all is as it was."""
-        made = {}
+        made, before = {}, self.mix
         for index in spec.ranks:
             block = self.backbone.blocks[index]
             dtype = torch.promote_types(compute_dtype(block), torch.float32)
             made[index] = spec.build(index, self.backbone, device=execution_device(block), dtype=dtype)
-        before = self.mix
         self.select(model, OFF)  # so that what the field begins with, and what is kept as the base's, is the base's
         try:
-            inside = {id(module) for block in self.backbone.blocks for module in block.modules()}
+            inside = {id(module) for block in self.backbone.blocks for _, module in base_modules(block)}
             self.specs[spec.name] = spec
             self.heads.open(spec.name, spec.train, _base_entries(model), inside)
             for index, module in made.items():
-                injector = self.injectors.get((spec.site, index))
-                if injector is None:
-                    injector = self.injectors[spec.site, index] = Injector(self.backbone, index, spec.site)
-                module.train(injector.training)
-                injector.fields[spec.name] = module
+                place = (spec.site, index)
+                if place not in self.injectors:
+                    self.injectors[place] = Injector(self.backbone, index, spec.site)
+                self.injectors[place].add(spec.name, module)
             self.select(model, Mix.parse(spec.name, self.specs))
         except BaseException:
             self.mix = OFF if spec.name in self.mix.names else self.mix
@@ -156,60 +139,51 @@ class Steering:
     @torch.inference_mode(False)  # what is made here may be saved for a backward pass later
     @torch.no_grad()
     def select(self, model: nn.Module, mix: Mix) -> None:
-        """Let the fields of a mix act, with what they trained along, and train as `trains` says.
-
-        Raises:
-            SteerError: a base tensor that a field trains was removed or resized since, or cannot be mixed as asked.
-                Nothing has changed.
-        """
+        """Let the fields of a mix act, with what they trained along, and train; raise if the base is no more there."""
+        concerned = [name for name in dict.fromkeys((*self.mix.names, *mix.names)) if name in self.specs]
         if self.heads.base:
             entries = _base_entries(model)
-            lost = self.heads.lost(dict.fromkeys((*self.mix.names, *mix.names)), entries)
+            lost = self.heads.lost(concerned, entries)
             if lost:
                 raise SteerError(
                     f"the model was changed since it was steered: {', '.join(lost)}, which a field trains, is gone or "
                     "has another shape. Undo that change first, or `unsteer` and steer again."
                 )
-            self.heads.select(mix, entries, lambda name: self._trains_in(mix, name), self.frozen.move)
+            self.heads.select(mix, entries, partial(self.trains, mix=mix), self.frozen.move)
         self.mix = mix
         tables: Tables = {}
-        for injector in self.injectors.values():
-            injector.select(mix, tables)
-            for name, module in injector.held.items():
-                self._let_train(module, name, self.trains(name))
-        points = {
-            (name, *key) for key, injector in self.injectors.items() for name in injector.fields if name in mix.names
-        }
+        routes = {place: injector.select(mix, tables) for place, injector in self.injectors.items()}
+        for name in concerned:
+            self._let_train(name, self.trains(name))
         trains = frozenset(filter(self.trains, mix.names))
-        self.selection = Selection(mix, trains, frozenset(points), frozenset(self.heads.inner))
+        self.selected = Selected(mix, trains, routes, frozenset(self.heads.inner))
         self.repeats, self.unchecked = Repeats(), True
 
-    def _let_train(self, module: HRes, name: str, on: bool) -> None:
-        """Open or close a field's parameters; the last of them notices a backward pass after it was closed."""
-        last = module.up.weight
-        if last.requires_grad and not on and not has_hook(last, _Watch):
-            last.register_hook(_Watch(name, last))  # type: ignore[no-untyped-call]
-        for parameter in module.parameters():
-            if parameter.requires_grad is not on:
-                parameter.requires_grad_(on)
+    def _let_train(self, name: str, on: bool) -> None:
+        """Open or close a field's parameters; the last of each module notices a backward pass after it was closed."""
+        for module in self.fields(name).values():
+            last = module.up.weight
+            if last.requires_grad and not on and not has_hook(last, _Watch):
+                last.register_hook(_Watch(name, last))  # type: ignore[no-untyped-call]
+            for parameter in module.parameters():
+                if parameter.requires_grad is not on:
+                    parameter.requires_grad_(on)
 
     def discard(self, model: nn.Module, name: str) -> None:
         """Take one of several fields away; a mix in which it acts ends."""
         self.select(model, OFF if name in self.mix.names else self.mix)
-        for (site, index), injector in list(self.injectors.items()):
-            if name in injector.fields:
-                del injector.fields[name]
-            if not injector.fields:
-                self.injectors.pop((site, index)).detach()
-        del self.specs[name]
+        spec = self.specs.pop(name)
+        for index in spec.ranks:
+            injector = self.injectors.get((spec.site, index))
+            if injector is not None and injector.discard(name):
+                del self.injectors[spec.site, index]
         self.wish.pop(name, None)
         self.heads.close(name, _base_entries(model))
         self.select(model, self.mix)
 
     def remove(self, model: nn.Module) -> None:
         """Take away everything that steering added, and put back what it changed."""
-        entries = _base_entries(model)
-        lost = self.heads.lost(self.mix.names, entries)
+        lost = self.heads.lost(self.mix.names, _base_entries(model))
         if lost:
             warnings.warn(
                 f"the values before steering of {', '.join(lost)} were not put back: the model was changed since.",
@@ -217,28 +191,22 @@ class Steering:
             )
         else:
             self.select(model, OFF)
-        for injector in self.injectors.values():
-            injector.detach()
-        for switch in self.heads.switches:
-            switch.detach()
+        for attachment in (*self.injectors.values(), *self.heads.switches):
+            attachment.detach()
         for handle in self.handles:
             handle.remove()
         self.frozen.reopen(model)
         delattr(model, ATTRIBUTE)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Check the rows of a mix against the batch that the model is called with.
-
-        Raises:
-            SteerError: the batch has another number of rows.
-        """
+        """Check the rows of a mix against the batch that the model is called with; raise if it has others."""
         if torch.compiler.is_compiling():
             return
         if self.unchecked and model.training and torch.is_grad_enabled():
             self._check_what_trains(model)
         if self.mix.rows is not None:
             batch = batch_of(model.get_submodule(self.backbone.path), args, kwargs)
-            enter_call(Call(batch))
+            running.calls.append(Call(batch))
             if batch is not None and batch != self.mix.rows:
                 self.repeats.check(self.mix.rows, batch, args, kwargs)
 
@@ -247,13 +215,15 @@ class Steering:
         if torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
-            remember(output, self.selection)
+            for tensor in tensors_in(output):
+                if tensor.requires_grad and not tensor.is_leaf:
+                    hook = unserializable_hook(partial(arrived, self.selected))  # type: ignore[no-untyped-call]
+                    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         if self.moving is not None:
             moving, self.moving = self.moving, None
-            own = {id(tensor) for tensors in self.heads.own.values() for tensor in tensors.values()}
             if output is not None:
-                moving.warn(own)
-        call = leave_call() if self.mix.rows is not None else None
+                moving.warn(self._own_values())
+        call = running.calls.pop() if self.mix.rows is not None and running.calls else None
         if call is not None and output is not None:
             self.repeats.go_on(call.batch, output)
             for switch in self.heads.switches:
@@ -262,16 +232,15 @@ class Steering:
     def _check_what_trains(self, model: nn.Module) -> None:
         """In the first call in training mode after a selection, warn of what is not saved, and watch buffers."""
         self.unchecked = False
-        lost = unsaved(model, self.stored())
-        if lost and self.mix.names:
+        lost = self.unsaved(model) if self.mix.names else []
+        if lost:
             warnings.warn(
                 f"{some(lost)} train too, and `save` does not store what no field opened: they would be lost. Steer "
                 "with `train=[...]` to train them along with a field, or save them yourself.",
                 stacklevel=4,
             )
-        shut = [
-            n for n in self.specs if self.trains(n) and not any(p.requires_grad for p in _parameters(self.fields(n)))
-        ]
+        trained = filter(self.trains, self.mix.names)
+        shut = [name for name in trained if not any(p.requires_grad for p in self.parameters(name))]
         if shut:
             warnings.warn(
                 f"the field {', '.join(shut)} is selected and does not train: somebody closed its parameters since, as "
@@ -279,7 +248,7 @@ class Steering:
                 stacklevel=4,
             )
         owners = {id(module) for module, _, _ in self.frozen.statistics}
-        self.moving = Moving.of(
+        self.moving = Moving(
             (key, tensor)
             for key, module, _, tensor in _base_entries(model)
             if not isinstance(tensor, nn.Parameter) and id(module) not in owners
@@ -287,10 +256,7 @@ class Steering:
 
 
 def steered_part(model: nn.Module) -> nn.Module | None:
-    """Return the module that is steered: the model, or what stands in the wrappers around it. None if there is none.
-
-    Seen through are `torch.compile`, data parallelism and PEFT's models.
-    """
+    """Return what is steered, the model or what `torch.compile`, data parallelism or PEFT wrapped; None if nothing."""
     waiting: list[object] = [model]
     while waiting:
         module = waiting.pop()
@@ -305,11 +271,7 @@ def steered_part(model: nn.Module) -> nn.Module | None:
 
 
 def steering_of(model: nn.Module) -> tuple[nn.Module, Steering]:
-    """Return the steered module and its steering, through the wrappers around it.
-
-    Raises:
-        SteerError: the model is not steered.
-    """
+    """Return the steered module and its steering, through the wrappers around it; raise if there is none."""
     base = steered_part(model)
     if base is None:
         raise SteerError(f"this {type(model).__name__} is not steered; call residual_steer.steer(model) first.")
@@ -322,18 +284,11 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _base_entries(model: nn.Module) -> list[Entry]:
-    """List the base's tensors."""
-    found: list[Entry] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, tensor in owned_tensors(module):
-            found.append((plain_name(prefix + name), module, name, tensor))
-        for name, child in parts(module):
-            if not isinstance(child, (Injector, Switch)):
-                visit(child, f"{prefix}{name}.")
-
-    visit(model, "")
-    return found
+    return [
+        (plain_name(f"{path}.{name}" if path else name), module, name, tensor)
+        for path, module in base_modules(model)
+        for name, tensor in owned_tensors(module)
+    ]
 
 
 class _Watch:
@@ -349,7 +304,3 @@ class _Watch:
                 f"backward() reached field {self._name!r} after a selection was made in which it does not train: its "
                 "gradient would be lost. Call backward() before the selection changes, inside the `with`."
             )
-
-
-def _parameters(fields: Mapping[int, HRes]) -> list[nn.Parameter]:
-    return [parameter for module in fields.values() for parameter in module.parameters()]

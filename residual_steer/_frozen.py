@@ -1,34 +1,77 @@
-"""What steering freezes in the base: parameters, and the running statistics that a forward pass would move.
+"""The base of a steered model: its modules without what steering attaches, and what is frozen in them.
 
-What others opened is theirs: adapters of another library train on, and a model that somebody froze already is left as
-it is. Nothing is closed after the first field came; a parameter that was opened since trains, and is not saved with a
-field.
+What others opened is theirs: adapters of another library train on, a model that somebody froze stays as it is, and what
+is opened after the first field came trains, and is not saved with a field.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ._internals import version
-from .backbone import can_train
-from .errors import some
+from ._internals import parts, version
+from .errors import SteerError, some
 
-__all__ = ["Frozen", "Moving", "plain_name", "unsaved"]
-
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types that matrix products are computed in
 _ADAPTERS = ("peft", "adapters", "pyreft", "pyvene")  # packages whose modules bring parameters of their own
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _log = logging.getLogger("residual_steer")
 
 
-def _foreign(model: nn.Module) -> set[int]:
+class Attachment(nn.Module):
+    """What steering adds to a module of the base: a registered child, to which that module's hooks lead.
+
+    So the base's keys in the state dict stay as they are, and `copy.deepcopy` and pickling carry it along without a
+    reference back to the original.
+
+    Args:
+        host: the module of the base.
+        key: under which name it is registered there, which has to be free.
+    """
+
+    def __init__(self, host: nn.Module, key: str) -> None:
+        super().__init__()
+        if hasattr(host, key):
+            raise SteerError(f"this {type(host).__name__} has a {key!r} of its own, where steering would stand.")
+        self.key, self._host = key, (host,)  # in a tuple, since a module would become a child
+        self._handles: list[RemovableHandle] = []
+        host.add_module(key, self)
+
+    @property
+    def host(self) -> nn.Module:
+        """The module of the base."""
+        return self._host[0]
+
+    def detach(self) -> None:
+        """Take away the child and the hooks that were added to the host, and nothing else."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(self.host, self.key)
+
+
+def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model by every path that they have, without what steering added."""
+    yield path, model
+    for name, child in parts(model):
+        if not isinstance(child, Attachment):
+            yield from base_modules(child, f"{path}.{name}" if path else name)
+
+
+def can_train(parameter: nn.Parameter) -> bool:
+    """Return whether gradients make sense for a parameter: no packed integers, float8, or subclass of a quantiser."""
+    return type(parameter) is nn.Parameter and parameter.dtype in COMPUTED
+
+
+def adapters_own(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of the parameters that other adapters brought: their own, and those in their dicts by name."""
     found: set[int] = set()
-    for module in model.modules():
+    for module in modules:
         if type(module).__module__.partition(".")[0] in _ADAPTERS:
             dicts = [child for child in module.children() if isinstance(child, (nn.ModuleDict, nn.ParameterDict))]
             found |= {id(p) for child in dicts for p in child.parameters()}
@@ -38,14 +81,10 @@ def _foreign(model: nn.Module) -> set[int]:
 
 @dataclass
 class Frozen:
-    """What was frozen in a model.
+    """What was frozen in a model."""
 
-    Attributes:
-        closed: names of the parameters that were closed.
-        statistics: modules with running statistics, and the attribute that moves them with its value before steering.
-    """
-
-    closed: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)  # names of parameters
+    # modules with running statistics, and the attribute that moves them with its value before steering
     statistics: list[tuple[nn.Module, str, object]] = field(default_factory=list)
 
     def close(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -56,7 +95,7 @@ class Frozen:
         inside = {id(p): p for block in blocks for p in block.parameters() if can_train(p)}.values()
         opened = sum(p.numel() for p in inside if p.requires_grad)
         if 2 * opened >= sum(p.numel() for p in inside):
-            foreign = _foreign(model)
+            foreign = adapters_own(model.modules())
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and id(parameter) not in foreign:
                     self.closed.append(plain_name(name))
@@ -69,7 +108,7 @@ class Frozen:
                 self.move(module, any(p.requires_grad for p in module.parameters(recurse=False)))
 
     def move(self, module: nn.Module, on: bool) -> None:
-        """Let the running statistics of a module move, if it has any, or hold them still."""
+        """Let the running statistics of a module move, if it has any, or keep them still."""
         for each, attribute, value in self.statistics:
             if each is module:  # without momentum an instance norm keeps what it has, and uses it in evaluation
                 setattr(module, attribute, value if on else 0.0 if attribute == "momentum" else False)
@@ -84,32 +123,21 @@ class Frozen:
             setattr(module, attribute, value)
 
 
-@dataclass
 class Moving:
     """Stored buffers, watched during one call in training mode."""
 
-    buffers: list[tuple[str, Tensor, int]]
-
-    @classmethod
-    def of(cls, buffers: Iterable[tuple[str, Tensor]]) -> Moving:
-        """Note how often each was changed in place."""
-        return cls([(name, tensor, version(tensor)) for name, tensor in buffers if not tensor.is_inference()])
+    def __init__(self, buffers: Iterable[tuple[str, Tensor]]) -> None:
+        self._seen = [(name, tensor, version(tensor)) for name, tensor in buffers if not tensor.is_inference()]
 
     def warn(self, own: Collection[int]) -> None:
         """Warn of frozen buffers that the call moved: what `use(None)` gives back is then no more what it was."""
-        moved = [name for name, tensor, before in self.buffers if version(tensor) != before and id(tensor) not in own]
+        moved = [name for name, tensor, before in self._seen if version(tensor) != before and id(tensor) not in own]
         if moved:
             warnings.warn(
                 f"a call in training mode changed {some(moved)}, which is frozen and not saved with a field. "
                 "Call `eval()` on that module after `model.train()`, or train it along: `train=[...]`.",
                 stacklevel=3,
             )
-
-
-def unsaved(model: nn.Module, stored: Collection[int]) -> list[str]:
-    """Return the parameters that train and are neither among those stored nor another adapter's."""
-    theirs = _foreign(model)
-    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in stored and id(p) not in theirs]
 
 
 def plain_name(name: str) -> str:

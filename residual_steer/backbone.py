@@ -24,14 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ._frozen import COMPUTED, base_modules
 from ._internals import offload_hooks
 from .errors import SteerError
-from .nested import dense, moved
+from .stream import dense, moved
 
 SITES = ("block", "mixer", "mlp", "input")
 ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was done to it
 _PATH = "an attribute path or None"
-_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 Write = Callable[[Any, Callable[[Tensor], Tensor]], Any]
@@ -246,29 +246,27 @@ def stacked(
     return Backbone(blocks, width, parts(blocks, *mixer), parts(blocks, *mlp), **more)
 
 
-def can_train(parameter: nn.Parameter) -> bool:
-    """Return whether gradients make sense for a parameter: no packed integers, float8, or subclass of a quantiser."""
-    return type(parameter) is nn.Parameter and parameter.dtype in _COMPUTED
-
-
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype a module computes in, which is not always the one that its weights are stored in.
 
     It is what a quantised layer says (`compute_dtype`, as bitsandbytes and HQQ have it), else that of the largest
     parameter in a type that matrix products are computed in, so neither float8 nor packed integers.
     """
-    named = (getattr(part, "compute_dtype", None) for part in module.modules())
-    found: list[torch.dtype] = [dtype for dtype in named if dtype in _COMPUTED]
+    own = [part for _, part in base_modules(module)]
+    found: list[torch.dtype] = [dtype for part in own if (dtype := getattr(part, "compute_dtype", None)) in COMPUTED]
     if found:
         return max(set(found), key=found.count)
-    floating = [p for p in module.parameters() if p.dtype in _COMPUTED]
+    floating = [p for part in own for p in part.parameters(recurse=False) if p.dtype in COMPUTED]
     return max(floating, key=lambda p: p.numel()).dtype if floating else torch.get_default_dtype()
 
 
 def execution_device(module: nn.Module) -> torch.device:
     """Return the device a module runs on: where its weights are, or where accelerate brings offloaded ones."""
-    for part in module.modules():
+    own = [part for _, part in base_modules(module)]
+    for part in own:
         for each in offload_hooks(part):
             if getattr(each, "execution_device", None) is not None:
                 return torch.device(each.execution_device)
-    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    tensors: list[Tensor] = [p for part in own for p in part.parameters(recurse=False)]
+    tensors += [b for part in own for b in part.buffers(recurse=False)]
+    return tensors[0].device if tensors else torch.device("cpu")

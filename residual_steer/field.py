@@ -1,7 +1,6 @@
-"""H-Res, one steering field: a zero-initialised bottleneck over the residual stream.
+"""H-Res, one steering field: a zero-initialised bottleneck over the residual stream (arXiv 2606.24396, eq. 2 and 5).
 
-"Parallel Manifold Steering" (arXiv 2606.24396), eq. 2 and 5; the same map as the parallel adapter of He et al. 2022
-(arXiv 2110.04366), read from and written to the residual stream.
+It is the map of the parallel adapter of He et al. 2022 (arXiv 2110.04366), read from and written to the stream.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._checks import check_choice, check_flag, check_integer, check_number
 from ._internals import is_plainly_called
-from .errors import SteerError
 
 __all__ = ["ACTIVATIONS", "HRes", "Projection", "add_product"]
 
@@ -44,33 +43,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Projection(nn.Module):
     """A linear map x ↦ W·x + b, `(..., inputs) -> (..., outputs)`, one of the two of a field.
 
-    It is no `nn.Linear`: what other libraries do to every Linear of a model (quantise it, put LoRA on it, initialise it
-    anew) is not meant for a field. Its start is its own affair too: parameters that were made on the meta device start
-    when they come to a real one.
-
-    Args:
-        inputs: features of x.
-        outputs: features of what is returned.
-        bias: whether there is a b.
-        zero: whether W starts at zero (eq. 5), rather than as in `nn.Linear`. b always does.
-        device: where the parameters are made.
-        dtype: their type.
+    W starts at `zero` (eq. 5) or as in `nn.Linear`, b at zero. It is no `nn.Linear`: what other libraries do to every
+    Linear of a model (quantise it, put LoRA on it, initialise it anew) is not meant for a field. Parameters that were
+    made on the meta device start when they come to a real one.
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        bias: bool,
-        zero: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, zero: bool, **factory: Any) -> None:
         super().__init__()
         self.in_features, self.out_features, self.zero, self._loading = inputs, outputs, zero, False
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
+        self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -88,7 +70,7 @@ class Projection(nn.Module):
         return F.linear(_cast(x, dtype), _cast(self.weight, dtype), None if bias is None else _cast(bias, dtype))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Take a parameter; one that takes the place of one on the meta device without being read from a file starts.
+        """Take a parameter; one in the place of one on the meta device starts, unless it was read from a file.
 
         So transformers fills a model with room for what a checkpoint lacks; what it read is marked as initialised.
         """
@@ -157,22 +139,13 @@ class HRes(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not _is_int(width) or width < 1:
-            raise SteerError(f"`width` is a positive integer; received {width!r}.")
-        if not _is_int(rank) or not 1 <= rank <= width:
-            raise SteerError(f"`rank` is an integer from 1 to the width, here {width}; received {rank!r}.")
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not _is_finite(scale):
-            raise SteerError(f"`scale` is a finite number; received {scale!r}.")
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise SteerError(f"`activation` is one of {', '.join(ACTIVATIONS)}; received {activation!r}.")
-        if not isinstance(bias, bool):
-            raise SteerError(f"`bias` is True or False; received {bias!r}.")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise SteerError(f"`dropout` is a probability in [0, 1); received {dropout!r}.")
-        if channels not in (-1, 1):
-            raise SteerError(f"`channels` is -1 or 1; received {channels!r}.")
-        self.width, self.rank, self.scale = width, rank, float(scale)
-        self.activation, self.dropout, self.channels = activation, float(dropout), channels
+        self.width = width = check_integer("width", width, 1)
+        self.rank = rank = check_integer("rank", rank, 1, width, meaning="the width")
+        self.scale = check_number("scale", scale)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.dropout = check_number("dropout", dropout, at_least=0, below=1, meaning="a probability")
+        self.channels = check_choice("channels", channels, (-1, 1))
+        check_flag("bias", bias)
         self.down = Projection(width, rank, bias=bias, zero=False, device=device, dtype=dtype)
         self.up = Projection(rank, width, bias=bias, zero=True, device=device, dtype=dtype)
 
@@ -239,12 +212,12 @@ def add_product(
     layout with another kernel, which rounds differently.
 
     Args:
-        y: the stream, its width in dimension `channels`.
+        y: the stream, its width in dimension `channels`, -1 or 1.
         hidden: `(..., rank)`, the width's place taken by the rank and put last.
         weight: `(width, rank)`.
         bias: `(width,)`, or `(rows, width)` with one for every row of the batch.
         alpha: a factor.
-        channels: which dimension of y is the width, -1 or 1.
+        channels: which dimension of y is the width.
     """
     width, rank = weight.shape
     by_row = bias is not None and bias.dim() == 2
@@ -266,16 +239,5 @@ def add_product(
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype; to ask first is faster than `to`, where nothing is to be done."""
+    """Return a tensor in a dtype; to look first is faster than `to`, where nothing is to be done."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond what a float holds
-        return False
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,13 +1,10 @@
 """The module that sits on a point: it holds the point's fields and adds those that act to the stream.
 
-It is a registered child of the module it serves, and its hooks are its own bound methods: so the base keys of the state
-dict stay as they are, and `copy.deepcopy` and pickling carry it along without a reference back to the original. Nothing
-of a call is kept on it: several threads may run one model.
+Nothing of a call is kept on it: several threads may run one model.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -15,27 +12,18 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from ._calls import Selected, running, selection_of_backward
+from ._frozen import Attachment
 from ._internals import version
 from .backbone import Backbone, compute_dtype, read_stream, replace_stream, write_stream
 from .errors import SteerError
 from .field import HRes
-from .routing import OFF, Mix, Route, Tables, route, row_factor
-from .selection import current_call, selection_of_backward
+from .routing import OFF, Blend, Mix, Route, Tables, misfit, route, row_factor
 
 __all__ = ["Injector"]
 
 
-class _Calls(threading.local):
-    """What enters the blocks that are running in this thread, by the id of their injector, until they are left."""
-
-    def __init__(self) -> None:
-        self.entered: dict[int, Any] = {}
-
-
-_calls = _Calls()
-
-
-class Injector(nn.Module):
+class Injector(Attachment):
     """Attach fields to one point of a backbone.
 
     With no field acting, the hooks hand the module's own tensors through untouched, so the frozen model's output
@@ -48,23 +36,20 @@ class Injector(nn.Module):
     """
 
     def __init__(self, backbone: Backbone, index: int, site: str) -> None:
-        super().__init__()
         host = backbone.point(index, site)
         if host is None:
             raise SteerError(f"block {index} has no {site!r}.")
+        super().__init__(host, f"steering_{site}")
         self.site, self.index = site, index
-        if hasattr(host, self.key):
-            raise SteerError(f"this {type(host).__name__} has a {self.key!r} of its own, where steering would stand.")
         self.read = backbone.read if site == "block" else read_stream
         self.write = backbone.write if site == "block" else write_stream
         self.fields = nn.ModuleDict()
+        self.compute_dtype = compute_dtype(host)  # what the fields compute in: what the frozen block does
         self.mix, self.route = OFF, Route()
+        self._every: Blend | None = None  # of all fields, once a mix has needed it
         self._ran: Route | None = None  # in the last forward pass that was no recomputation
-        self._compute_dtype = compute_dtype(host)
-        self._host = (host,)  # in a tuple, since a module would become a child
         self._entered: Tensor | None = None  # inside torch.compile alone
         self._trusted = False  # not to overwrite what enters
-        host.add_module(self.key, self)
         self.train(host.training)
         if site == "input":
             self._handles = [host.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -79,34 +64,37 @@ class Injector(nn.Module):
         return z
 
     @property
-    def host(self) -> nn.Module:
-        """The module at the point."""
-        return self._host[0]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the fields compute in: what the frozen block does."""
-        return self._compute_dtype
-
-    @property
-    def key(self) -> str:
-        """The name under which the injector is registered in its host."""
-        return f"steering_{self.site}"
-
-    @property
     def held(self) -> dict[str, HRes]:
         """The fields that stand here, by name."""
         return {name: cast(HRes, field) for name, field in self.fields.items()}
 
-    def detach(self) -> None:
-        """Take away the child and the hooks that were added to the host, and nothing else."""
-        for handle in self._handles:
-            handle.remove()
-        delattr(self.host, self.key)
+    def add(self, name: str, field: HRes) -> None:
+        """Let a field stand here."""
+        field.train(self.training)
+        self.fields[name], self._every = field, None
 
-    def select(self, mix: Mix, tables: Tables | None = None) -> None:
-        """Let those fields of `mix` act that stand at this point; points with the same fields share `tables`."""
-        self.mix, self.route = mix, route(mix, self.held, {} if tables is None else tables)
+    def discard(self, name: str) -> bool:
+        """Take a field away, and with the last one the injector; return whether that was the last one."""
+        if name in self.fields:
+            del self.fields[name]
+        self._every = None
+        if not self.fields:
+            self.detach()
+        return not self.fields
+
+    def select(self, mix: Mix, tables: Tables) -> Route:
+        """Let those fields of `mix` act that stand here; points with the same fields share `tables`."""
+        if not self.fields:
+            return self.route
+        acting = {name: cast(HRes, self.fields[name]) for name in mix.names if name in self.fields}
+        every = None
+        if not mix.by_name:
+            if self._every is None or not self._every.fits(acting):
+                self._every = Blend.of(self.held)
+            every = self._every
+        like = cast(HRes, next(iter(self.fields.values()))).down.weight
+        self.mix, self.route = mix, route(mix, acting, every, tables, like)
+        return self.route
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """M(z) + λ·H(z): eq. 1 with M the whole block, the mixer or the mlp."""
@@ -124,69 +112,66 @@ class Injector(nn.Module):
         return replace_stream(args, kwargs, lambda x: self._add(x, x, route))
 
     def _route_now(self) -> Route:
-        """Return what is selected; in a recomputation, what was selected when it was first computed.
-
-        Raises:
-            SteerError: it cannot be known, or cannot be computed again as it was.
-        """
+        """Return what is selected; in a recomputation, what was selected when it was first computed."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.route
-        backward, selection = selection_of_backward()
-        if not backward:
-            if self._ran is not self.route:
-                self._ran = self.route
-            return self.route
-        if selection is None:
-            if self._ran is not self.route:
+        backward, selected = selection_of_backward()
+        if selected is not None:
+            return self._route_then(selected)
+        if self._ran is not self.route:
+            if backward:
                 raise SteerError(
                     "activation checkpointing computes a block again in `backward()`, and another selection was made "
                     "since. Call backward() before the selection changes, inside the `with`."
                 )
-            return self.route
-        held = self.held
-        for name in selection.mix.names:
-            gone = (name, self.site, self.index) in selection.points and name not in held
-            if gone or (name in selection.trains and name in held and not held[name].up.weight.requires_grad):
+            self._ran = self.route
+        return self.route
+
+    def _route_then(self, selected: Selected) -> Route:
+        """Return the route of an earlier selection; raise if what it needs is no more as it was."""
+        then = selected.routes.get((self.site, self.index), Route())
+        for name in then.names:
+            gone = name not in self.fields
+            if gone or (name in selected.trains and not cast(HRes, self.fields[name]).up.weight.requires_grad):
                 what = "it was removed" if gone else "a selection was made in which it does not train"
                 raise SteerError(
                     f"backward() reached field {name!r} after {what}: its gradient would be lost. Call backward() "
                     "before the selection changes, inside the `with`."
                 )
-        if selection.mix == self.mix:
+        if selected.mix == self.mix:
             return self.route
-        if selection.inner & {*selection.mix.names, *self.mix.names}:
+        if selected.inner & {*selected.mix.names, *self.mix.names}:
             raise SteerError(
                 "activation checkpointing computes a block again in `backward()`, whose own tensors another selection "
                 "has replaced since. Call backward() before the selection changes, inside the `with`."
             )
-        return route(selection.mix, held, {})
+        return then
 
     def _add(self, y: Tensor, z: Tensor, route: Route) -> Tensor:
-        """Add the fields that act, as functions of z, to y.
-
-        Raises:
-            SteerError: the batch does not fit the rows of the mix, or the stream is no dense tensor.
-        """
+        """Add the fields that act, as functions of z, to y; raise if z is nested or the rows do not fit."""
         if z.is_nested:
-            _refuse_nested()
+            raise SteerError(
+                "a field acts on a dense stream, (batch, length, width); this one is a nested tensor. Pad it, and keep "
+                "torch from nesting it: nn.TransformerEncoder(..., enable_nested_tensor=False)."
+            )
         if torch.compiler.is_compiling():
             if route.every is not None:
-                return route.every.add_to(y, z, self._compute_dtype, self.fields)
+                return route.every.add_to(y, z, self.compute_dtype, self.fields)
         elif route.rows is not None:
             _check_rows(route.rows, y.shape[0])
         if route.some is not None:
-            return route.some.add_to(y, z, self._compute_dtype, self.fields)
+            return route.some.add_to(y, z, self.compute_dtype, self.fields)
         if route.alone is None:
             return y
         name, weight = route.alone
-        return cast(HRes, self.fields[name]).add_to(y, z, self._compute_dtype, weight)
+        return cast(HRes, self.fields[name]).add_to(y, z, self.compute_dtype, weight)
 
     def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Copy the stream that enters, before a block that works in place overwrites it."""
         if torch.compiler.is_compiling():
             self._entered = self.read(args, kwargs).clone() if self.route.on else None
         elif self._route_now().on:
-            _calls.entered[id(self)] = self.read(args, kwargs).clone()
+            running.entered[id(self)] = self.read(args, kwargs).clone()
 
     def _watch(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the versions of what enters, so that a block that overwrites it does not go unnoticed."""
@@ -197,20 +182,14 @@ class Injector(nn.Module):
             for t in (*args, *kwargs.values())
             if isinstance(t, Tensor) and t.is_floating_point() and not t.is_inference()
         ]
-        _calls.entered[id(self)] = [(tensor, version(tensor)) for tensor in tensors]
+        running.entered[id(self)] = [(tensor, version(tensor)) for tensor in tensors]
 
     def _leave(self, host: nn.Module) -> Tensor | None:
-        """Return the copy of what entered, if one was kept; refuse a block that changed what it was given.
-
-        One call that did not is enough to trust a block.
-
-        Raises:
-            SteerError: the block works in place.
-        """
+        """Return the copy of what entered, if one was kept; raise if the block changed what it was given."""
         if torch.compiler.is_compiling():
             entered, self._entered = self._entered, None
             return entered
-        noted = _calls.entered.pop(id(self), None)
+        noted = running.entered.pop(id(self), None)
         if noted is None or isinstance(noted, Tensor):
             return noted
         if any(version(tensor) != before for tensor, before in noted):
@@ -218,25 +197,20 @@ class Injector(nn.Module):
                 f"a field reads the stream that enters, and this {type(host).__name__} overwrites it (`x += …`). Write "
                 "`x = x + …` in its forward, or describe it with Backbone(..., inplace=True), which keeps a copy."
             )
-        if noted:
-            self._trusted = True
+        self._trusted = self._trusted or bool(noted)  # one call that did not is enough
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Injector:
         """Follow the backbone when it is cast: a model moved to bf16 computes its fields there too."""
-        probe = fn(torch.empty(0, dtype=self._compute_dtype))
+        probe = fn(torch.empty(0, dtype=self.compute_dtype))
         if probe.is_floating_point():
-            self._compute_dtype = probe.dtype
+            self.compute_dtype = probe.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.select(self.mix)  # the coefficients follow the fields to their device
+        self.select(self.mix, {})  # the coefficients follow the fields to their device
         return self
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse torch.jit.script, which compiles neither hooks nor what it finds in them.
-
-        Raises:
-            SteerError: always.
-        """
+        """Refuse torch.jit.script, which compiles neither hooks nor what it finds in them."""
         raise SteerError(
             "torch.jit.script cannot compile a steered model, whose fields run from hooks, not even switched off. Use "
             "torch.export.export or torch.jit.trace, which record what the hooks do, or `unsteer` first."
@@ -251,17 +225,6 @@ def _check_rows(rows: int, batch: int) -> None:
     """Raise if the stream has not the rows of the mix, or of the batch that was checked when the model was called."""
     if row_factor(rows, batch) == 1:
         return
-    call = current_call()
     backward, _ = selection_of_backward()
-    if not backward and (call is None or call.batch is None):
-        raise SteerError(
-            f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every "
-            "row, also of a part of a model that is called by itself."
-        )
-
-
-def _refuse_nested() -> NoReturn:
-    raise SteerError(
-        "a field acts on a dense stream, (batch, length, width); this one is a nested tensor. Pad it, and keep torch "
-        "from nesting it: nn.TransformerEncoder(..., enable_nested_tensor=False)."
-    )
+    if not backward and not (running.calls and running.calls[-1].batch is not None):
+        raise misfit(rows, batch, ", also of a part of a model that is called by itself")

@@ -176,7 +176,9 @@ def _places(root: nn.Module, state: Steering, module: nn.Module) -> dict[tuple[s
     }
     before = _prefix(root, module)
     heads = {plain_name(before + key): key for key in module.state_dict()}
-    return found | {(name, f"train.{key}"): heads[key] for key, name in state.heads.there.items() if key in heads}
+    return found | {
+        (name, f"train.{key}"): heads[key] for key, name in state.heads.there.items() if name and key in heads
+    }
 
 
 def _prefix(root: nn.Module, module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from ._checks import check_model
 from .backbone import ATTRIBUTE, Backbone, LayoutError
 from .discovery import discover, is_marked
 from .errors import SteerError
-from .nested import prepared
+from .stream import prepared
 
 __all__ = ["find_backbone", "list_backbones", "own_backbone", "register_backbone", "same_blocks"]
 

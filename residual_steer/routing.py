@@ -1,67 +1,49 @@
 """Routing: which fields act, on which rows of a batch, how strongly, and their sum as two matrix products.
 
-What `use` takes becomes a `Mix`, a table of coefficients `(1 or rows, fields)`. Fields side by side at one point are
-one field of rank Σr: their projections are concatenated, and every segment of the hidden units is multiplied by its
-field's coefficient (`Blend`). Selecting, composing, negating and routing by row are then the same two products with
-another table.
+Fields side by side at one point are one field of rank Σr: their projections are concatenated, and every segment of the
+hidden units is multiplied by its field's coefficient in a table `(1 or rows, fields)`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._checks import check_number
 from .errors import SteerError
 from .field import ACTIVATIONS, HRes, add_product
 
-__all__ = ["OFF", "Asked", "Blend", "Mix", "Route", "Tables", "route", "row_factor"]
+__all__ = ["OFF", "Asked", "Blend", "Mix", "Route", "Tables", "misfit", "route", "row_factor"]
 
 Asked = str | Mapping[str, float] | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What `use` was asked for, as a table of coefficients.
+    """What `use` was given, as a table of coefficients."""
 
-    Attributes:
-        names: the fields with a coefficient other than 0, in the order in which the model got them.
-        table: coefficients, `(rows, len(names))`; one row stands for all rows of any batch.
-        rows: number of rows, where the mix was given row by row; None where one row stands for all.
-        by_name: whether it was given as a name or None.
-    """
-
-    names: tuple[str, ...] = ()
-    table: tuple[tuple[float, ...], ...] = ((),)
-    rows: int | None = None
-    by_name: bool = True
+    names: tuple[str, ...] = ()  # the fields with a coefficient other than 0, sorted
+    table: tuple[tuple[float, ...], ...] = ((),)  # (rows, fields); one row stands for all rows of any batch
+    rows: int | None = None  # number of rows, where it was given row by row
+    by_name: bool = True  # whether it was given as a name or None
 
     @classmethod
-    def parse(cls, asked: Asked, known: Iterable[str]) -> Mix:
-        """Turn what a user says into a table.
-
-        Args:
-            asked: None, a name, weights by name, or a name or None for every row.
-            known: the model's fields.
-
-        Raises:
-            SteerError: it is none of these, names no field of the model, is empty, or has a weight that is no finite
-                number.
-        """
-        known = tuple(known)
+    def parse(cls, asked: Asked, known: Collection[str]) -> Mix:
+        """Return what `use` takes as a mix of known fields; raise if it is none."""
         if asked is None or isinstance(asked, str):
             return cls() if asked is None else cls((_known(asked, known),), ((1.0,),))
         if isinstance(asked, Mapping):
-            weights = {_known(name, known): _weight(name, weight) for name, weight in asked.items()}
-            names = tuple(name for name in known if weights.get(name))
+            weights = {
+                _known(name, known): check_number(name, weight, meaning="a weight") for name, weight in asked.items()
+            }
+            names = tuple(sorted(name for name, weight in weights.items() if weight))
             return cls(names, (tuple(weights[name] for name in names),), by_name=False)
         if not isinstance(asked, Sequence) or isinstance(asked, (bytes, bytearray)):
             raise SteerError(
@@ -71,14 +53,9 @@ class Mix:
         rows = [None if name is None else _known(name, known) for name in asked]
         if not rows:
             raise SteerError("a list for `use` has a name or None for every row of the batch; received an empty one.")
-        names = tuple(name for name in known if name in set(rows))
+        names = tuple(sorted({name for name in rows if name is not None}))
         table = tuple(tuple(float(row == name) for name in names) for row in rows)
         return cls(names, table, rows=len(rows), by_name=False)
-
-    @property
-    def alone(self) -> str | None:
-        """The one field that acts with weight 1 on every row, if that is all there is."""
-        return self.names[0] if len(self.names) == 1 and set(self.table) == {(1.0,)} else None
 
     @property
     def differs(self) -> bool:
@@ -95,13 +72,13 @@ class Mix:
         if self.rows is not None:
             return [next((name for name, on in zip(self.names, row, strict=True) if on), None) for row in self.table]
         if self.by_name:
-            return self.alone
+            return self.names[0] if self.names else None
         return dict(zip(self.names, self.table[0], strict=True))
 
     def __str__(self) -> str:
         """Write it briefly, with rows counted rather than listed."""
         if self.rows is None:
-            return str(self.alone) if self.by_name else repr(self.asked())
+            return str(self.asked())
         counts = [f"{int(sum(self.columns[name]))} {name}" for name in self.names]
         silent = sum(not any(row) for row in self.table)
         return f"rows: {', '.join(counts + [f'{silent} None'] * bool(silent))}"
@@ -110,66 +87,24 @@ class Mix:
 OFF = Mix()
 
 
-def row_factor(rows: int, batch: int) -> int:
-    """Return how many consecutive rows of a batch one row of a table stands for.
-
-    It is 1, or more where each row was repeated in place: by `generate` for beams and `num_return_sequences`, by models
-    that flatten `(rows, choices)` or `(rows, tokens)` into one dimension. A table of one row stands for all.
-
-    Raises:
-        SteerError: the batch has no multiple of that many rows.
-    """
-    if batch % rows:
-        raise SteerError(
-            f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every row."
-        )
-    return batch // rows
-
-
-def _known(name: object, known: tuple[str, ...]) -> str:
+def _known(name: object, known: Collection[str]) -> str:
     if not isinstance(name, str) or name not in known:
         raise SteerError(f"`use` takes names of fields of this model ({', '.join(known)}); received {name!r}.")
     return name
 
 
-def _weight(name: str, weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise SteerError(f"the weight of a field is a finite number; received {weight!r} for {name!r}.")
-    return float(weight)
+def misfit(rows: int, batch: int, more: str = "") -> SteerError:
+    """Return the error of a batch that has not the rows of the list that `use` was given."""
+    given = f"the list given to `use` has {rows} rows, and this batch has {batch}"
+    return SteerError(f"{given}. Give one name or None for every row{more}.")
 
 
-class Route(NamedTuple):
-    """What a mix asks of one point.
-
-    Attributes:
-        on: whether anything is added there.
-        rows: for how many rows of a batch, None where all rows are alike.
-        alone: the one field that acts on every row alike, and its coefficient, where that is all.
-        some: the fields that act, otherwise.
-        every: all fields that stand there, as `torch.compile` computes them: neither other weights nor other rows make
-            another graph.
-    """
-
-    on: bool = False
-    rows: int | None = None
-    alone: tuple[str, float] | None = None
-    some: Blend | None = None
-    every: Blend | None = None
-
-
-def route(mix: Mix, fields: Mapping[str, HRes], tables: Tables) -> Route:
-    """Return what a mix asks of a point with these fields. Points with the same fields share `tables`."""
-    acting = {name: field for name, field in fields.items() if name in mix.names}
-    alone, some, every = None, None, None
-    if acting:
-        name, *others = acting
-        if not others and len(set(mix.columns[name])) == 1:
-            alone = name, mix.columns[name][0]
-        else:
-            some = Blend.of(mix, acting, tables)
-    if fields and not mix.by_name:
-        every = some if some is not None and acting == fields else Blend.of(mix, fields, tables)
-    return Route(bool(acting) or every is not None, mix.rows, alone, some, every)
+def row_factor(rows: int, batch: int) -> int:
+    """Return how many consecutive rows of a batch one row of a table stands for; raise if that is no whole number."""
+    # more than 1 where `generate` repeats rows, and in models that flatten (rows, choices) or (rows, tokens) into one
+    if batch % rows:
+        raise misfit(rows, batch)
+    return batch // rows
 
 
 Tables = dict[Any, tuple[Tensor, Tensor]]  # those made for one selection: most points of a model hold the same fields
@@ -177,32 +112,40 @@ Tables = dict[Any, tuple[Tensor, Tensor]]  # those made for one selection: most 
 
 @dataclass(frozen=True)
 class Blend:
-    """What a mix asks of the fields at one point, as tensors on their device.
-
-    Attributes:
-        names: which fields, those with the same activation and dropout in a row.
-        table: coefficients times λ, `(1 or rows, fields)`.
-        gates: the same for every hidden unit, `(1 or rows, Σ rank)`.
-        runs: activation, dropout and number of units of each run of like fields.
-    """
+    """Fields at one point side by side, as one of rank Σr, those with the same activation and dropout in a row."""
 
     names: tuple[str, ...]
-    table: Tensor
-    gates: Tensor
-    runs: tuple[tuple[str, float, int], ...]
+    ranks: tuple[int, ...]
+    kinds: tuple[tuple[str, float], ...]  # activation and dropout of each
+    runs: tuple[tuple[str, float, int], ...]  # activation, dropout and number of units of each run of like fields
+    table: Tensor  # coefficients times λ, (1 or rows, fields)
+    gates: Tensor  # the same for every hidden unit, (1 or rows, Σ rank)
 
     @classmethod
-    def of(cls, mix: Mix, fields: Mapping[str, HRes], tables: Tables) -> Blend:
-        """Lay out the coefficients that `mix` has for `fields`, zero for those that it does not name."""
-        names = tuple(sorted(fields, key=lambda name: _kind(fields[name])))  # stable: the order of the model otherwise
-        chosen = [fields[name] for name in names]
-        weight = chosen[0].down.weight
-        key = (names, tuple((field.scale, field.rank) for field in chosen), weight.dtype, weight.device)
+    def of(cls, fields: Mapping[str, HRes]) -> Blend:
+        """Put fields side by side, without coefficients."""
+        chosen = dict(sorted(fields.items(), key=lambda item: (_kind(item[1]), item[0])))
+        runs = tuple((*kind, sum(field.rank for field in run)) for kind, run in groupby(chosen.values(), _kind))
+        ranks, kinds = zip(*((field.rank, _kind(field)) for field in chosen.values()), strict=True)
+        return cls(tuple(chosen), ranks, kinds, runs, table=torch.empty(0), gates=torch.empty(0))
+
+    def fits(self, fields: Mapping[str, HRes]) -> bool:
+        """Return whether some of the fields are still of the kind that they were of."""
+        return all(self.kinds[self.names.index(name)] == _kind(field) for name, field in fields.items())
+
+    def weighed(self, mix: Mix, acting: Mapping[str, HRes], tables: Tables, like: Tensor) -> Blend:
+        """Return it with the coefficients of a mix, 0 for fields that do not act, on the device of a weight."""
+        key = (self.names, self.ranks, tuple(field.scale for field in acting.values()), like.dtype, like.device)
         if key not in tables:
-            tables[key] = _tables(mix, names, chosen, weight)
-        table, gates = tables[key]
-        runs = tuple((*kind, sum(field.rank for field in run)) for kind, run in groupby(chosen, _kind))
-        return cls(names, table, gates, runs)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            table = torch.zeros(len(mix.table), len(self.names), dtype=dtype, device="cpu")
+            for name, field in acting.items():
+                column = [weight * field.scale for weight in mix.columns[name]]
+                table[:, self.names.index(name)] = torch.tensor(column, dtype=dtype, device="cpu")
+            gates = table.repeat_interleave(torch.tensor(self.ranks, device="cpu"), 1)
+            device = torch.device("cpu") if like.is_meta else like.device  # offloaded weights come when they are used
+            tables[key] = table.to(device), gates.to(device)
+        return Blend(self.names, self.ranks, self.kinds, self.runs, *tables[key])
 
     def add_to(self, y: Tensor, z: Tensor, dtype: torch.dtype, fields: nn.ModuleDict) -> Tensor:
         """Return y + Σ_f c_f·λ_f·H_f(z) in y's own dtype, where the coefficients c may differ from row to row (eq. 1).
@@ -245,19 +188,30 @@ class Blend:
         return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
 
 
-@torch.inference_mode(False)  # or a backward pass could not keep them
-def _tables(mix: Mix, names: Sequence[str], fields: Sequence[HRes], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return coefficients times λ, by row, of fields and of their hidden units."""
-    off = (0.0,) * len(mix.table)
-    columns = [
-        [weight * field.scale for weight in mix.columns.get(name, off)]
-        for name, field in zip(names, fields, strict=True)
-    ]
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    table = torch.tensor(columns, dtype=dtype, device="cpu").t().contiguous()
-    units = [place for place, field in enumerate(fields) for _ in range(field.rank)]
-    device = torch.device("cpu") if like.is_meta else like.device  # an offloaded field's weights come when it is called
-    return table.to(device), table[:, units].to(device)
+class Route(NamedTuple):
+    """What a mix asks of one point."""
+
+    on: bool = False  # whether anything is added there
+    rows: int | None = None  # for how many rows of a batch, None where all rows are alike
+    alone: tuple[str, float] | None = None  # the one field that acts, on every row alike, and its coefficient
+    some: Blend | None = None  # the fields that act, otherwise
+    every: Blend | None = None  # all that stand there, for `torch.compile`: other weights and rows are the same graph
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that act there."""
+        return self.some.names if self.some else self.alone[:1] if self.alone else ()
+
+
+def route(mix: Mix, acting: Mapping[str, HRes], every: Blend | None, tables: Tables, like: Tensor) -> Route:
+    """Return what a mix asks of a point, where those fields of it act, and every one stands that may be computed."""
+    alone, some = None, None
+    if len(acting) == 1 and len(set(mix.columns[next(iter(acting))])) == 1:
+        alone = next((name, mix.columns[name][0]) for name in acting)
+    elif acting:
+        some = Blend.of(acting).weighed(mix, acting, tables, like)
+    whole = None if every is None else every.weighed(mix, acting, tables, like)
+    return Route(bool(acting or whole), mix.rows, alone, some, whole)
 
 
 def _down(fields: Sequence[HRes], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

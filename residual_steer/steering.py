@@ -1,15 +1,19 @@
-"""steer, unsteer, use, freeze, thaw and parameters: what a user does to a model."""
+"""steer, unsteer, use, freeze, thaw, parameters, fields and summary: what a user does to a model, and sees of it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from types import TracebackType
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar, overload
 
 from torch import nn
 
+from ._checks import check_model
 from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steering_of
+from ._frozen import base_modules
 from ._internals import is_compiled
 from .backbone import Backbone, execution_device
 from .config import FieldConfig, check_name, check_ranks, check_site, match_train
@@ -17,8 +21,6 @@ from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone, own_backbone, same_blocks
 from .routing import Asked, Mix
-
-__all__ = ["Selection", "begin", "freeze", "install", "parameters", "steer", "thaw", "unsteer", "use"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +35,7 @@ class Selection:
         return f"<selected: {self._mix}>"
 
     def __enter__(self) -> None:
-        """Enter; the selection is in effect already, unless another one was made since."""
+        """Select again; what is left later is what was there now, if another selection was made since."""
         base, state = steering_of(self._model)
         if state.mix != self._mix:
             self._before = state.mix
@@ -42,11 +44,7 @@ class Selection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore what was selected before, also after an exception; a field that was removed since is not missed.
-
-        Raises:
-            SteerError: the model was changed, so that this cannot be; after an exception that is a warning.
-        """
+        """Restore what was selected before; a model that was changed is an error, after an exception a warning."""
         base = steered_part(self._model)
         state = None if base is None else base.__dict__[ATTRIBUTE]
         if base is None or state is None or not all(name in state.specs for name in self._before.names):
@@ -121,28 +119,25 @@ def steer(
 
 
 def install(model: nn.Module, state: Steering, spec: FieldConfig) -> None:
-    """Check the field of `spec` against the model, then add it.
-
-    Raises:
-        SteerError: it does not fit; nothing was changed.
-    """
+    """Check the field of `spec` against the model, then add it; raise if it does not fit, and change nothing."""
+    blocks, points = state.backbone.blocks, {}
     for index in spec.ranks:
         spec.build(index, state.backbone, device="meta")  # refuses what HRes refuses, before anything is changed
-        if state.backbone.point(index, spec.site) is None:
-            there = [i for i in range(len(state.backbone.blocks)) if state.backbone.point(i, spec.site) is not None]
+        points[index] = state.backbone.point(index, spec.site)
+        if points[index] is None:
+            there = [i for i in range(len(blocks)) if state.backbone.point(i, spec.site) is not None]
             raise SteerError(
-                f"site {spec.site!r} is not there in block {index} ({type(state.backbone.blocks[index]).__name__}), "
-                f"only in layers={there}: name these or some of them, or choose another site."
+                f"site {spec.site!r} is not there in block {index} ({type(blocks[index]).__name__}), only in "
+                f"layers={there}: name these or some of them, or choose another site."
             )
-    tensors = base_tensors(model)
-    away = [key for key in spec.train if tensors[key].is_meta]
-    if away and all(execution_device(state.backbone.blocks[index]).type != "meta" for index in spec.ranks):
-        raise SteerError(f"{away[0]}, which is to train along, is offloaded. Keep it on a device: `device_map`.")
-    points = [state.backbone.point(index, spec.site) for index in spec.ranks]
-    if len({id(point) for point in points}) < len(points):
+    if len({id(point) for point in points.values()}) < len(points):
         raise SteerError(
             f"some blocks share one module at site {spec.site!r}: steer another site, or name one of them in `layers`."
         )
+    tensors = base_tensors(model) if spec.train else {}
+    away = [key for key in spec.train if tensors[key].is_meta]
+    if away and all(execution_device(blocks[index]).type != "meta" for index in spec.ranks):
+        raise SteerError(f"{away[0]}, which is to train along, is offloaded. Keep it on a device: `device_map`.")
     if not state.specs:
         state.install(model)
     try:
@@ -154,14 +149,10 @@ def install(model: nn.Module, state: Steering, spec: FieldConfig) -> None:
 
 
 def unsteer(model: Model, name: str | None = None) -> Model:
-    """Take one field away, or all of them and every other trace of steering.
+    """Take one field away, or for None all of them and every other trace of steering.
 
     With the last field goes the steering: every hook, key, value and `requires_grad` is as it was before `steer`. If
     the field acts, alone or in a mix, none acts afterwards.
-
-    Args:
-        model: a steered model.
-        name: which field; None is all of them.
 
     Raises:
         SteerError: no such field, or the model is not steered.
@@ -208,11 +199,7 @@ def use(model: nn.Module, mix: Asked) -> Selection:
 
 
 def freeze(model: nn.Module, name: str | None = None) -> None:
-    """Keep a field, and what it trained along, from training even where it is selected, until `thaw`.
-
-    Args:
-        model: a steered model.
-        name: which field; None is the one that acts.
+    """Keep a field (None: the one that acts), and what it trained along, from training, until `thaw`.
 
     Raises:
         SteerError: no such field, not one that acts, or the model is not steered.
@@ -221,14 +208,10 @@ def freeze(model: nn.Module, name: str | None = None) -> None:
 
 
 def thaw(model: nn.Module, name: str | None = None) -> None:
-    """Let a field train wherever it acts: where it is selected by name, and in a mix too.
+    """Let a field (None: the one that acts) train wherever it acts: where it is selected by name, and in a mix too.
 
     In `{name: weight}` and row by row nothing trains otherwise. So one field can learn what another one leaves over:
     `use(model, {"law": 1, "new": 1})`, then `thaw(model, "new")`.
-
-    Args:
-        model: a steered model.
-        name: which field; None is the one that acts.
 
     Raises:
         SteerError: no such field, not one that acts, or the model is not steered.
@@ -238,9 +221,8 @@ def thaw(model: nn.Module, name: str | None = None) -> None:
 
 def _wish(model: nn.Module, name: str | None, on: bool) -> None:
     base, state = steering_of(model)
-    name = state.name_of(name)
     before = dict(state.wish)
-    state.wish[name] = on
+    state.wish[state.name_of(name)] = on
     try:
         state.select(base, state.mix)
     except SteerError:
@@ -249,51 +231,20 @@ def _wish(model: nn.Module, name: str | None, on: bool) -> None:
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """Return the parameters of a field, ready for an optimizer, with the base parameters that it trains.
-
-    Args:
-        model: a steered model.
-        name: which field; None is the one that acts.
+    """Return the parameters of a field (None: the one that acts) and the base parameters that it trains, to optimize.
 
     Raises:
         SteerError: no such field, not one that acts, or the model is not steered.
     """
     base, state = steering_of(model)
     name = state.name_of(name)
-    found = [p for module in state.fields(name).values() for p in module.parameters()]
-    opened = {id(tensor): tensor for tensor in state.values(base, name).values()}
-    return found + [tensor for tensor in opened.values() if isinstance(tensor, nn.Parameter)]
+    opened = {id(tensor): tensor for tensor in state.values(base, name).values() if isinstance(tensor, nn.Parameter)}
+    return [*state.parameters(name), *opened.values()]
 
 
 def begin(model: nn.Module, arch: str | Backbone | None = None) -> tuple[nn.Module, Steering]:
-    """Return the module that is or will be steered, and the steering that it has, or a fresh one, not installed yet.
-
-    Raises:
-        SteerError: the model cannot be steered, or is as another backbone.
-    """
-    _refuse_wrapped(model)
-    base = steered_part(model)
-    if base is not None:
-        state: Steering = base.__dict__[ATTRIBUTE]
-        mine = state.backbone
-        same = same_blocks(mine, arch) if isinstance(arch, Backbone) else arch in (None, mine.name)
-        if not same:
-            told = f"a Backbone of {len(arch.blocks)} blocks" if isinstance(arch, Backbone) else f"arch={arch!r}"
-            raise SteerError(f"this model is steered as {mine.name!r}; received {told}. Leave `arch` out.")
-        return base, state
-    backbone = own_backbone(model, arch) if isinstance(arch, Backbone) else find_backbone(model, arch)
-    for path, module in model.named_modules():
-        if ATTRIBUTE in module.__dict__:
-            raise SteerError(f"a part of this model, {path!r}, is steered already; unsteer it first.")
-    if any(isinstance(module, Injector) for block in backbone.blocks for module in block.modules()):
-        raise SteerError("this model is part of a steered one; work on the model that was given to `steer`.")
-    return model, Steering(backbone)
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
-    for path, module in model.named_modules():
+    """Return the module that is or will be steered, and its steering, maybe not installed yet; raise if none can be."""
+    for path, module in base_modules(check_model(model)):
         kind = type(module).__name__
         if is_compiled(module):
             raise SteerError(
@@ -305,3 +256,168 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 f"a model that is wrapped in {kind} cannot be steered, since new parameters would not be "
                 "synchronised. Steer first, wrap after."
             )
+    base = steered_part(model)
+    if base is not None:
+        state: Steering = base.__dict__[ATTRIBUTE]
+        mine = state.backbone
+        if not (same_blocks(mine, arch) if isinstance(arch, Backbone) else arch in (None, mine.name)):
+            other = f"a Backbone of {len(arch.blocks)} blocks" if isinstance(arch, Backbone) else f"arch={arch!r}"
+            raise SteerError(f"this model is steered as {mine.name!r}; received {other}. Leave `arch` out.")
+        return base, state
+    backbone = own_backbone(model, arch) if isinstance(arch, Backbone) else find_backbone(model, arch)
+    for path, module in model.named_modules():
+        if ATTRIBUTE in module.__dict__:
+            raise SteerError(f"a part of this model, {path!r}, is steered already; unsteer it first.")
+    if any(isinstance(module, Injector) for block in backbone.blocks for module in block.modules()):
+        raise SteerError("this model is part of a steered one; work on the model that was given to `steer`.")
+    return model, Steering(backbone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldInfo(FieldConfig):
+    """One field of a model: as it was asked for (`name`, `site`, `ranks`, `scale`, …), and what it does at present.
+
+    Attributes:
+        parameters: number of its own parameters.
+        acting: whether it acts at present, on any row.
+        trains: whether it trains at present.
+        frozen: whether `freeze` keeps it from training.
+    """
+
+    parameters: int
+    acting: bool
+    trains: bool
+    frozen: bool
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The steered blocks."""
+        return tuple(sorted(self.ranks))
+
+    @property
+    def rank(self) -> int | tuple[int, ...]:
+        """The rank; one for every steered block where they differ."""
+        ranks = tuple(self.ranks[index] for index in self.layers)
+        return ranks[0] if len(set(ranks)) == 1 else ranks
+
+    @property
+    def state(self) -> str:
+        """What it does at present: `acts` or `off`, and `trains` or `frozen` if so."""
+        more = ", trains" if self.trains else ", frozen" if self.frozen else ""
+        return ("acts" if self.acting else "off") + more
+
+    def __str__(self) -> str:
+        """Describe it in one line."""
+        ranks = sorted(set(self.ranks.values()))
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        opened = f", with {', '.join(self.train)}" if self.train else ""
+        return (
+            f"{self.name}: rank {rank} beside the {self.site} of {_ranges(self.layers)}, scale {self.scale:g}, "
+            f"{self.parameters:,} parameters{opened} ({self.state})"
+        )
+
+
+class Fields(tuple[FieldInfo, ...]):
+    """The fields of a model, in the order in which it got them; `fields["law"]` finds one by name."""
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> FieldInfo: ...
+    @overload
+    def __getitem__(self, key: slice) -> Fields: ...
+    def __getitem__(self, key: SupportsIndex | str | slice) -> FieldInfo | Fields:
+        """Return a field by name or position.
+
+        Raises:
+            SteerError: no field has that name.
+        """
+        if isinstance(key, slice):
+            return Fields(super().__getitem__(key))
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for field in self:
+            if field.name == key:
+                return field
+        raise SteerError(f"no field is called {key!r}; fields here: {', '.join(field.name for field in self)}.")
+
+    def __contains__(self, field: object) -> bool:
+        return super().__contains__(field) or field in {each.name for each in self}
+
+    def __str__(self) -> str:
+        """Print one line for every field."""
+        return "\n".join(map(str, self))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; printed, it is a short text."""
+
+    backbone: str  # its registered name
+    path: str  # where in the model it stands
+    blocks: int
+    width: int | tuple[int, ...]  # of the stream; a tuple where it changes
+    fields: Fields
+    acting: Asked  # what acts, as `use` takes it
+    trainable: int  # parameters that train at present
+    total: int  # all parameters, fields included
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters, from 0 to 1."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        """Print as a few aligned lines."""
+        width = str(self.width) if isinstance(self.width, int) else ", ".join(map(str, self.width))
+        where = self.path or "the model itself"
+        lines = [f"backbone   {self.backbone} at {where}, {self.blocks} blocks, width {width}"]
+        lines += [f"field      {field}" for field in self.fields]
+        if self.acting is not None and not isinstance(self.acting, str):
+            lines.append(f"mix        {self.acting}")
+        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return which backbone was found, what steers it, and how many parameters train.
+
+    Raises:
+        SteerError: the model is not steered.
+    """
+    base, state = steering_of(model)
+    widths, every = state.backbone.widths, list(base.parameters())
+    return Summary(
+        backbone=state.backbone.name,
+        path=state.backbone.path,
+        blocks=len(widths),
+        width=widths[0] if len(set(widths)) == 1 else widths,
+        fields=fields(base),
+        acting=state.mix.asked(),
+        trainable=sum(p.numel() for p in every if p.requires_grad),
+        total=sum(p.numel() for p in every),
+    )
+
+
+def fields(model: nn.Module) -> Fields:
+    """List the fields of a model, with rank, site, layers, number of parameters and state.
+
+    Raises:
+        SteerError: the model is not steered.
+    """
+    _, state = steering_of(model)
+    return Fields(
+        FieldInfo(
+            **vars(spec),
+            parameters=sum(p.numel() for p in state.parameters(name)),
+            acting=name in state.mix.names,
+            trains=state.trains(name),
+            frozen=not state.wish.get(name, True),
+        )
+        for name, spec in state.specs.items()
+    )
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Write indices briefly: `blocks 0–3, 7`."""
+    runs = [list(run) for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]  # what follows on
+    parts = [f"{run[0][1]}–{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs]
+    return f"block{'s' if len(indices) > 1 else ''} {', '.join(parts)}"

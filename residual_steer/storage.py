@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ._controller import Steering, base_tensors, steered_part, steering_of
 from ._files import as_path, make_folder, write_whole
 from ._format import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
-from ._frozen import unsaved
 from ._internals import offload_hooks
 from .backbone import Backbone, compute_dtype, execution_device
 from .config import FieldConfig, check_name, check_site
@@ -153,7 +152,7 @@ def _collect(base: nn.Module, state: Steering, name: str) -> tuple[dict[str, Any
     _match(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
         _as_type(key, tensor, wanted[key])
-    lost = unsaved(base, state.stored())
+    lost = state.unsaved(base)
     if lost:
         warnings.warn(
             f"{some(lost)} require a gradient and belong to no field, so they are not stored with it. Steer with "

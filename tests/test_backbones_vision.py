@@ -77,5 +77,5 @@ def test_a_masked_autoencoder_keeps_its_patches():
 
 
 def test_a_rank_wider_than_the_narrowest_stage_is_refused():
-    with pytest.raises(rs.SteerError, match="here 8; received 12"):
+    with pytest.raises(rs.SteerError, match="from 1 to 8, the width; received 12"):
         rs.steer(TABLE["timm-swin"].build(), rank=12)

@@ -160,16 +160,16 @@ def test_reset_returns_to_zero():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"width": 0}, "`width` is a positive integer; received 0"),
-        ({"width": 8.0}, "`width` is a positive integer; received 8.0"),
-        ({"rank": 0}, "`rank` is an integer from 1 to the width, here 8; received 0"),
-        ({"rank": 9}, "here 8; received 9"),
+        ({"width": 0}, "`width` is an integer of at least 1; received 0"),
+        ({"width": 8.0}, "`width` is an integer of at least 1; received 8.0"),
+        ({"rank": 0}, "`rank` is an integer from 1 to 8, the width; received 0"),
+        ({"rank": 9}, "from 1 to 8, the width; received 9"),
         ({"rank": True}, "received True"),
         ({"scale": float("nan")}, "`scale` is a finite number; received nan"),
         ({"scale": "1"}, "`scale` is a finite number; received '1'"),
         ({"activation": "swish"}, "`activation` is one of gelu, gelu_tanh, relu.*received 'swish'"),
-        ({"dropout": 1.0}, r"`dropout` is a probability in \[0, 1\); received 1.0"),
-        ({"channels": 2}, "`channels` is -1 or 1; received 2"),
+        ({"dropout": 1.0}, "`dropout` is a number of at least 0 and below 1, a probability; received 1.0"),
+        ({"channels": 2}, "`channels` is one of -1, 1; received 2"),
     ],
 )
 def test_errors_have_the_rule_and_the_value(arguments, message):

@@ -110,7 +110,7 @@ def test_fields_lists_rank_site_layers_parameters_and_state():
 def test_the_summary_shows_the_mix():
     model = three(TABLE["gpt2"])
     rs.use(model, {"law": 0.5, "art": -1})
-    assert "mix        {'law': 0.5, 'art': -1.0}" in str(rs.summary(model))
+    assert "mix        {'art': -1.0, 'law': 0.5}" in str(rs.summary(model))
     assert [field.state for field in rs.fields(model)] == ["acts", "acts", "off"]
     assert rs.summary(model).trainable == 0
 

@@ -51,7 +51,6 @@ HOOKS = {
     "injector.py": "fields act",
     "pretrained.py": "a state dict that is loaded finds the fields",
     "recording.py": "everything that only looks",
-    "selection.py": "gradients of a part of a tensor",
     "trained_modules.py": "heads and norms that train with a field",
 }
 

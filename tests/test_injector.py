@@ -85,7 +85,7 @@ def test_a_cast_after_steering_equals_steering_after_a_cast(name):
     torch.testing.assert_close(case.run(late), case.run(kept), rtol=0.05, atol=0.05)
     back = late.float()
     assert case.run(back).dtype == torch.float32
-    assert {module._compute_dtype for module in back.modules() if isinstance(module, Injector)} == {torch.float32}
+    assert {module.compute_dtype for module in back.modules() if isinstance(module, Injector)} == {torch.float32}
 
 
 def test_two_fields_at_two_sites_act_one_at_a_time():

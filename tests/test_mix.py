@@ -309,12 +309,12 @@ def test_a_row_stands_for_a_whole_number_of_rows(rows, batch):
         (7, "received 7"),
         (b"a", "received b'a'"),
         ({"a", "b"}, "a list with a name or None for every row"),
-        ({"a": math.nan}, "a finite number; received nan for 'a'"),
+        ({"a": math.nan}, "`a` is a finite number, .*; received nan"),
         ({"a": math.inf}, "received inf"),
         ({"a": True}, "received True"),
         ({"a": "1"}, "received '1'"),
         ({"a": None}, "received None"),
-        ({"a": 1j}, r"received 1j"),
+        ({"a": 1j}, "received 1j"),
     ],
 )
 def test_use_refuses_what_is_no_mix_and_keeps_what_was_selected(mix, message):

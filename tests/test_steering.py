@@ -34,10 +34,10 @@ def same(one, other):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 0}, r"`rank` is an integer from 1 to the width, here 16; received 0"),
-        ({"rank": 17}, r"here 16; received 17"),
+        ({"rank": 0}, r"`rank` is an integer from 1 to 16, the width; received 0"),
+        ({"rank": 17}, r"from 1 to 16, the width; received 17"),
         ({"rank": 2.0}, r"received 2\.0"),
-        ({"rank": {0: 2, 1: 17}}, r"here 16; received 17"),
+        ({"rank": {0: 2, 1: 17}}, r"from 1 to 16, the width; received 17"),
         ({"rank": {0: 2, 5: 2}}, r"a layer is an integer from -2 to 1; received 5"),
         ({"rank": {0: 2, -2: 2}}, r"a layer is named once; received \[0, -2\]"),
         ({"rank": {0: 2}, "layers": [0, 1]}, r"every steered block; block 1 is missing"),
@@ -50,7 +50,7 @@ def same(one, other):
         ({"site": "attention"}, r"`site` is one of block, mixer, mlp, input; received 'attention'"),
         ({"activation": "swish"}, r"`activation` is one of gelu, .*; received 'swish'"),
         ({"scale": float("inf")}, r"`scale` is a finite number; received inf"),
-        ({"dropout": 1}, r"`dropout` is a probability in \[0, 1\); received 1"),
+        ({"dropout": 1}, r"`dropout` is a number of at least 0 and below 1, a probability; received 1"),
         ({"name": "a.b"}, r"a field's `name` has 1 to 64 letters, digits, '_' or '-', .*; received 'a\.b'"),
         ({"name": ""}, r"received ''"),
         ({"name": "keys"}, r"no module attribute; received 'keys'"),

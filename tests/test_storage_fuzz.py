@@ -350,7 +350,7 @@ DAMAGE = {
     "a scale beyond all floats": (described("field.scale", 10**400), "`scale` is a finite number"),
     "an unknown option": (described("field.gate", 1.0), "damaged one .*gate"),
     "nested config": (described("backbone.config", {"more": {"deeper": {}}}), "config, whose values are not plain"),
-    "a large rank": (described("field.ranks", {"0": 2**30}), "`rank` is an integer from 1 to the width, here 32"),
+    "a large rank": (described("field.ranks", {"0": 2**30}), "`rank` is an integer from 1 to 32"),
     "a huge rank": (described("field.ranks", {"0": 10**30}), "`rank` is"),
     "a block too many": (described("field.ranks", {"3": 1}), "as ranks of 3"),
     "an unknown site": (described("field.site", "head"), "`site` is one of"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from residual_steer._caches import begins_text
 from residual_steer._checks import check_integer
 from residual_steer.errors import SteerError, UnsuitableError
-from residual_steer.tokens import prefix_tokens
+from residual_steer.stream import prefix_tokens
 
 from ._attach import Attached, Subject, Trained, place_of, require_free
 

@@ -22,7 +22,7 @@ from residual_steer.errors import SteerError
 from residual_steer.recording import record, uncompiled, undisturbed
 from residual_steer.registry import find_backbone
 from residual_steer.steering import use
-from residual_steer.tokens import prefix_tokens
+from residual_steer.stream import prefix_tokens
 
 from ._moments import exact
 

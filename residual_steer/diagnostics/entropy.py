@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_steer._checks import check_choice
-from residual_steer.tokens import class_token
+from residual_steer.stream import class_token
 
 from ._moments import Sums, exact
 from ._results import Axes, Figure, Table, layer_table, lines

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from residual_steer.backbone import read_stream, write_stream
 from residual_steer.errors import SteerError
-from residual_steer.nested import dense, moved
+from residual_steer.stream import dense, moved
 
 from .trace import Call, Path
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer.nested import dense
 from residual_steer.recording import changed, undisturbed, watch
+from residual_steer.stream import dense
 
 from .graph import Edge, edge_of
 

@@ -1,14 +1,16 @@
-"""Rows of a batch: how many a call has, and whose they are, where `use` was given one name or None for each.
+"""Calls of a steered model: whose rows they have, and to which selection a backward pass belongs.
 
-The batch is looked for among all tensors of a call, whatever they are nested in and whatever their order: masks that
-are one for all rows, and patches of images that are flattened over rows, are not taken for it. Where it cannot be told,
-the stream must have exactly the rows that were named.
+Activation checkpointing runs a part of a forward pass again inside `backward()`, whatever was selected since. So the
+gradient that arrives at the outputs of a pass says which selection they were computed under.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -17,32 +19,76 @@ import torch
 from torch import Tensor, nn
 
 from ._caches import cache_of
+from ._internals import backward_pass
 from .backbone import Handle
 from .errors import SteerError
-from .routing import Mix
-from .selection import tensors_in
+from .routing import OFF, Mix, Route, misfit
 
-__all__ = ["Repeats", "batch_of", "rows_in_order"]
-
+_KEPT = 64  # backward passes whose selection is known, of which rarely more than one runs
 _FREE = ("position_ids", "cache_position")  # which may be one for all rows
 
 
-def batch_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of rows of a call, None if it cannot be told.
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """What one `use` selected, as the outputs of a forward pass remember it."""
 
-    It is the first dimension that all tensors share; where they differ, that of what transformers names the main input.
-    """
-    given = {str(place): value for place, value in enumerate(args)}
-    given |= {name: value for name, value in kwargs.items() if name not in _FREE}
-    every = [tensor for tensor in tensors_in(given) if tensor.dim() and not tensor.is_nested]
-    sizes = {x.shape[0] for x in every if x.dim() > 1} or {x.shape[0] for x in every}
-    if len(sizes) > 1:
-        sizes -= {1}  # what is one for all rows
-    if len(sizes) > 1:
-        mains = (getattr(backbone, "main_input_name", "input_ids"), "input_ids", "inputs_embeds", "decoder_input_ids")
-        named = [_find(given, name) for name in mains]
-        sizes = {x.shape[0] for x in named[:1] if x is not None} or {x.shape[0] for x in named if x is not None}
-    return sizes.pop() if len(sizes) == 1 else None
+    mix: Mix = OFF
+    trains: frozenset[str] = frozenset()  # the fields that train
+    routes: Mapping[tuple[str, int], Route] = field(default_factory=dict)  # by site and block index
+    inner: frozenset[str] = frozenset()  # the fields with tensors inside the blocks, which a selection puts in place
+
+
+_selections: OrderedDict[int, Selected] = OrderedDict()
+_lock = threading.Lock()
+
+
+def arrived(selected: Selected, gradient: Tensor) -> None:
+    """Note that the backward pass that runs is of a forward pass under this selection: a hook of its outputs."""
+    with _lock:
+        _selections[backward_pass()] = selected
+        while len(_selections) > _KEPT:
+            _selections.popitem(last=False)
+
+
+def selection_of_backward() -> tuple[bool, Selected | None]:
+    """Return whether a backward pass is running in this thread, and the selection of its forward pass, if known."""
+    number = backward_pass()
+    return number != -1, _selections.get(number)
+
+
+@dataclass
+class Call:
+    """One call of a steered model whose rows differ."""
+
+    batch: int | None  # rows of the batch, where they were found among what the model was given
+    met: set[int] = field(default_factory=set)  # ids of the modules with versions by row that were called
+
+
+class _Running(threading.local):
+    """What runs in this thread: calls, the innermost last, and what entered the blocks, by the id of their injector."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.entered: dict[int, Any] = {}
+
+
+running = _Running()
+
+
+def tensors_in(value: Any, depth: int = 5) -> Iterator[Tensor]:
+    """Yield the tensors in an argument or output, whatever dicts, lists and dataclasses they are nested in."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        parts: Any = ()
+        if isinstance(value, Mapping):
+            parts = value.values()
+        elif isinstance(value, (tuple, list)):
+            parts = value
+        elif is_dataclass(value) and not isinstance(value, type):
+            parts = [getattr(value, each.name) for each in fields(value)]
+        for part in parts:
+            yield from tensors_in(part, depth - 1)
 
 
 def _find(given: Any, name: str, depth: int = 5) -> Tensor | None:
@@ -54,6 +100,25 @@ def _find(given: Any, name: str, depth: int = 5) -> Tensor | None:
     if not depth or not isinstance(given, (list, tuple)):
         return None
     return next((found for part in given if (found := _find(part, name, depth - 1)) is not None), None)
+
+
+def batch_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of rows of a call, None if it cannot be told.
+
+    It is the first dimension that all tensors share, but for masks that are one for all rows; where they differ, as
+    patches of images do, that of what transformers names the main input.
+    """
+    given = {str(place): value for place, value in enumerate(args)}
+    given |= {name: value for name, value in kwargs.items() if name not in _FREE}
+    every = [tensor for tensor in tensors_in(given) if tensor.dim() and not tensor.is_nested]
+    sizes = {x.shape[0] for x in every if x.dim() > 1} or {x.shape[0] for x in every}
+    if len(sizes) > 1:
+        sizes -= {1}
+    if len(sizes) > 1:
+        mains = (getattr(backbone, "main_input_name", "input_ids"), "input_ids", "inputs_embeds", "decoder_input_ids")
+        named = [_find(given, name) for name in mains]
+        sizes = {x.shape[0] for x in named[:1] if x is not None} or {x.shape[0] for x in named if x is not None}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 class Repeats:
@@ -72,29 +137,21 @@ class Repeats:
         return Repeats, ()
 
     def check(self, rows: int, batch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Raise unless every row of a mix stands for as many consecutive rows of this batch, equal at the beginning.
-
-        Raises:
-            SteerError: the batch has other rows than were named.
-        """
-        cache = cache_of(kwargs)
-        words = next(
-            (x for x in (_find(kwargs, "input_ids"), _find(kwargs, "decoder_input_ids")) if x is not None), None
-        )
+        """Raise unless every row of a mix stands for as many consecutive rows of this batch, equal at the beginning."""
+        cache, words = cache_of(kwargs), _find(kwargs, "input_ids")
+        words = _find(kwargs, "decoder_input_ids") if words is None else words
         generating = not torch.is_grad_enabled() and (cache is not None or "use_cache" in kwargs)
         if batch % rows == 0 and generating:
             if (cache is not None and cache in self._caches) or self._goes_on(words):
                 return
             every = [x for x in tensors_in([args, dict(kwargs)]) if x.dim() and x.shape[0] == batch]
-            if every and all(_is_repeated(x, batch // rows) for x in every):
+            groups = [x.reshape(rows, batch // rows, *x.shape[1:]) for x in every]
+            if groups and all(torch.equal(x, x[:, :1].expand_as(x)) for x in groups):
                 self._caches.update([] if cache is None else [cache])
                 if words is not None:
                     self._begun = [*self._begun[-7:], words.clone()]
                 return
-        raise SteerError(
-            f"the list given to `use` has {rows} rows, and this batch has {batch}. Give one name or None for every "
-            "row; only `generate` may repeat rows, for beams and several sequences."
-        )
+        raise misfit(rows, batch, "; only `generate` may repeat rows, for beams and several sequences")
 
     def go_on(self, batch: int | None, output: Any) -> None:
         """Remember the cache that a call made, where its rows were accepted as repeated ones."""
@@ -112,34 +169,25 @@ class Repeats:
         )
 
 
-def _is_repeated(x: Tensor, times: int) -> bool:
-    groups = x.reshape(-1, times, *x.shape[1:])
-    return bool(torch.equal(groups, groups[:, :1].expand_as(groups)))
-
-
+@dataclass
 class _Encoding:
     """The `encode` of a sentence-transformer, which sorts its sentences by length, with every row's own field."""
 
-    def __init__(self, model: nn.Module, state: Any) -> None:
-        self._model = model
-        # a partial, whose copies follow those of the model
-        self._encode = model.__dict__["encode"] = partial(_encode, model, state)
+    model: nn.Module
 
     def remove(self) -> None:
         """Let the model's own `encode` run again."""
-        if self._model.__dict__.get("encode") is self._encode:
-            del self._model.__dict__["encode"]
+        if getattr(self.model.__dict__.get("encode"), "func", None) is _encode:
+            del self.model.__dict__["encode"]
 
 
 def rows_in_order(model: nn.Module, state: Any) -> list[Handle]:
-    """Keep rows and names together in a library that sorts or splits what it is given before it calls the model.
-
-    Args:
-        model: the steered model.
-        state: its controller: `state.mix`, and `state.select(model, mix)`.
-    """
+    """Keep rows and names together in a library that sorts or splits what it is given before it calls the model."""
     known = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
-    return [_Encoding(model, state)] if known and callable(getattr(model, "encode", None)) else []
+    if not known or not callable(getattr(model, "encode", None)):
+        return []
+    model.__dict__["encode"] = partial(_encode, model, state)  # copies of a partial follow those of the model
+    return [_Encoding(model)]
 
 
 def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
-"""Streams that are nested tensors: rows of unequal length in one tensor, without padding.
+"""What a stream can be besides dense rows of one length: nested tensors, and tokens in front of an image's.
 
-`nn.TransformerEncoder` makes its batch nested where it is given a padding mask in evaluation mode. A field acts on rows
-of one length: a nested stream is padded for it and cut again, so that the padding is what it is without a field.
+`nn.TransformerEncoder` nests its batch under a padding mask in evaluation mode: padded for a field, and cut again.
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UnlessTrained", "dense", "moved", "prepared"]
+__all__ = ["UnlessTrained", "class_token", "dense", "moved", "prefix_tokens", "prepared"]
+
+_CLASS = ("cls_token", "class_embedding")
+_PREFIX = (*_CLASS, "distillation_token")
 
 
 def dense(z: Tensor) -> Tensor:
@@ -38,14 +40,10 @@ class UnlessTrained:
 
     Attention over nested tensors has no gradient. Torch therefore makes none if a parameter of the first layer requires
     one; those of the fields in the layers count as well.
-
-    Attributes:
-        encoder: the encoder.
-        before: whether it makes nested tensors without steering.
     """
 
     encoder: nn.TransformerEncoder
-    before: bool
+    before: bool  # whether it makes nested tensors without steering
 
     def __bool__(self) -> bool:
         return self.before and not (torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters()))
@@ -81,3 +79,18 @@ def prepared(model: nn.Module, backbone: Described) -> Described:
     if not around or isinstance(backbone.prepare, _Encoders):
         return backbone
     return replace(backbone, prepare=_Encoders(around, backbone.prepare))
+
+
+def class_token(model: nn.Module) -> bool:
+    """Return whether a model of images puts a class token before them."""
+    return any(name.rpartition(".")[2] in _CLASS for name, _ in model.named_parameters())
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Return how many tokens stand before those of an image, 0 in a text; timm counts them, transformers does not."""
+    for module in model.modules():
+        count: Any = getattr(module, "num_prefix_tokens", None)
+        if isinstance(count, int):
+            return count
+    named = [(name.rpartition(".")[2], parameter) for name, parameter in model.named_parameters()]
+    return sum(1 if name in _PREFIX else p.shape[-2] if name == "register_tokens" else 0 for name, p in named)
