@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .backbone import Backbone
 from .errors import SteerError
+from .export import export
 from .field import HRes
 from .prefix_cache import PrefixCache as _PrefixCache  # noqa: F401 – which tells fit of `cache_prefix`
 from .pretrained import from_pretrained
@@ -27,6 +28,7 @@ __all__ = [
     "continual",
     "data",
     "diagnostics",
+    "export",
     "fields",
     "find_backbone",
     "fit",
