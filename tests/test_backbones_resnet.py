@@ -1,15 +1,16 @@
 """Residual ConvNets: which blocks pass the stream on, and how it looks in memory."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES, RANK, closed_form, randomise
+from cases import RANK, TABLE, closed_form, randomise, steered
+from residual_steer.recording import record
 
-TABLE = {case.name: case for case in CASES}
 NAMES = ["timm-resnet", "timm-mobilenet", "hf-convnext"]
 
 
@@ -30,11 +31,6 @@ def others():
     yield transformers.EfficientNetModel(transformers.EfficientNetConfig(width_coefficient=0.1, hidden_dim=128))
 
 
-def models():
-    yield from (TABLE[name].build() for name in NAMES)
-    yield from (model.eval() for model in others())
-
-
 def silenced(block):
     """Return a copy of a block that computes nothing: every weight and bias is zero, so that only its skip is left."""
     block = copy.deepcopy(block)
@@ -44,64 +40,45 @@ def silenced(block):
     return block
 
 
-def shapes_of(model, image):
-    """Return what entered every module last."""
-    entered, handles = {}, []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(lambda m, args: entered.update({m: args[0]} if args else {})))
-    model(image)
-    for handle in handles:
-        handle.remove()
-    return entered
-
-
 @torch.no_grad()
 def test_the_blocks_are_those_that_pass_on_what_they_get():
     """A block whose weights are zero gives its input, or what its last activation makes of it, if it has a skip."""
-    image = torch.randn(1, 3, 64, 64)
-    for model in models():
-        backbone = rs.find_backbone(model)
-        entered = shapes_of(model, image)
+    for model in (*(TABLE[name].build() for name in NAMES), *others()):
+        backbone = rs.find_backbone(model.eval())
         kinds = {type(block) for block in backbone.blocks}
-        chosen = []
-        for module in [module for module in model.modules() if type(module) in kinds]:
-            z = entered[module].abs()
-            passed = silenced(module)(z)
-            if passed.shape == z.shape and torch.equal(passed, z):
-                chosen.append(module)
+        modules = {module: module for module in model.modules() if type(module) in kinds}
+        with record(modules) as seen:
+            model(torch.randn(1, 3, 64, 64))
+        passed = {module: (silenced(module)(z.abs()), z.abs()) for module, z in seen.entering.items()}
+        chosen = [module for module in modules if torch.equal(*passed[module])]
         assert [id(block) for block in chosen] == [id(block) for block in backbone.blocks], type(model)
-        assert backbone.widths == tuple(entered[block].shape[1] for block in backbone.blocks), type(model)
+        assert backbone.widths == tuple(seen.entering[block].shape[1] for block in backbone.blocks), type(model)
 
 
 @torch.no_grad()
 def test_they_are_steered_without_a_change_at_first_and_moved_then():
     image = torch.randn(2, 3, 64, 64)
     for model in others():
-        frozen = model.eval().requires_grad_(False)
-        output = frozen(image)
-        expected = getattr(output, "last_hidden_state", output)
-        rs.steer(model, rank=2)
-        output = model(image)
-        assert torch.equal(getattr(output, "last_hidden_state", output), expected), type(model)
+        run = functools.partial(lambda model: getattr(out := model(image), "last_hidden_state", out), model.eval())
+        expected = run()
+        rs.steer(model.requires_grad_(False), rank=2)
+        assert torch.equal(run(), expected), type(model)
         randomise(model)
-        output = model(image)
-        assert not torch.equal(getattr(output, "last_hidden_state", output), expected), type(model)
+        assert not torch.equal(run(), expected), type(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_stream_with_its_channels_last_in_memory_stays_so(name):
-    case = TABLE[name]
-    model = randomise(rs.steer(case.build(), rank=RANK))
+    case, model = steered(name)
     image = next(iter(case.inputs(model).values()))
     expected = model(image)
-    kept = []
-    case.modules(model, "block")[0].register_forward_hook(lambda _, args, output: kept.append(output))
-    actual = model.to(memory_format=torch.channels_last)(image.to(memory_format=torch.channels_last))
+    with record(model) as seen:
+        actual = model.to(memory_format=torch.channels_last)(image.to(memory_format=torch.channels_last))
     expected, actual = (getattr(output, "logits", output) for output in (expected, actual))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     if name != "hf-convnext":  # which permutes its stream itself
-        assert kept[0].is_contiguous(memory_format=torch.channels_last)
+        assert seen.leaving[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -115,14 +92,11 @@ def test_torchvisions_resnet_overwrites_its_own_tensors_and_not_its_input():
     backbone = rs.find_backbone(frozen)
     assert backbone.widths == (64, 64, 128, 256, 512)
     randomise(model, std=0.1)
-    calls = []
-    block = model.layer1[1]
-    block.register_forward_pre_hook(lambda _, args: calls.append(args[0].clone()), prepend=True)
-    block.register_forward_hook(lambda _, args, output: calls.append(output.clone()))
-    model(image)
-    z, left = calls
+    with record(model) as seen:
+        model(image)
+    block, z = model.layer1[1], seen.entering[1]
     move = closed_form(block.steering_block.fields["default"], z)
-    torch.testing.assert_close(left.double(), frozen.layer1[1](z).double() + move, rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen.leaving[1].double(), frozen.layer1[1](z).double() + move, rtol=0, atol=1e-4)
 
 
 def test_the_width_of_blocks_whose_convolutions_read_half_of_the_stream():
@@ -139,15 +113,12 @@ def test_the_width_of_blocks_whose_convolutions_read_half_of_the_stream():
 def test_a_convnet_without_skips_has_nothing_to_steer():
     from timm.models.resnet import BasicBlock, ResNet
 
-    with pytest.raises(
-        rs.SteerError, match=r"no residual stream was found.*'resnet' describes timm.*`blocks` is empty"
-    ):
+    with pytest.raises(rs.SteerError, match=r"no residual stream.*'resnet' describes timm.*`blocks` is empty"):
         rs.steer(ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 16, 24, 32), num_classes=3))
 
 
 def test_a_field_beside_a_block_is_a_pair_of_one_by_one_convolutions():
-    case = TABLE["timm-resnet"]
-    model = randomise(rs.steer(case.build(), rank=RANK))
+    case, model = steered("timm-resnet")
     field = case.modules(model, "block")[0].steering_block.fields["default"]
     down, up = nn.Conv2d(16, RANK, 1), nn.Conv2d(RANK, 16, 1)
     for conv, linear in ((down, field.down), (up, field.up)):

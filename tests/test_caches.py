@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from cases import CASES
+from cases import TABLE
 from residual_steer._caches import begins_text, cache_of, cache_parameter
 
-TABLE = {case.name: case for case in CASES}
 NAMES = ("cache", "past_key_values", "cache_params", "a_name_of_next_year")
 CACHED = ("gpt2", "mamba", "mamba2", "falcon-mamba", "jamba")
 

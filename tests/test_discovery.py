@@ -1,6 +1,7 @@
 """Finding and proving the residual stream of models that no family describes."""
 
 import copy
+import functools
 import pickle
 import random
 
@@ -11,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import residual_steer as rs
-from cases import randomise
+from cases import TABLE, randomise
+from residual_steer.recording import watch
 from residual_steer.registry import find_backbone
 from streams import (
     WIDTH,
@@ -106,18 +108,10 @@ def test_every_block_moves_by_the_field_of_what_entered(case):
     blocks = [frozen.get_submodule(n) for b in backbone.blocks for n, m in model.named_modules() if m is b]
     for index, (block, twin) in enumerate(zip(backbone.blocks, blocks, strict=True)):
         calls = []
-        handles = [
-            block.register_forward_pre_hook(
-                lambda _, args, kwargs, calls=calls: calls.append(tree_map(kept, (args, kwargs))),
-                with_kwargs=True,
-                prepend=True,
-            ),
-            block.register_forward_hook(lambda _, args, output, calls=calls: calls.append(tree_map(kept, output))),
-        ]
-        model(x)
-        for handle in handles:
-            handle.remove()
-        (args, kwargs), left = calls
+        note = functools.partial(lambda calls, _, *given: calls.append(tree_map(kept, given)), calls)
+        with watch([block], note, first=True), watch([block], after=note):
+            model(x)
+        (args, kwargs), (*_, left) = calls
         z, streams = backbone.read(args, kwargs).clone(), []
         for output in (left, twin(*args, **kwargs)):
             backbone.write(output, lambda y, streams=streams: streams.append(y) or y)
@@ -142,19 +136,35 @@ def test_blocks_that_are_not_residual_are_refused(block):
         find_backbone(Model(block))
 
 
-@pytest.mark.parametrize("name", ["plain", "densenet121", "inception_v3"])
-def test_convnets_without_a_stream_are_refused(name):
+class Aside(Model):
+    """Whose blocks do not reach the output."""
+
+    def forward(self, ids):
+        super().forward(ids)
+        return self.head(self.embedding(ids))
+
+
+def of_timm(name, size):
     import timm
 
-    size = {"input_size": (3, 96, 96) if name == "inception_v3" else (3, 32, 32)}
-    model = PlainNet() if name == "plain" else timm.create_model(name, pretrained_cfg_overlay=size)
-    with pytest.raises(rs.SteerError, match="no residual stream was found"):
-        find_backbone(model, "auto")
+    return timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, size, size)})
 
 
-def test_two_equal_stacks_are_refused_by_name():
-    with pytest.raises(rs.SteerError, match=r"several residual streams.*left \(3 × Block\), right \(3 × Block\)"):
-        find_backbone(Towers())
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (PlainNet, "no residual stream was found"),
+        (lambda: of_timm("densenet121", 32), "no residual stream was found"),
+        (lambda: of_timm("inception_v3", 96), "no residual stream was found"),
+        (Aside, "no residual stream was found"),
+        (Towers, r"several residual streams.*left \(3 × Block\), right \(3 × Block\)"),
+        (lambda: nn.Sequential(nn.ReLU()), "has no parameters"),
+        (lambda: Model().to("meta"), "on the meta device and has no values"),
+    ],
+)
+def test_models_without_a_stream_or_with_several_are_refused(make, message):
+    with pytest.raises(rs.SteerError, match=message):
+        find_backbone(make(), "auto")
 
 
 def test_a_small_stack_beside_a_large_one_is_left_out_and_named():
@@ -255,23 +265,13 @@ def test_a_batch_can_be_given(given):
     backbone = find_backbone(model, example=given)
     assert "(4, 6)" in backbone.origin
     assert rs.summary(rs.steer(model, backbone, rank=2)).backbone == "auto"
-
-
-def test_a_batch_of_one_row_is_enough():
-    assert len(find_backbone(Model(), example=IDS[:1]).blocks) == 3
+    assert len(find_backbone(Model(), example=IDS[:1]).blocks) == 3, "one row is enough"
 
 
 @pytest.mark.parametrize("given", ["ids", 3, (), {}, {"ids": None}])
 def test_what_is_no_batch_is_refused(given):
     with pytest.raises(rs.SteerError, match="`example` is a batch that the model can be called with"):
         find_backbone(Model(), example=given)
-
-
-def test_models_without_values_are_refused():
-    with torch.device("meta"), pytest.raises(rs.SteerError, match="on the meta device and has no values"):
-        find_backbone(Model())
-    with pytest.raises(rs.SteerError, match="has no parameters"):
-        find_backbone(nn.Sequential(nn.ReLU()))
 
 
 def test_a_block_that_is_called_several_times_is_one_block():
@@ -288,23 +288,10 @@ def test_a_block_that_is_called_several_times_is_one_block():
     assert len(find_backbone(Shared()).blocks) == 3
 
 
-def test_blocks_whose_stream_does_not_reach_the_output_are_none():
-    class Aside(Model):
-        def forward(self, ids):
-            super().forward(ids)
-            return self.head(self.embedding(ids))
-
-    with pytest.raises(rs.SteerError, match="no residual stream was found"):
-        find_backbone(Aside())
-
-
-def test_half_precision_is_probed_in_its_own():
+def test_a_model_is_probed_in_half_precision_and_inside_inference_mode():
     model = Model().to(torch.bfloat16).eval()
     frozen = model(IDS)
     assert torch.equal(rs.steer(model, rank=2)(IDS), frozen)
-
-
-def test_a_model_is_probed_inside_inference_mode_too():
     model = Model()
     with torch.inference_mode(), torch.no_grad():
         assert len(find_backbone(model).blocks) == 3
@@ -334,7 +321,7 @@ def test_models_of_transformers(model, config, more, blocks):
 
 
 def test_mixer_and_mlp_are_found_where_every_block_has_them():
-    model = _gpt2()
+    model = TABLE["gpt2"].build()
     gpt2, auto = find_backbone(model, "gpt2"), find_backbone(model, "auto")
     assert (auto.widths, auto.path) == (gpt2.widths, gpt2.path)
     for site in ("mixer", "mlp"):
@@ -349,9 +336,3 @@ def test_mixer_and_mlp_are_found_where_every_block_has_them():
             return super().forward(z) + self.attn(z)[..., :WIDTH]
 
     assert find_backbone(Model(Renamed)).mixer is None, "its attn does not return what it was given"
-
-
-def _gpt2():
-    from cases import CASES
-
-    return next(case for case in CASES if case.name == "gpt2").build()

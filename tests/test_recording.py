@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from cases import TABLE
 from residual_steer import Backbone, SteerError, find_backbone, steer
 from residual_steer._batches import Batch, batches, has_two_stacks, require_finite, tokens_of
 from residual_steer.recording import changed, record, undisturbed, watch
-from sharp import case_of, steered
+from sharp import steered
 from streams import Block, InPlace, Model
 
 
@@ -61,7 +62,7 @@ def field_of(model, site):
 @pytest.mark.parametrize("site", ["block", "mixer", "mlp", "input"])
 @torch.no_grad()
 def test_what_a_field_reads_and_what_its_module_gives_alone(site):
-    case = case_of("gpt2")
+    case = TABLE["gpt2"]
     model = steered(case.build(), site=site, layers=[0])
     host, field = field_of(model, site)
     calls = []
@@ -95,17 +96,12 @@ def test_modules_are_recorded_call_by_call_in_the_order_of_their_last():
     assert not (one._forward_pre_hooks)
 
 
-def test_blocks_without_the_part_are_passed_over():
-    case = case_of("jamba")
-    model = case.build()
-    with record(model, site="mlp") as seen:
-        case.run(model)
-    assert sorted(seen.calls) == [0, 1]
-    nemotron = case_of("nemotron-h")
-    model = nemotron.build()
-    with record(model, site="mixer") as seen:
-        nemotron.run(model)
-    assert sorted(seen.calls) == [0, 2]
+@pytest.mark.parametrize(("name", "site", "blocks"), [("jamba", "mlp", [0, 1]), ("nemotron-h", "mixer", [0, 2])])
+def test_blocks_without_the_part_are_passed_over(name, site, blocks):
+    model = TABLE[name].build()
+    with record(model, site=site) as seen:
+        TABLE[name].run(model)
+    assert sorted(seen.calls) == blocks
 
 
 def test_watching_can_replace_and_changes_are_taken_back():
@@ -158,16 +154,16 @@ def test_tokens_of_a_convnet_are_its_pixels():
     assert torch.equal(tokens_of(z, channels=1)[1], z[0, :, 0, 1])
 
 
-@pytest.mark.parametrize("loader", [[], 3, "text", {"input_ids": torch.ones(1)}, torch.ones(2, 2)])
-def test_what_is_no_loader_or_gives_nothing_is_refused(loader):
-    with pytest.raises(SteerError, match="loader"):
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        *((loader, "loader") for loader in ([], 3, "text", {"input_ids": torch.ones(1)}, torch.ones(2, 2))),
+        *(([batch], "a batch is") for batch in (("a", "b"), 3, {})),
+    ],
+)
+def test_what_is_no_loader_of_batches_or_gives_nothing_is_refused(loader, message):
+    with pytest.raises(SteerError, match=message):
         list(batches(nn.Linear(2, 2), loader))
-
-
-@pytest.mark.parametrize("batch", [("a", "b"), 3, {}])
-def test_a_batch_without_tensors_is_refused(batch):
-    with pytest.raises(SteerError, match="a batch is"):
-        list(batches(nn.Linear(2, 2), [batch]))
 
 
 def out_of_place(model):

@@ -9,20 +9,19 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES
+from cases import TABLE
 
-TABLE = {case.name: case for case in CASES}
 PLUGINS = Path(__file__).parent / "plugins"
 
 
 class Stack(nn.Module):
-    def __init__(self):
+    def __init__(self, block=nn.Linear, depth=2):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.blocks = nn.ModuleList(block(4, 4) for _ in range(depth))
 
     def forward(self, z):
         for block in self.blocks:
-            z = z + block(z)
+            z = block(z)
         return z
 
 
@@ -30,12 +29,32 @@ class Deeper(Stack):
     pass
 
 
-def register(name="stack", matches=("test_registry.Stack",)):
+class Residual(nn.Module):
+    def __init__(self, width, _):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, z):
+        return z + self.inner(z)
+
+
+class Proper(Stack):
+    """A residual stream, which is found without a family."""
+
+    def __init__(self):
+        super().__init__(Residual, 3)
+
+
+def register(name="stack", matches=("test_registry.Stack",), blocks=lambda model: model.blocks):
     @rs.register_backbone(name, matches=matches)
     def describe(model):
-        return rs.Backbone(blocks=model.blocks, width=4)
+        return rs.Backbone(blocks=blocks(model), width=4)
 
     return describe
+
+
+def proper(blocks=lambda model: model.blocks):
+    return register("proper", ["test_registry.Proper"], blocks)
 
 
 def test_a_registered_family_is_listed_found_and_steered():
@@ -64,41 +83,31 @@ def test_the_nearest_class_of_the_mro_decides():
 def test_a_class_is_named_with_its_module_or_its_package():
     register("long", ["torch.nn.modules.container.Sequential"])
     register("short", ["torch.ModuleDict"])
-    assert rs.find_backbone(_with_blocks(nn.Sequential())).name == "long"
-    assert rs.find_backbone(_with_blocks(nn.ModuleDict())).name == "short"
-
-
-def _with_blocks(module):
-    module.blocks = nn.ModuleList([nn.Linear(4, 4)])
-    return module
-
-
-def test_a_duplicate_name_raises():
-    register()
-    with pytest.raises(rs.SteerError, match="registered once; 'stack' is taken"):
-        register(matches=["test_registry.Deeper"])
-    with pytest.raises(rs.SteerError, match="'gpt2' is taken"):
-        register("gpt2", ["test_registry.Deeper"])
-
-
-def test_a_duplicate_class_raises():
-    with pytest.raises(rs.SteerError, match=r"transformers.GPT2Model is described by 'gpt2' already"):
-        register("mine", ["transformers.GPT2Model"])
-    assert "mine" not in rs.list_backbones()
+    for name, model in (("long", nn.Sequential()), ("short", nn.ModuleDict())):
+        model.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        assert rs.find_backbone(model).name == name
 
 
 @pytest.mark.parametrize(
-    ("matches", "message"),
+    ("name", "matches", "message"),
     [
-        ("transformers.X", "`matches` is a list of qualified class names; received the string 'transformers.X'"),
-        ([], "`matches` needs qualified class names"),
-        (["GPT2Model"], r"such as 'transformers.GPT2Model'; received \('GPT2Model',\)"),
-        ([3], "received"),
+        ("stack", ["test_registry.Deeper"], "registered once; 'stack' is taken"),
+        ("gpt2", ["test_registry.Deeper"], "'gpt2' is taken"),
+        ("auto", ["test_registry.Deeper"], "'auto' is taken"),
+        ("custom", ["test_registry.Deeper"], "'custom' is taken"),
+        ("mine", ["transformers.GPT2Model"], "transformers.GPT2Model is described by 'gpt2' already"),
+        ("mine", "transformers.X", "`matches` is a list .*; received the string 'transformers.X'"),
+        ("mine", [], "`matches` needs qualified class names"),
+        ("mine", ["GPT2Model"], r"such as 'transformers.GPT2Model'; received \('GPT2Model',\)"),
+        ("mine", [3], "received"),
     ],
 )
-def test_matches_are_checked(matches, message):
+def test_names_and_classes_are_registered_once_and_whole(name, matches, message):
+    register()
+    before = rs.list_backbones()
     with pytest.raises(rs.SteerError, match=message):
-        register("mine", matches)
+        register(name, matches)
+    assert rs.list_backbones() == before
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -156,27 +165,19 @@ def run(code, *paths):
     return subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=False)
 
 
-def test_an_installed_package_registers_by_its_entry_point():
-    done = run(
-        "import residual_steer as rs, sys; print(rs.list_backbones()); print('toy_plugin' in sys.modules)", "good"
-    )
+def test_installed_packages_register_by_entry_points_and_one_that_fails_is_skipped_with_a_warning():
+    code = "import residual_steer as rs, sys; print(rs.list_backbones()); print('toy_plugin' in sys.modules)"
+    done = run(code, "good")
     assert "'toy'" in done.stdout, done.stderr
     assert done.stdout.endswith("True\n")
     assert "skipped" not in done.stderr
-
-
-def test_a_plugin_that_fails_is_skipped_with_a_warning_that_names_it():
-    done = run("import residual_steer as rs; print(rs.list_backbones()); rs.list_backbones()", "broken", "good")
+    done = run(code, "broken", "good", "greedy")
     assert "'toy'" in done.stdout, done.stderr
+    assert "'gpt2'" in done.stdout, "whose name the greedy one may not take"
     assert "'half'" not in done.stdout
     assert "the backbone plugin 'half' of broken-plugin was skipped: ImportError: no such kernel" in done.stderr
-    assert done.stderr.count("was skipped") == 1
-
-
-def test_a_plugin_cannot_take_a_built_in_name():
-    done = run("import residual_steer as rs; print(rs.list_backbones())", "greedy")
     assert "plugin 'gpt2' of greedy-plugin was skipped: SteerError" in done.stderr
-    assert "'gpt2'" in done.stdout
+    assert done.stderr.count("was skipped") == 2
 
 
 def test_the_package_of_families_is_a_package_and_nothing_else():
@@ -187,42 +188,12 @@ def test_the_package_of_families_is_a_package_and_nothing_else():
     assert rs.backbones.vision.vit.__name__ == "vit"
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, z):
-        return z + self.inner(z)
-
-
-class Proper(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Residual() for _ in range(3))
-
-    def forward(self, z):
-        for block in self.blocks:
-            z = block(z)
-        return z
-
-
 def test_registered_families_come_before_the_probe():
     assert rs.find_backbone(Proper()).name == "auto"
-
-    @rs.register_backbone("proper", matches=["test_registry.Proper"])
-    def proper(model):
-        return rs.Backbone(blocks=model.blocks[1:], width=4)
-
+    proper(lambda model: model.blocks[1:])
     assert rs.find_backbone(Proper()).name == "proper"
     assert len(rs.find_backbone(Proper(), "auto").blocks) == 3
     assert rs.summary(rs.steer(Proper(), "auto", rank=2)).blocks == 3
-
-
-@pytest.mark.parametrize("name", ["auto", "custom"])
-def test_names_of_what_is_not_registered_are_taken(name):
-    with pytest.raises(rs.SteerError, match=f"'{name}' is taken"):
-        register(name)
 
 
 def test_a_model_is_steered_by_a_description_made_by_hand(tmp_path):
@@ -275,11 +246,7 @@ def test_a_steered_model_has_the_backbone_that_it_is_steered_by():
 def test_a_field_of_auto_loads_where_a_family_was_registered_since(tmp_path):
     torch.manual_seed(0)
     rs.save(rs.steer(Proper(), rank=2), tmp_path / "field")
-
-    @rs.register_backbone("proper", matches=["test_registry.Proper"])
-    def proper(model):
-        return rs.Backbone(blocks=model.blocks, width=4)
-
+    proper()
     fresh = Proper()
     rs.load(fresh, tmp_path / "field")
     assert rs.summary(fresh).backbone == "auto"
@@ -349,19 +316,16 @@ def test_a_model_without_residual_blocks_is_told_what_was_looked_at(name, family
     "fails", [lambda model: model.layers, lambda model: model.blocks[7], lambda model: next(iter(()))]
 )
 def test_what_a_family_cannot_describe_goes_to_discovery(fails):
-    @rs.register_backbone("proper", matches=["test_registry.Proper"])
-    def proper(model):
-        return rs.Backbone(blocks=fails(model), width=4)
-
+    proper(fails)
     assert (rs.find_backbone(Proper()).name, len(rs.find_backbone(Proper()).blocks)) == ("auto", 3)
     with pytest.raises(rs.SteerError, match=r"'proper' describes test_registry.Proper, .* otherwise \(\w+: ?.*\)"):
         rs.find_backbone(Proper(), "proper")
 
 
 def test_a_family_that_refuses_a_model_has_the_last_word():
-    @rs.register_backbone("proper", matches=["test_registry.Proper"])
-    def proper(model):
+    def refuse(model):
         raise rs.SteerError("not this one")
 
+    proper(refuse)
     with pytest.raises(rs.SteerError, match=r"^not this one$"):
         rs.find_backbone(Proper())

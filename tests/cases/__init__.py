@@ -1,7 +1,12 @@
 """The table of backbones that the contract runs over: real libraries, tiny models, fixed seeds."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
+
+import residual_steer as rs
 
 from .case import LENGTH, RANK, VOCABULARY, WIDTH, Case, entering_pair, first_output, first_tensor
 from .convolutions import CONVOLUTIONS
@@ -18,6 +23,7 @@ __all__ = [
     "DEVICES",
     "LENGTH",
     "RANK",
+    "TABLE",
     "VOCABULARY",
     "WIDTH",
     "Case",
@@ -26,7 +32,14 @@ __all__ = [
     "first_output",
     "first_tensor",
     "randomise",
+    "steered",
 ]
 
 CASES = [*VISION, *LANGUAGE, *SSM, *ENCODERS, *HYBRIDS, *TWO_STREAMS, *CONVOLUTIONS]
+TABLE = {case.name: case for case in CASES}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
+
+
+def steered(name: str, /, **more: Any) -> tuple[Case, nn.Module]:
+    """Return a case and its model, steered by random fields."""
+    return TABLE[name], randomise(rs.steer(TABLE[name].build(), **{"rank": RANK, **more}))

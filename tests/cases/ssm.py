@@ -50,7 +50,7 @@ SSM = [
         "backbone.norm_f",
         **PAIRS,
     ),
-    of_text(  # generates in test_backbones_recurrent.py: its cached step mixes the rows of a batch, steered or not
+    of_text(  # generates in test_backbones_families.py: its cached step mixes the rows of a batch, steered or not
         *("rwkv", "RwkvForCausalLM", pair("rwkv.blocks.{}", "attention", "feed_forward"), "rwkv.ln_out"),
         "rescale_every=0",
         batch=WITHOUT_CACHE,
