@@ -1,5 +1,7 @@
 """Tiny models whose attention is far from uniform, data for them, and what a diagnostic must leave behind of them."""
 
+import copy
+
 import torch
 
 import residual_steer as rs
@@ -24,6 +26,17 @@ def steered(model, **options):
     return randomise(rs.steer(model, rank=2, **options))
 
 
+def method(name, frozen, **options):
+    """Return a copy of a model that a method to compare with has adapted, far from its start."""
+    torch.manual_seed(7)
+    model = rs.baselines.apply(copy.deepcopy(frozen), name, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+    return model
+
+
 def rows_for(case, model, rows=12, labels="class"):
     """Return rows as a case is called with them: texts of several lengths, padded on the right, or images.
 
@@ -39,7 +52,7 @@ def rows_for(case, model, rows=12, labels="class"):
     mask = (torch.arange(7) < torch.arange(rows)[:, None] % 4 + 4).long()
     batch = {key: values * mask, **({"attention_mask": mask} if "mamba_ssm" not in case.name else {})}
     batch |= {name: value for name, value in given.items() if not torch.is_tensor(value)}
-    return batch if labels is None else {**batch, "labels": classes if labels == "class" else batch[key]}
+    return batch if labels is None else {**batch, "labels": (classes if labels == "class" else batch[key]).clone()}
 
 
 def cut(whole, *sizes):
@@ -48,6 +61,23 @@ def cut(whole, *sizes):
         return list(zip(*(part.split(sizes) for part in whole), strict=True))
     parts = {key: x.split(sizes) if torch.is_tensor(x) else [x] * len(sizes) for key, x in whole.items()}
     return [dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True)]
+
+
+def alone(texts):
+    """Return each text as a batch of its own, without padding."""
+    masks = texts["attention_mask"].bool()
+    return [
+        {key: x[row][mask][None] if torch.is_tensor(x) else x for key, x in texts.items()}
+        for row, mask in enumerate(masks)
+    ]
+
+
+def padding_first(texts, positions):
+    """Return texts with their padding on the left; with positions that begin behind it."""
+    order = texts["attention_mask"].argsort(dim=1, stable=True)
+    texts = {key: x.gather(1, order) if torch.is_tensor(x) else x for key, x in texts.items()}
+    places = (texts["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return {**texts, "position_ids": places} if positions else texts
 
 
 def traces(model):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 import residual_steer as rs
 from residual_steer import diagnostics as d
 from residual_steer._controller import steering_of
-from sharp import Broken, break_at, case_of, cut, rows_for, sharp, steered, traces
+from sharp import Broken, alone, break_at, case_of, cut, method, padding_first, rows_for, sharp, steered, traces
+from streams import Block, InPlace, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Row:
 
     def __call__(self, model, loader, **more):
         models = {"H-Res": model} if self.measure is d.displacement else model
-        return self.measure(models, loader, **self.options, **more)
+        return self.measure(models, loader, **{**self.options, **more})
 
     def __str__(self):
-        return f"{self.measure.__name__}-{self.name}"
+        return "-".join((self.measure.__name__, self.name, *map(str, self.options.values())))
 
 
 ROWS = [
@@ -61,22 +64,22 @@ ROWS = [
     *(Row(d.control_effort, name, compares=False) for name in ("gpt2", "mamba", "timm-resnet")),
     *(Row(d.neural_collapse, name, "class", False, False) for name in ("gpt2-classifier", "timm-vit")),
 ]
-ONE_EACH = list({row.measure: row for row in reversed(ROWS)}.values())
+ONE_EACH = {row.measure: row for row in reversed(ROWS)}
 every = pytest.mark.parametrize("row", ROWS, ids=str)
-one_of_each = pytest.mark.parametrize("row", ONE_EACH, ids=str)
+one_of_each = pytest.mark.parametrize("row", ONE_EACH.values(), ids=str)
 
 
-def same(a, b, rel=1e-4, at=""):
+def same(a, b, at="", rel=1e-4):
     """Compare two results, whatever they are made of; the sign of a direction is its own."""
     if dataclasses.is_dataclass(a):
         for one in dataclasses.fields(a):
-            same(getattr(a, one.name), getattr(b, one.name), rel, f"{at}.{one.name}")
+            same(getattr(a, one.name), getattr(b, one.name), f"{at}.{one.name}", rel)
     elif torch.is_tensor(a):
         torch.testing.assert_close(a, b, rtol=rel, atol=1e-5, equal_nan=True, msg=lambda text: f"{at}: {text}")
     elif isinstance(a, tuple):
         assert len(a) == len(b), at
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, rel, f"{at}[{i}]")
+            same(x, y, f"{at}[{i}]", rel)
     elif isinstance(a, float):
         assert a == pytest.approx(b, rel=rel, abs=1e-5), at
     else:
@@ -146,15 +149,72 @@ def test_the_frozen_model_is_the_same_one_switched_off_or_a_copy(row):
         row(rs.unsteer(model), [rows])
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.name in {"gpt2", "bert", "mamba", "mamba2"}], ids=str)
+TEXTS = [
+    *(row for row in ROWS if row.name in {"gpt2", "bert", "mamba", "mamba2"}),
+    *(Row(d.attention_entropy, "bert", options={"query": query}) for query in ("first", "last")),
+    *(Row(d.displacement, "gpt2", options={"points": 10, "token": token}) for token in ("first", "last", "mean")),
+]
+
+
+def unlabelled(rows):
+    """Let neither padding have a label, nor the first token, which follows padding where that stands on the left."""
+    if "labels" in rows:
+        rows["labels"].masked_fill_((rows["labels"] == 0) | (torch.arange(7) == 0), -100)
+
+
+@pytest.mark.parametrize("row", TEXTS, ids=str)
 def test_padding_counts_for_nothing(row):
+    """Not what stands there, nor on which side, nor whether there is any at all."""
     _, model, rows = row.build()
-    other = {**rows, "input_ids": torch.where(rows["attention_mask"].bool(), rows["input_ids"], 11)}
-    if row.measure is d.landscape:
-        rows, other = (
-            {**each, "labels": rows["labels"].masked_fill(rows["labels"] == 0, -100)} for each in (rows, other)
-        )
-    same(row(model, [other]), row(model, [rows]))
+    unlabelled(rows)
+    expected = row(model, alone(rows))
+    filled = {**rows, "input_ids": torch.where(rows["attention_mask"].bool(), rows["input_ids"], 11)}
+    same(row(model, [filled]), expected)
+    left = row(model, [padding_first(filled, positions=row.name in {"gpt2", "bert"})])
+    if row.measure is d.attention_entropy:  # whose places in the batch are others
+        left = dataclasses.replace(left, **{key: getattr(expected, key) for key in vars(left) if "position" in key})
+    same(left, expected)
+
+
+@pytest.mark.parametrize("row", [row for row in TEXTS if row.compares and row.name in {"gpt2", "mamba2"}], ids=str)
+def test_a_prompt_behind_padding_is_left_out(row):
+    case = case_of(row.name)
+    frozen = sharp(case, 6)
+    model, rows = method("prompt", frozen, length=3), rows_for(case, frozen, labels=row.labels)
+    unlabelled(rows)
+    expected = row(model, alone(rows), reference=frozen)
+    left = row(model, [padding_first(rows, positions=row.name == "gpt2")], reference=frozen)
+    if row.measure is d.attention_entropy:
+        left = dataclasses.replace(left, **{key: getattr(expected, key) for key in vars(left) if "position" in key})
+    same(left, expected)
+
+
+def drawn(axes):
+    """Return the heights of bars, the first components of arrows, or else the first line."""
+    if axes.patches:
+        return [bar.get_height() for bar in axes.patches]
+    arrows = next((one.U.tolist() for one in axes.collections if hasattr(one, "U")), None)
+    return axes.lines[0].get_ydata().tolist() if arrows is None else arrows
+
+
+# A column of each table and what has to stand in it, and what has to be drawn.
+SHOWN = {
+    d.attention_entropy: ("adapted", lambda f: f.adapted.mean(1).tolist(), lambda f: f.frozen.mean(1).tolist()),
+    d.stream_energy: ("adapted_spread", lambda f: f.adapted_spread.tolist(), lambda f: f.frozen.mean(1).tolist()),
+    d.memory_length: (
+        "adapted_middle", lambda f: f.adapted.quantile(0.5, 1).tolist(), lambda f: f.frozen.median(1).values.tolist()
+    ),
+    d.drift: ("task", lambda f: list(f.task), lambda f: list(f.task)),
+    d.plane: ("deviation", lambda f: list(f.deviations), lambda f: [100 * share for share in f.explained]),
+    d.displacement: ("plane_chance", lambda f: [f.fields[0].plane.chance], lambda f: list(f.fields[0].dx)),
+    d.landscape: (
+        "there", lambda f: [f.frozen.loss_there, f.adapted.loss_there, f.lowest[2]], lambda f: list(f.frozen.y)
+    ),
+    d.control_effort: (
+        "share", lambda f: [100 * one.share for one in f.layers], lambda f: [one.effort for one in f.layers]
+    ),
+    d.neural_collapse: ("value", *[lambda f: list(dataclasses.astuple(f)[:9])] * 2),
+}  # fmt: skip
 
 
 @every
@@ -162,11 +222,14 @@ def test_it_has_a_table_and_a_figure(row):
     _, model, rows = row.build()
     found = row(model, [rows])
     table, figure = found.table(), found.plot()
-    assert table.rows
-    assert all(each.keys() <= table.columns.keys() for each in table.rows)
+    key, values, lines = SHOWN[row.measure]
+    assert [each[key] for each in table.rows] == values(found)
+    assert all(each.keys() == table.columns.keys() for each in table.rows)
     assert str(table).startswith(f"{table.title}\n")
     assert all(head in str(table) for head in table.columns.values())
+    assert all(f"\n- {note}" in str(table) for note in table.notes)
     assert isinstance(figure, Figure)
+    assert drawn(figure.axes[0]) == pytest.approx(lines(found))
     figure.canvas.draw()
     axes = Figure().subplots(1, 2)
     assert found.plot(ax=axes[1]) is axes[1].figure
@@ -191,6 +254,102 @@ def test_bad_input_is_refused(row):
         next(parameter for parameter in model.parameters() if parameter.dim() > 1).fill_(torch.nan)
     with pytest.raises(rs.SteerError, match="NaN"):
         row(model, [rows])
+
+
+@pytest.mark.parametrize(
+    ("measure", "options", "match"),
+    [
+        (d.attention_entropy, {"query": "cls"}, "auto, first, last, all; received 'cls'"),
+        (d.stream_energy, {"beta": 0}, "`beta` is a number above 0"),
+        (d.stream_energy, {"beta": "1"}, "received '1'"),
+        (d.plane, {"layer": 2}, "from -2 to 1, .*received 2"),
+        (d.plane, {"layer": True}, "received True"),
+        (d.displacement, {"layer": -3}, "received -3"),
+        (d.displacement, {"token": "cls"}, "each, first, last, mean; received 'cls'"),
+        (d.displacement, {"points": 9}, "at least 10; received 9"),
+        (d.landscape, {"size": 1}, "at least 2; received 1"),
+        (d.landscape, {"span": 0}, "standard deviations; received 0"),
+        (d.landscape, {"span": math.inf}, "received inf"),
+        (d.landscape, {"loss": lambda model, batch: model(**batch).logits.sum() / 0}, "over the plane has .* NaN"),
+        (d.control_effort, {"name": "law"}, "received 'law'"),
+        *((d.neural_collapse, {"head": head}, r"nn.Linear, such as \['score'\]; received") for head in ("no", 3, "")),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(measure, options, match):
+    _, model, rows = ONE_EACH[measure].build()
+    before = traces(model)
+    with pytest.raises(rs.SteerError, match=match):
+        ONE_EACH[measure](model, [rows], **options)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize(
+    "row", [Row(d.attention_entropy, "bert"), Row(d.stream_energy, "bert"), Row(d.memory_length, "mamba")], ids=str
+)
+def test_padding_alone_is_refused(row):
+    _, model, rows = row.build()
+    with pytest.raises(rs.SteerError, match="every one is padding"):
+        row(model, [{**rows, "attention_mask": torch.zeros_like(rows["attention_mask"])}])
+
+
+LOOKS = [(d.attention_entropy, "hf-vit"), (d.attention_entropy, "timm-vit"), (d.attention_entropy, "gpt2"),
+         (d.memory_length, "mamba")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "site", "untouched"), [([0], "block", 1), ([1], "block", 2), ([0], "input", 0)])
+@pytest.mark.parametrize(("measure", "name"), LOOKS)
+def test_lemma_2_holds_up_to_the_first_steered_block(measure, name, layers, site, untouched):
+    case = case_of(name)
+    model = steered(sharp(case), layers=layers, site=site)
+    found = measure(model, [case.inputs(model)])
+    assert found.untouched == untouched
+    assert found.equal == tuple(layer < untouched for layer in range(2))
+    assert [row["equal"] for row in found.table().rows] == ["yes" if equal else "no" for equal in found.equal]
+    assert f"first {untouched} of 2" in found.table().notes[-1]
+    unchanged = 0 if measure is d.attention_entropy else 1
+    assert (found.change[:untouched] == unchanged).all()
+    assert (found.adapted[untouched:] != found.frozen[untouched:]).any(1).all()
+
+
+@pytest.mark.parametrize(("measure", "name"), LOOKS[2:])
+@torch.no_grad()
+def test_layers_are_equal_only_if_they_are_in_every_batch(measure, name):
+    frozen = sharp(case_of(name))
+    model = copy.deepcopy(frozen)
+    model.get_input_embeddings().weight[9] += 1
+    with_it, without = torch.tensor([[9, 4, 5]]), torch.tensor([[4, 5, 6]])
+    assert measure(model, [without], reference=frozen).untouched == 2
+    for loader in ([with_it, without], [without, with_it]):
+        assert measure(model, loader, reference=frozen).equal == (False, False)
+
+
+class Skipped(Model):
+    def forward(self, ids):
+        return self.head(self.body[0](self.embedding(ids)))
+
+
+@pytest.mark.parametrize(("measure", "match"), [(d.drift, "without calling block 1"), (d.control_effort, r"\[1, 2\]")])
+def test_blocks_that_are_not_called_or_work_in_place(measure, match):
+    ids, models = torch.randint(4, (2, 3)), (Skipped(), Model(InPlace), Model(Block))
+    skipped, inplace, plain = models
+    for block in plain.body:
+        block.norm = nn.Identity()
+    plain.load_state_dict({key: value for key, value in inplace.state_dict().items() if "norm" not in key})
+    for model in models:
+        torch.manual_seed(0)
+        steered(model, arch=rs.Backbone(blocks=model.body, width=8, inplace=model is inplace))
+    same(measure(inplace, [ids]), measure(plain, [ids]))
+    with pytest.raises(rs.SteerError, match=match):
+        measure(skipped, [ids])
+
+
+@pytest.mark.parametrize("measure", [d.drift, d.control_effort, d.plane])
+def test_the_mask_of_an_encoder_does_not_hide_tokens_of_its_decoder(measure):
+    model, ids = steered(case_of("t5").build()), torch.randint(3, 50, (1, 4))
+    mask = torch.tensor([[1, 0, 0, 0]])
+    found = measure(model, [{"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "use_cache": False}])
+    tokens = [one.tokens for one in found.layers] if measure is d.control_effort else found.tokens
+    assert set([tokens] if isinstance(tokens, int) else tokens) == {4}
 
 
 @one_of_each
