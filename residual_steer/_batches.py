@@ -12,43 +12,29 @@ from torch import Tensor, nn
 
 from .errors import SteerError
 
-__all__ = ["Batch", "batches", "has_two_stacks", "require_finite", "tokens_of"]
-
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on the model's device.
+    """A batch on the model's device."""
 
-    Attributes:
-        content: a dict, a pair `(x, y)`, or x alone.
-        two_stacks: whether it is for an encoder-decoder.
-    """
-
-    content: Any
-    two_stacks: bool = False
+    content: Any  # a dict, a pair `(x, y)`, or x alone
+    two_stacks: bool = False  # whether it is for an encoder-decoder
 
     @property
     def rows(self) -> int:
         """How many rows: the first dimension of the first tensor."""
-        parts = self.content.values() if isinstance(self.content, Mapping) else self.content
-        parts = [self.content] if isinstance(self.content, Tensor) else parts
-        return next((len(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)
+        return rows_of(self.content)
 
     @property
     def labels(self) -> Tensor | None:
         """The labels of the rows or tokens, None where there are none."""
-        if isinstance(self.content, Mapping):
-            labels = self.content.get("labels")
-        else:
-            labels = self.content[1] if isinstance(self.content, (tuple, list)) and len(self.content) == 2 else None
-        return labels if isinstance(labels, Tensor) else None
+        return labels_of(self.content)
 
     @property
     def mask(self) -> Tensor | None:
         """Which tokens are text and which are padding, `(batch, length)` of booleans; None where all count.
 
-        In an encoder-decoder all do: the encoder's mask is not that of the decoder's tokens, even where they happen to
-        be as many.
+        In an encoder-decoder all do: the encoder's mask is not that of the decoder's tokens.
         """
         mask = self.content.get("attention_mask") if isinstance(self.content, Mapping) else None
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not self.two_stacks else None
@@ -77,27 +63,46 @@ class Batch:
         return model(self.content[0] if isinstance(self.content, (tuple, list)) else self.content)
 
 
-def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
-    """Yield the batches of a loader on the model's device.
+def _tensors(content: Any) -> list[Tensor]:
+    """Return the tensors of a batch in their order."""
+    parts = content.values() if isinstance(content, Mapping) else content
+    parts = parts if isinstance(parts, Iterable) and not isinstance(parts, Tensor) else [parts]
+    return [part for part in parts if isinstance(part, Tensor)]
 
-    Raises:
-        SteerError: what is given is no loader, gives no batch, or a batch without a tensor.
-    """
+
+def rows_of(content: Any) -> int:
+    """Return the number of rows of a batch, the first dimension of its first tensor; 1 if there is none."""
+    return next((len(tensor) for tensor in _tensors(content) if tensor.dim()), 1)
+
+
+def labels_of(content: Any) -> Tensor | None:
+    """Return `labels` of a dict, or y of a pair `(x, y)`; None where there are none."""
+    if isinstance(content, Mapping):
+        labels = content.get("labels")
+    else:
+        labels = content[1] if isinstance(content, (tuple, list)) and len(content) == 2 else None
+    return labels if isinstance(labels, Tensor) else None
+
+
+def to_device(content: Any, device: torch.device) -> Any:
+    """Return a batch, its tensors moved, whatever they are nested in."""
     from accelerate.utils import send_to_device  # here, since it takes as long to import as this library
 
+    return send_to_device(content, device)
+
+
+def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
+    """Yield the batches of a loader on the model's device; raise if it is none, or gives none with a tensor."""
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
         raise SteerError(f"a loader gives batches when it is iterated over; received {type(loader).__name__}.")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch, two_stacks = None, has_two_stacks(model)
+    given, two_stacks = None, has_two_stacks(model)
     for given in loader:
-        parts = given.values() if isinstance(given, Mapping) else given
-        found = isinstance(parts, Iterable) and any(isinstance(part, Tensor) for part in parts)
-        if not found and not isinstance(given, Tensor):
+        if not _tensors(given):
             kind = type(given).__name__
             raise SteerError(f"a batch is a dict with tensors, a pair (x, y), or x; this one is a {kind}.")
-        batch = Batch(send_to_device(given, device), two_stacks)
-        yield batch
-    if batch is None:
+        yield Batch(to_device(given, device), two_stacks)
+    if given is None:
         raise SteerError("the loader gave no batch. Give it data; `drop_last` drops a lone small batch.")
 
 
@@ -110,12 +115,9 @@ def has_two_stacks(model: nn.Module) -> bool:
 
 
 def tokens_of(z: Tensor, channels: int = -1, batch: Batch | None = None) -> Tensor:
-    """Return the tokens of a stream one below the other, `(tokens, width)`, those of padding left out.
+    """Return the tokens of a stream one below the other, `(tokens, width)`, those of a batch's padding left out.
 
-    Args:
-        z: `(batch, length, width)`, or `(batch, channels, height, width)` with `channels` = 1.
-        channels: which dimension is the width.
-        batch: whose padding is left out; None where all tokens count.
+    It is `(batch, length, width)`, or `(batch, channels, height, width)` with `channels` = 1.
     """
     rows = z.movedim(channels, -1)
     return rows.reshape(-1, rows.shape[-1]) if batch is None else rows[batch.real(rows.shape[:-1], z.device)]
@@ -123,7 +125,6 @@ def tokens_of(z: Tensor, channels: int = -1, batch: Batch | None = None) -> Tens
 
 def require_finite(what: str, tensor: Tensor) -> None:
     """Raise a SteerError if a tensor has NaN or infinity."""
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        wrong = int((~finite).sum())
+    wrong = int((~torch.isfinite(tensor)).sum())
+    if wrong:
         raise SteerError(f"{what} has {wrong} values of {tensor.numel()} that are NaN or infinite. Look at the data.")

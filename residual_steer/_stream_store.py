@@ -1,7 +1,4 @@
-"""Where the streams that leave a frozen prefix are kept, and by what a row of data and a prefix are known.
-
-So that a stream that was kept is never another one's.
-"""
+"""Where the streams that leave a frozen prefix are kept, and by what a row of data and a prefix are known."""
 
 from __future__ import annotations
 
@@ -19,26 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ._batches import rows_of
 from ._files import make_folder
 from .errors import SteerError
 from .injector import Injector
-from .training.losses import rows_of
 from .training.undisturbed import apart
-
-__all__ = ["StreamStore", "digests", "number_of_rows", "prefix_key", "refuse_augmentation"]
 
 
 class StreamStore:
-    """Rows of tensors by their keys, in SQLite: in memory, or in `streams.sqlite` of a folder.
+    """Rows of tensors by their keys, up to a limit in bytes, in SQLite: in memory, or in `streams.sqlite` of a folder.
 
     What a killed run leaves is as of its last `flush`. A file that is damaged is begun anew.
-
-    Args:
-        folder: made if it is not there; None keeps all in memory.
-        limit: bytes of tensors that are kept at most.
-
-    Raises:
-        SteerError: the folder cannot be written, or is in use by another run.
     """
 
     def __init__(self, folder: Path | None, limit: int) -> None:
@@ -81,11 +69,7 @@ class StreamStore:
         return len(self._sizes)
 
     def add(self, key: bytes, row: Sequence[Tensor]) -> None:
-        """Keep one row, unless that goes beyond the limit.
-
-        Raises:
-            SteerError: the disk is full.
-        """
+        """Keep one row, unless that goes beyond the limit."""
         size = sum(tensor.nbytes for tensor in row)
         if self.bytes + size > self.limit:
             return
@@ -102,11 +86,7 @@ class StreamStore:
         return [tensors[str(i)] for i in range(len(tensors))]
 
     def flush(self) -> None:
-        """Put everything that was added on the disk.
-
-        Raises:
-            SteerError: the disk is full.
-        """
+        """Put everything that was added on the disk."""
         with self._writing():
             self._rows.commit()
 
@@ -124,23 +104,18 @@ class StreamStore:
             raise SteerError(f"could not write the cache of streams in {self._place}: {error}.") from error
 
 
-def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module | None, precision: Any) -> str:
+def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module | None, precision: str) -> str:
     """Name what streams depend on beside the rows: the frozen weights, the code's versions, the precision.
 
-    Args:
-        model: whose streams are kept.
-        frozen: its lowest blocks.
-        above: the block behind them, if what it computes is kept too; the fields beside it do not matter.
-        precision: of the run.
+    What the block `above` the frozen ones computes is kept too, unless it is None; the fields beside it do not matter.
     """
-    digest = hashlib.sha256()
     modules = (model, *frozen, *(() if above is None else (above,)))
     packages = {"residual_steer", *(type(module).__module__.partition(".")[0] for module in modules)}
     config: Any = getattr(model, "config", None)
     own = [] if above is None else [part for part in above.named_children() if not isinstance(part[1], Injector)]
-    told = {
+    facts = {
         "classes": [f"{type(module).__module__}.{type(module).__qualname__}" for module in modules],
-        "blocks": [str(block) for block in frozen],  # which tells of fields that act there, frozen
+        "blocks": [str(block) for block in frozen],  # with the fields that act there, frozen
         "above": None if above is None else [f"{name}: {part}" for name, part in own],
         "versions": {package: _version(package) for package in sorted(packages)},
         "config": config.to_dict() if hasattr(config, "to_dict") else None,
@@ -149,7 +124,7 @@ def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module |
         "torch": torch.__version__,
         "device": next(model.parameters()).device.type,
     }
-    digest.update(json.dumps(told, sort_keys=True, default=repr).encode())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.requires_grad:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -165,15 +140,10 @@ def _version(package: str) -> str:
 
 
 def digests(batch: Any) -> list[bytes]:
-    """Return a digest of the content of every row.
-
-    Raises:
-        SteerError: the batch holds something without rows.
-    """
+    """Return a digest of the content of every row; raise if the batch holds something without rows."""
     leaves, spec = tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
     rows = rows_of(batch)
-    shared = hashlib.blake2b(repr(spec).encode(), digest_size=16)
-    found = [shared.copy() for _ in range(rows)]
+    found = [hashlib.blake2b(repr(spec).encode(), digest_size=16) for _ in range(rows)]
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
             shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)
@@ -201,11 +171,7 @@ def number_of_rows(train: Any) -> int | None:
 
 
 def refuse_augmentation(train: Any) -> None:
-    """Read a few examples twice.
-
-    Raises:
-        SteerError: they came out differently.
-    """
+    """Raise if a few examples that are read twice come out differently."""
     dataset: Any = getattr(train, "dataset", None)
     collate = getattr(train, "collate_fn", None)
     if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
@@ -214,7 +180,7 @@ def refuse_augmentation(train: Any) -> None:
     with apart():
         try:
             one, other = (digests(collate([dataset[i] for i in chosen])) for _ in range(2))
-        except SteerError:  # said again, with the real batch
+        except SteerError:  # raised again for the first batch
             return
     if one != other:
         raise SteerError(

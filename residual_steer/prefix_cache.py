@@ -1,13 +1,7 @@
 """The frozen prefix, computed once: everything under the first block that trains is a constant of the data.
 
-In the first epoch the output of the last frozen block is kept for every row; from then on the blocks below hand that
-output through instead of computing it. Where something else than the next block stands behind one, a change of width or
-the decoder behind an encoder, its output is kept too. Where all that trains in the first block above is a field beside
-it, what the block itself computes is a constant as well, M(z) of eq. 1, and is kept besides, if there is room. A row is
-known by its content, so that shuffling does not matter.
-
-The model itself runs on from there. A module of the upper blocks alone, trained on a dataset of streams, would have to
-repeat what every model does around its blocks: masks, positions, a decoder's reading of its encoder, head and loss.
+Where all that trains in that block is a field beside it, M(z) of eq. 1 is a constant too. The model itself runs on from
+there: a module of the upper blocks alone would have to repeat masks, positions, head and loss.
 """
 
 from __future__ import annotations
@@ -15,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,37 +19,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from ._batches import rows_of
+from ._internals import answering, is_compiled
 from ._stream_store import StreamStore, digests, number_of_rows, prefix_key, refuse_augmentation
 from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone
-from .training.losses import rows_of
 from .training.options import FitOptions, cache_makers
 from .training.undisturbed import apart
-
-__all__ = ["PrefixCache"]
 
 GIB = 2**30
 
 
 class PrefixCache:
-    """Keep what leaves the frozen blocks of a model, and hand it through.
+    """Keep what leaves the frozen blocks of a model, row by row, and hand it through.
 
-    Args:
-        model: its backbone has to be a known one.
-        train: the training data, looked at for its size and for augmentation.
-        run: from a batch to its loss, by the model.
-        options: `cache_prefix`, True for memory or a folder, and `cache_limit`, in GiB.
-        precision: of the run.
-
-    Raises:
-        SteerError: nothing is frozen below, or the cache would change the result or grow beyond its limit.
+    That is what leaves the last one, and each behind which something else than the next block stands, such as a change
+    of width or a decoder. A row is known by its content, so that shuffling does not matter. `run` goes from a batch to
+    its loss by the model. Whatever would change the result, or grow beyond `cache_limit`, raises a SteerError.
     """
 
     def __init__(
         self, model: nn.Module, train: Any, run: Callable[[Any], Tensor], options: FitOptions, precision: str
     ) -> None:
-        if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        if any(is_compiled(module) for module in model.modules()):
             raise SteerError("`cache_prefix` stands in for blocks, which a compiled model does not ask any more.")
         refuse_augmentation(train)
         self._model, self._train, self._run, self._options, self._precision = model, train, run, options, precision
@@ -68,27 +56,20 @@ class PrefixCache:
                 "trains. Steer the upper blocks only, with `layers`."
             )
         self._frozen = list(blocks[: self.depth])
-        self._seats = [_Seat(block) for block in self._frozen]
-        self._places = _places(model, self._frozen)
         self._above = _steered_beside(blocks[self.depth]) if training else None
-        self._hands_above = self._above is not None
-        self._ends = [self.depth - 1]  # the last block of every run of frozen blocks that read one from another
-        self._store: StreamStore | None = None
+        self._kept: tuple[int, ...] = ()  # the blocks whose outputs are kept; `depth` is the one above
+        self._below = 0  # how many tensors are kept of those below it
         self._spec: TreeSpec | None = None
-        self._random: set[nn.Module] = set()  # blocks that drew random numbers
-        self._proved = False
+        self._store: StreamStore | None = None
+        self._hands_above = self._proved = False
         self.hits = self.misses = self._epochs = 0
 
     @contextlib.contextmanager
     def over(self, batch: Any) -> Iterator[None]:
-        """Run a batch through the cache: its frozen blocks are handed through if all its rows are known.
-
-        Raises:
-            SteerError: what leaves the frozen blocks is no constant of the batch, or cannot be told apart by row.
-        """
+        """Run a batch through the cache: its frozen blocks are handed through if all its rows are known."""
         keys = digests(batch)
         store = self._begin(batch) if self._store is None else self._store
-        if self._spec is not None and all(key in store for key in keys):
+        if all(key in store for key in keys):
             self.hits += 1
             if not self._proved:
                 self._prove(batch, keys)
@@ -96,10 +77,8 @@ class PrefixCache:
                 yield
             return
         self.misses += 1
-        calls: list[Any] = []
-        with self._watching(calls):
+        with self._watching(len(keys)) as leaves:
             yield
-        leaves = self._leaves(calls, len(keys), self._kept)
         for row, key in enumerate(keys):
             if key not in store:
                 store.add(key, [leaf[row].detach().cpu() for leaf in leaves])
@@ -127,106 +106,81 @@ class PrefixCache:
         return {"blocks": self.depth, "rows": rows, "bytes": size, "hits": self.hits, "misses": self.misses}
 
     def _begin(self, batch: Any) -> StreamStore:
-        """Check on a first batch that the prefix is constant, estimate the size of all, and open the store."""
+        """Check on a first batch what is constant, estimate the size of all, and open the store."""
         rows = rows_of(batch)
-        self._ends = self._find_ends(batch)
-        runs = [self._run_below(batch, seed) for seed in (0, 1)]
-        leaves, others = (self._leaves(calls[: len(self._ends)], rows, len(self._ends)) for calls in runs)
-        if not _equal(leaves, others) or self._random.intersection(self._frozen):
+        (one, drew), (other, drew_too) = (self._run_below(batch, seed) for seed in (0, 1))
+        random, above = drew | drew_too, [run.pop(self.depth, None) for run in (one, other)]
+        if not one:
+            raise SteerError("`cache_prefix` needs a loss that calls the model; this one did not reach its blocks.")
+        leaves, again = self._leaves([*one.values()], rows), tree_flatten([*other.values()])[0]
+        if random - {self.depth} or one.keys() != other.keys() or not _equal(leaves, again):
             raise SteerError(
                 "`cache_prefix` would change the result: what leaves the frozen blocks is random. Switch off the "
                 f"dropout below block {self.depth}{self._dropouts()}, in the model's config or by its `p = 0`."
             )
-        each = sum(leaf[0].nbytes for leaf in leaves)
-        limit = int(self._options.cache_limit * GIB)
-        number = number_of_rows(self._train)
-        more = self._constant_above(runs, rows)
-        if more is None or number is None or number * (each + more) > limit:
-            self._above, self._hands_above = None, False
-        self._leaves(runs[0][: self._kept], rows, self._kept)  # which notes their layout
+        limit, number = int(self._options.cache_limit * GIB), number_of_rows(self._train)
+        each = _bytes_of_row(leaves)
         if number is not None and number * each > limit:
             raise SteerError(
                 f"the streams of {number:,} rows, {each:,} bytes each, would take {number * each / GIB:.2g} GiB, and "
                 f"`cache_limit` is {self._options.cache_limit:g}. Raise it, or steer fewer or lower blocks."
             )
+        self._below, kept = len(leaves), one
+        if number and self.depth not in random and self._is_constant(above, rows, limit // number - each):
+            self._hands_above, kept = True, {**one, self.depth: above[0]}
+        else:
+            self._above = None
+        self._kept, self._spec = tuple(kept), tree_flatten([*kept.values()])[1]
         place, folder = self._options.cache_prefix, None
         if not isinstance(place, bool):
             folder = Path(place) / prefix_key(self._model, self._frozen, self._above, self._precision)
         self._store = StreamStore(folder, limit)
         return self._store
 
-    def _constant_above(self, runs: Sequence[list[Any]], rows: int) -> int | None:
-        """Return the bytes of a row of what the first block that is steered computes; None if that is no constant."""
-        if self._above is None or self._above in self._random:
-            return None
-        if any(len(calls) != len(self._ends) + 1 for calls in runs):
-            return None
-        leaves, others = (tree_flatten(calls[-1])[0] for calls in runs)
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows or leaf.requires_grad:
-                return None
-        return sum(leaf[0].nbytes for leaf in leaves) if _equal(leaves, others) else None
+    def _is_constant(self, outputs: Sequence[Any], rows: int, room: int) -> bool:
+        """Return whether what the first steered block computed in two runs is the same, and a row of it has room."""
+        try:
+            one, other = (self._leaves([output], rows) for output in outputs)
+        except SteerError:
+            return False
+        return _equal(one, other) and _bytes_of_row(one) <= room
 
-    def _find_ends(self, batch: Any) -> list[int]:
-        """Return the frozen blocks behind which something else than the next one stands, and the last one."""
-        joined: set[int] = set()
-        left: dict[int, Tensor] = {}
+    def _run_below(self, batch: Any, seed: int) -> tuple[dict[int, Any], set[int]]:
+        """Run a batch for its first blocks alone; return what may be kept, and which blocks drew random numbers."""
+        outputs: dict[int, Any] = {}
+        random: set[int] = set()
+        last = self.depth - (self._above is None)
+        read, left = self._backbone.read, self._backbone.left
 
-        def below(index: int, args: Any, kwargs: Any) -> Any:
-            if index - 1 in left and torch.equal(self._backbone.read(args, kwargs), left.pop(index - 1)):
-                joined.add(index - 1)
-            output = self._frozen[index](*args, **kwargs)
-            left[index] = self._backbone.left(output)
-            if index == self.depth - 1:
-                raise _ReachedError
-            return output
-
-        self._run_apart(batch, 0, below, None)
-        return [index for index in range(self.depth) if index not in joined]
-
-    def _run_below(self, batch: Any, seed: int) -> list[Any]:
-        """Run the model until what is kept has been computed; return what the ends of runs returned, and that."""
-        calls: list[Any] = []
-
-        def noting(block: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def call(index: int, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            before = outputs.get(index - 1)
+            # what the next block reads needs not be kept
+            if before is not None and index < self.depth and torch.equal(read(args, kwargs), left(before)):
+                del outputs[index - 1]
             states = self._generators()
-            output = call(*args, **kwargs)
+            output = run(*args, **kwargs)
+            outputs[index] = self._copied(output)
             if not all(map(torch.equal, states, self._generators())):  # two runs may give the same by chance
-                self._random.add(block)
-            return output
-
-        def below(index: int, args: Any, kwargs: Any) -> Any:
-            output = noting(self._frozen[index], self._frozen[index], args, kwargs)
-            if index in self._ends:
-                calls.append(self._copied(output))
-            if index == self.depth - 1 and self._above is None:
+                random.add(index)
+            if index == last:
                 raise _ReachedError
             return output
 
-        def above(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            calls.append(self._copied(noting(block, forward, args, kwargs)))
-            raise _ReachedError
-
-        self._run_apart(batch, seed, below, above)
-        if not calls:
-            raise SteerError("`cache_prefix` needs a loss that calls the model; this one did not reach its blocks.")
-        return calls
-
-    def _run_apart(self, batch: Any, seed: int, below: Any, above: Any) -> None:
-        """Run a batch for its first blocks alone, with random numbers of its own."""
-        with self._undisturbed(), contextlib.suppress(_ReachedError), self._standing_in(below, above):
+        with self._undisturbed(), contextlib.suppress(_ReachedError), self._standing_in(call):
             torch.manual_seed(seed)
             self._run(batch)
+        return outputs, random
 
     def _prove(self, batch: Any, keys: Sequence[bytes]) -> None:
         """Compare one batch that is handed through with the same batch computed from the start, to rounding."""
-        calls: list[Any] = []
-        with torch.no_grad(), self._undisturbed(), self._watching(calls):
+        with torch.no_grad(), self._undisturbed(), self._watching(len(keys)) as fresh:
             expected = float(self._run(batch))
         half = self._precision != "no" or next(self._model.parameters()).dtype != torch.float32
-        fresh, kept = self._leaves(calls, len(keys), self._kept), self._stored(keys)
-        below = len(tree_flatten(calls[: len(self._ends)])[0])
-        precision = 3e-2 if half else 1e-4
+        precision, kept, below = 3e-2 if half else 1e-4, self._stored(keys), self._below
+
+        def measured() -> float:
+            with torch.no_grad(), self._undisturbed(), self._handing_through(keys):
+                return float(self._run(batch))
 
         def matches(actual: float) -> bool:
             return abs(actual - expected) <= precision * max(1.0, abs(expected))
@@ -234,10 +188,10 @@ class PrefixCache:
         actual = math.nan
         if self._hands_above:
             with contextlib.suppress(Exception):  # whatever the model did with what the block did not compute
-                actual = self._measured(batch, keys)
+                actual = measured()
             self._hands_above = matches(actual) and _equal(kept[below:], fresh[below:], precision)
         if not self._hands_above:  # the first steered block is computed from now on
-            actual = self._measured(batch, keys)
+            actual = measured()
         if not matches(actual):
             raise SteerError(
                 f"`cache_prefix` would change the result: a batch's loss is {expected:.6g}, and {actual:.6g} with its "
@@ -250,62 +204,51 @@ class PrefixCache:
             )
         self._proved = True
 
-    def _measured(self, batch: Any, keys: Sequence[bytes]) -> float:
-        with torch.no_grad(), self._undisturbed(), self._handing_through(keys):
-            return float(self._run(batch))
+    @contextlib.contextmanager
+    def _watching(self, rows: int) -> Iterator[list[Tensor]]:
+        """Let the model compute all, and fill a list with what is kept of it, before fields add to the block above."""
+        calls: list[Any] = []
+        leaves: list[Tensor] = []
 
-    def _watching(self, calls: list[Any]) -> contextlib.AbstractContextManager[None]:
-        """Note what the ends of runs return, and what the block above computes before its field adds to it."""
-
-        def below(index: int, args: Any, kwargs: Any) -> Any:
-            output = self._frozen[index](*args, **kwargs)
-            if index in self._ends:
+        def call(index: int, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            if index in self._kept:
                 calls.append(self._copied(output))
             return output
 
-        def above(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            calls.append(self._copied(output))
-            return output
-
-        return self._standing_in(below, above)
+        with self._standing_in(call):
+            yield leaves
+        if len(calls) != len(self._kept):
+            raise SteerError(
+                "`cache_prefix` needs a loss that calls the model once for a batch; this one called it, or the model "
+                f"its frozen blocks, {len(calls) / len(self._kept):g} times."
+            )
+        leaves += self._leaves(calls, rows)
 
     def _handing_through(self, keys: Sequence[bytes]) -> contextlib.AbstractContextManager[None]:
-        """Let every frozen block return what the last one of its run returned for these rows.
-
-        What was kept is what its hooks had made of it, those of frozen fields among them; so they do not run again. Of
-        the block above it is what they begin with.
-        """
+        """Let every frozen block return what was kept of it or of the next, with what its hooks had made of that."""
         outputs = [] if self._spec is None else tree_unflatten(self._stored(keys), self._spec)
-        which = [sum(end < index for end in self._ends) for index in range(self.depth)]
-        above = (lambda *_: outputs[-1]) if self._hands_above else None
-        return self._standing_in(lambda index, *_: outputs[which[index]], above)
+
+        def call(index: int, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            computes = index == self.depth and not self._hands_above
+            return run(*args, **kwargs) if computes else outputs[bisect_left(self._kept, index)]
+
+        return self._standing_in(call)
 
     @contextlib.contextmanager
-    def _standing_in(self, below: Any, above: Any) -> Iterator[None]:
-        """Let a seat stand in the place of every frozen block, and call `below` with its index, args and kwargs.
-
-        The block above keeps its place and its hooks; `above` is called in place of its forward, with both.
-        """
-        block = self._above if above is not None else None
-        own = None if block is None else vars(block).get("forward")
-        for index, seat in enumerate(self._seats):
-            seat.call = partial(below, index)
-        try:
-            for parent, name, index in self._places:
-                setattr(parent, name, self._seats[index])
-            if block is not None:
-                forward = block.forward
-                vars(block)["forward"] = lambda *args, **kwargs: above(block, forward, args, kwargs)
+    def _standing_in(self, call: Callable[..., Any]) -> Iterator[None]:
+        """Let `call` answer, by index, for frozen blocks, and for the forward of the block above, within its hooks."""
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self._frozen):
+                stack.enter_context(answering(block, partial(call, index)))
+            if self._above is not None:
+                own, forward = vars(self._above), self._above.forward
+                stack.callback(own.update, {"forward": own["forward"]} if "forward" in own else {})
+                stack.callback(own.pop, "forward")
+                own["forward"] = partial(call, self.depth, forward)
             yield
-        finally:
-            for parent, name, index in self._places:
-                setattr(parent, name, self._frozen[index])
-            if block is not None:
-                vars(block).pop("forward", None)
-                vars(block).update({} if own is None else {"forward": own})
 
-    def _stored(self, keys: Sequence[bytes]) -> list[Any]:
+    def _stored(self, keys: Sequence[bytes]) -> list[Tensor]:
         """Return what is kept of these rows, as one batch, on the model's device."""
         device = next(self._model.parameters()).device
         rows = [] if self._store is None else [self._store.get(key) for key in keys]
@@ -334,19 +277,9 @@ class PrefixCache:
                     for buffer, value in buffers:
                         buffer.copy_(value)
 
-    @property
-    def _kept(self) -> int:
-        """How many blocks' outputs are kept."""
-        return len(self._ends) + (self._above is not None)
-
-    def _leaves(self, calls: list[Any], rows: int, expected: int) -> list[Tensor]:
-        """Return the tensors in what as many blocks returned as expected; raise if they are no constants of rows."""
-        if len(calls) != expected:
-            raise SteerError(
-                "`cache_prefix` needs a loss that calls the model once for a batch; this one called it, or the model "
-                f"its frozen blocks, {len(calls) / expected:g} times."
-            )
-        leaves, self._spec = tree_flatten(calls)
+    def _leaves(self, outputs: list[Any], rows: int) -> list[Tensor]:
+        """Return the tensors in what blocks returned; raise if they are no constants of rows."""
+        leaves: list[Any] = tree_flatten(outputs)[0]
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
                 shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -355,21 +288,21 @@ class PrefixCache:
                     f"returned {shape}."
                 )
             if leaf.requires_grad:
-                above = self._above_frozen()
+                above = self._ids_above()
                 names = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in above]
                 raise SteerError(
                     f"`cache_prefix` would change the result: {', '.join(names[:6]) or 'something'} trains, and the "
                     "frozen blocks depend on it. Leave it out of `train`."
                 )
-        return list(leaves)
+        return leaves
 
-    def _above_frozen(self) -> set[int]:
-        """Return the ids of the modules and parameters of the blocks that are not handed through."""
+    def _ids_above(self) -> set[int]:
+        """Return the ids of the modules and parameters of the blocks that are not frozen."""
         blocks = self._backbone.blocks[self.depth :]
         return {id(part) for block in blocks for part in (*block.modules(), *block.parameters())}
 
     def _dropouts(self) -> str:
-        above = self._above_frozen()
+        above = self._ids_above()
         names = [
             name
             for name, module in self._model.named_modules()
@@ -383,38 +316,8 @@ class PrefixCache:
 cache_makers.append(PrefixCache)
 
 
-class _Seat(nn.Module):
-    """What stands in a block's place: to a model that asks about it, it is that block."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        vars(self)["block"] = block  # no child: it has another place
-        self.call: Callable[[Any, Any], Any] = lambda args, kwargs: block(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["block"], name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(vars(self)["block"])
-
-
 class _ReachedError(Exception):
-    """The last frozen block is done."""
-
-
-def _places(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, str, int]]:
-    """Return every place where one of these blocks stands: the module around it, its name there, and which it is."""
-    index = {id(block): i for i, block in enumerate(blocks)}
-    found = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if id(module) in index:
-            parent, _, name = path.rpartition(".")
-            found.append((model.get_submodule(parent), name, index[id(module)]))
-    return found
+    """The last block of a check is done."""
 
 
 def _steered_beside(block: nn.Module) -> nn.Module | None:
@@ -429,9 +332,13 @@ def _steered_beside(block: nn.Module) -> nn.Module | None:
     return block
 
 
+def _bytes_of_row(leaves: Sequence[Tensor]) -> int:
+    return sum(leaf[0].nbytes for leaf in leaves)
+
+
 def _equal(leaves: Sequence[Tensor], others: Sequence[Tensor], precision: float = 1e-5) -> bool:
     """Return whether two runs gave the same, to a precision of the largest number."""
-    return all(
+    return len(leaves) == len(others) and all(
         torch.allclose(leaf, other, rtol=10 * precision, atol=precision * float(leaf.abs().max()))
         for leaf, other in zip(leaves, others, strict=True)
     )

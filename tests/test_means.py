@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import residual_steer as rs
 from cases import CASES
@@ -203,6 +203,8 @@ def test_accuracy_is_over_labels_that_count_and_over_shares_of_classes():
     hit = ((logits := Dense()(tokens)).argmax(1) == classes)[classes != IGNORE]
     assert logits.shape == (ROWS, 4, LENGTH)
     assert evaluate(Dense(), [(tokens, classes)])["accuracy"] == pytest.approx(float(hit.float().mean()))
+    shares = nn.functional.one_hot(logits.argmax(1), 4).movedim(-1, 1) * 0.7 + 0.1
+    assert evaluate(Dense(), [(tokens, shares)])["accuracy"] == 1
 
 
 def test_what_counts_is_found_out_only_where_it_matters_and_leaves_no_trace():
@@ -237,6 +239,14 @@ def test_every_row_falls_to_one_process_and_every_process_takes_every_step(itera
             assert torch.equal(torch.cat(counted), batch)
             assert max(map(len, counted)) - min(map(len, counted)) <= 1
             assert all(len(part[step][0][0]) > 0 for part in parts)
+
+
+def test_a_loader_that_is_one_process_s_part_already_is_not_split_again():
+    data = TensorDataset(torch.arange(22))
+    loader = DataLoader(data, 4, sampler=DistributedSampler(data, num_replicas=2, rank=0))
+    assert len(list(Share(loader))) == 3
+    with pytest.raises(rs.SteerError, match="DistributedSampler gives the part of one"):
+        Share(loader, 0, 2)
 
 
 def test_a_step_that_overflows_in_fp16_is_repeated_and_not_counted():

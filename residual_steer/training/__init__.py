@@ -1,11 +1,8 @@
 """One training loop for every architecture and every method."""
 
-from residual_steer._progress import progress
-
-from .evaluation import evaluate
-from .history import History
+from .history import History, progress
 from .loop import fit
-from .losses import next_token_loss
+from .losses import evaluate, next_token_loss
 from .options import FitOptions
 
 __all__ = ["FitOptions", "History", "evaluate", "fit", "next_token_loss", "progress"]

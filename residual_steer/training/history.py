@@ -1,17 +1,21 @@
-"""The records of a run: in memory, and as JSON lines beside its checkpoints."""
+"""What a run shows of itself: records in memory and as JSON lines beside its checkpoints, and a bar."""
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import auto, std
+
 from residual_steer._files import write_whole
 from residual_steer.errors import SteerError
 
-__all__ = ["History", "Journal"]
+EVERY = 5.0  # seconds between two lines of a log
 
 Record = dict[str, Any]
 
@@ -50,27 +54,19 @@ class History:
 class Journal:
     """Keep a history, and append it to `metrics.jsonl` if there is a folder.
 
-    Args:
-        folder: the run's folder, or None; only the first process is given one.
-        until: forget the records of later steps, which a resumed run will make again.
+    Of what an earlier run wrote there, the records until a step are taken up, and the later ones forgotten.
     """
 
     def __init__(self, folder: Path | None, until: int) -> None:
         self.history = History()
         self._path = None if folder is None else folder / "metrics.jsonl"
         if self._path is not None:
-            kept = [record for record in self._read() if record["step"] <= until] if until else []
-            for record in kept:
-                self._remember(dict(record))
-            write_whole({self._path: "".join(json.dumps(record) + "\n" for record in kept).encode()})
+            lines = self._path.read_text(errors="replace").splitlines() if until and self._path.exists() else []
+            write_whole({self._path: "".join(f"{line}\n" for line in lines if self._recall(line, until)).encode()})
 
     def add(self, kind: str, record: Record) -> None:
-        """Add a record of `kind`, train or valid.
-
-        Raises:
-            SteerError: it cannot be written.
-        """
-        self._remember({"kind": kind, **record})
+        """Add a record of `kind`, train or valid."""
+        self._remember(kind, **record)
         if self._path is not None:
             try:
                 with self._path.open("a") as file:
@@ -78,17 +74,44 @@ class Journal:
             except OSError as error:
                 raise SteerError(f"could not write {self._path}: {error.strerror or error}.") from error
 
-    def _remember(self, record: Record) -> None:
-        (self.history.train if record.pop("kind") == "train" else self.history.valid).append(record)
+    def _remember(self, kind: str, **record: Any) -> None:
+        (self.history.train if kind == "train" else self.history.valid).append(record)
 
-    def _read(self) -> list[Record]:
-        if self._path is None or not self._path.exists():
-            return []
-        records = []
-        for line in self._path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-                records.append({"kind": str(record["kind"]), "step": int(record["step"]), **record})
-            except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
-                break
-        return records
+    def _recall(self, line: str, until: int) -> bool:
+        """Take up a line of an earlier run, unless it was being written when that was killed, or is of a later step."""
+        try:
+            record = json.loads(line)
+            if record["step"] > until:
+                return False
+            self._remember(**record)
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """Return a bar of tqdm, whose arguments it takes; in what is no terminal, one that writes a line every 5 seconds.
+
+    It stays on the screen for as long as it runs, if `leave` is not given.
+    """
+    options = {"leave": False, **options}
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return auto.tqdm(iterable, **options) if watched else _Lines(iterable, **options)
+
+
+class _Lines(std.tqdm):  # type: ignore[misc]  # tqdm has no types
+    """A bar whose every showing is a line of its own."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        options = {**options, "mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY, "leave": False}
+        super().__init__(iterable, **options)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Keep what stands behind the bar for the next line."""
+        super().set_postfix_str(s, refresh=False)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line; to clear the bar, write nothing."""
+        if msg != "":
+            self.fp.write(f"{self}\n")
+            self.fp.flush()

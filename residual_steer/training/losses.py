@@ -1,71 +1,39 @@
-"""From a batch to a loss, and to what its mean was taken over, so that means can be put together."""
+"""From a batch to its loss, to what that mean was taken over, and to the mean over many batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from residual_steer._batches import labels_of, rows_of, to_device
 from residual_steer.errors import SteerError
 
 from .undisturbed import apart, as_before
-
-__all__ = [
-    "IGNORE",
-    "Counts",
-    "Loss",
-    "Outcome",
-    "counting",
-    "counts",
-    "counts_first",
-    "measure",
-    "next_token_loss",
-    "rows_of",
-]
 
 IGNORE = -100  # labels with this value count for nothing, as everywhere in transformers
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What the mean loss of a batch may have been taken over.
+class Counts(NamedTuple):
+    """What the mean loss of a batch may have been taken over."""
 
-    Attributes:
-        all: the labels that count, those that are not -100; rows where there are no labels.
-        behind: those behind the first of every row. A causal model predicts each label from what stands before it, so
-            that the first counts for nothing.
-    """
-
-    all: int
-    behind: int
-
-    def weight(self, first: bool | None) -> int:
-        """Return the count, by whether the first label of a row counts; where that is not known, it does not."""
-        return self.all if first else self.behind
+    all: int  # labels that are not -100; rows where there are no labels
+    behind: int  # those of them behind the first of every row, which a causal model has nothing to predict from
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One batch, measured.
+class Outcome(NamedTuple):
+    """One batch, measured."""
 
-    Attributes:
-        loss: mean loss, a scalar with a graph where gradients are on.
-        counts: what that mean was taken over.
-        correct: number of labels classified correctly, for `(x, y)` pairs; else None.
-        rows: rows of the batch.
-    """
-
-    loss: Tensor
-    counts: Counts
-    correct: Tensor | None
-    rows: int
+    loss: Tensor  # the mean, a scalar
+    counts: Counts  # what it was taken over
+    correct: Tensor | None  # for pairs, how many labels were classified correctly, and how many at all, `(2,)`
 
     @property
     def weight(self) -> int:
@@ -84,10 +52,11 @@ def measure(model: nn.Module, batch: Any, loss: Loss | None = None) -> Outcome:
     Raises:
         SteerError: the batch is neither, the model returned no loss, or the loss is no scalar.
     """
-    rows, count = rows_of(batch), counts(batch, loss)
+    value: Any
+    correct = None
     if loss is not None:
-        return Outcome(_scalar(loss(model, batch)), count, None, rows)
-    if isinstance(batch, Mapping):
+        value = loss(model, batch)
+    elif isinstance(batch, Mapping):
         output = model(**batch)
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if value is None:
@@ -95,42 +64,39 @@ def measure(model: nn.Module, batch: Any, loss: Loss | None = None) -> Outcome:
                 f"a dict batch is run as model(**batch).loss; {type(model).__name__} returned no loss for the keys "
                 f"{', '.join(batch)}. Add 'labels' to the batch, or give `loss=`."
             )
-        return Outcome(_scalar(value), count, None, rows)
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         x, y = batch
         logits = model(x)
         logits = logits if isinstance(logits, Tensor) else logits.logits
+        value = F.cross_entropy(logits, y)
         classes = y.argmax(1) if y.is_floating_point() else y
-        correct = (logits.argmax(1) == classes) & (classes != IGNORE)
-        return Outcome(F.cross_entropy(logits, y), count, correct.sum(), rows)
-    raise SteerError(
-        f"a batch is a dict or a pair (x, y); this one is a {type(batch).__name__}. Give `loss=`, a function of the "
-        "model and the batch."
-    )
+        classified = classes != IGNORE
+        correct = torch.stack([((logits.argmax(1) == classes) & classified).sum(), classified.sum()])
+    else:
+        raise SteerError(
+            f"a batch is a dict or a pair (x, y); this one is a {type(batch).__name__}. Give `loss=`, a function of "
+            "the model and the batch."
+        )
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.dtype.is_floating_point:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise SteerError(f"a loss is a scalar tensor; received {shape}.")
+    return Outcome(value.squeeze(), counts(batch, loss), correct)
 
 
-def counts(batch: Any, loss: Loss | None = None) -> Counts:
-    """Return what the mean loss of a batch is taken over.
-
-    Args:
-        batch: as in `measure`.
-        loss: as in `measure`; where its mean is taken over something else, it says so by an attribute `weight`, a
-            function of the batch that returns a number.
-    """
+def counts(batch: Any, loss: Loss | None) -> Counts:
+    """Return what the mean loss of a batch is taken over; a loss says that itself by an attribute `weight`."""
     own = getattr(loss, "weight", None)
-    if callable(own):
-        return Counts(int(own(batch)), int(own(batch)))
     labels = _labels(batch, loss)
-    if labels is None:
-        rows = rows_of(batch)
-        return Counts(rows, rows)
+    if callable(own) or labels is None:
+        number = int(own(batch)) if callable(own) else rows_of(batch)
+        return Counts(number, number)
     counted = labels != IGNORE
     behind = counted[:, 1:] if _may_shift(batch, labels, loss) else counted
     every = behind if loss is next_token_loss else counted
     return Counts(int(every.sum()), int(behind.sum()))
 
 
-def counting(batch: Any, loss: Loss | None = None) -> Any:
+def counting(batch: Any, loss: Loss | None) -> Any:
     """Return a batch that weighs nothing with one label that counts, so that its mean is a number, to be left out."""
     labels = _labels(batch, loss)
     if labels is None:
@@ -140,37 +106,21 @@ def counting(batch: Any, loss: Loss | None = None) -> Any:
     return _with_labels(batch, labels)
 
 
-@torch.no_grad()
-def counts_first(model: nn.Module, batch: Any, run: Callable[[Any], Tensor], loss: Loss | None = None) -> bool:
-    """Find out whether the first label of a row counts: whether the loss moves when these labels are others.
+def _labels(batch: Any, loss: Loss | None) -> Tensor | None:
+    """Return the labels that are class indices; None where there are none."""
+    labels = labels_of(batch)
+    if labels is None and loss is next_token_loss and isinstance(batch, Mapping):
+        labels = batch.get("input_ids")
+    return None if labels is None or not labels.dim() or labels.is_floating_point() else labels
 
-    Names do not tell: causal models shift their labels, masked ones and encoder-decoders do not, and behind a prompt
-    that was put in front of the text the first one counts. It takes four passes in evaluation mode.
 
-    Args:
-        model: left as it was.
-        batch: as in `measure`.
-        run: from a batch to its loss.
-        loss: as in `measure`.
-    """
-    labels = _labels(batch, loss)
-    if labels is None or not _may_shift(batch, labels, loss) or loss is next_token_loss:
-        return False
-    valid = labels[labels != IGNORE]
-    least, most = (valid.min(), valid.max()) if valid.numel() else (labels.new_zeros(()), labels.new_zeros(()))
-    others = torch.where(labels == least, most, least)
-    others = torch.where(labels == others, IGNORE, others)  # one label only
-    first, rest = labels.clone(), others.clone()
-    first[:, 0], rest[:, 0] = others[:, 0], labels[:, 0]
-    with as_before(model), apart():
-        model.eval()
-        one, again, moved, control = (
-            float(run(b)) for b in (batch, batch, _with_labels(batch, first), _with_labels(batch, rest))
-        )
-    if math.isnan(one) or math.isnan(moved):  # a mean over nothing, in a batch where no label but the first counts
-        return not math.isnan(moved)
-    noise = 2 * abs(again - one)
-    return abs(moved - one) > noise or abs(control - one) <= noise  # a loss that no label moves is one over all
+def _may_shift(batch: Any, labels: Tensor, loss: Loss | None) -> bool:
+    """Return whether there are labels for every token, by a model or a function that may leave out the first."""
+    return labels.dim() == 2 and (isinstance(batch, Mapping) or loss is not None)
+
+
+def _with_labels(batch: Any, labels: Tensor) -> Any:
+    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (batch[0], labels)
 
 
 def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -186,36 +136,117 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
 
 
-def rows_of(batch: Any) -> int:
-    """Return the number of rows, the first dimension of the first tensor in the batch; 1 if there is none."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else (batch,)
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
-    return 1
+def evaluate(model: nn.Module, loader: Iterable[Any], loss: Loss | None = None) -> dict[str, float]:
+    """Measure a model in evaluation mode, on its own device; modes and random generators are left as they were.
+
+    Args:
+        model: any model.
+        loader: batches as in `fit`.
+        loss: as in `fit`.
+
+    Returns:
+        `loss`, the mean over all batches' labels that count, those that are not -100 and, in a causal model, not the
+        first of their row; over rows where there are no labels. For `(x, y)` pairs also `accuracy` from 0 to 1.
+
+    Raises:
+        SteerError: the loader is empty, no label counts, or a batch is unusable.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return MeanLoss(model, loss, device).over((batch, True) for batch in loader)
 
 
-def _labels(batch: Any, loss: Loss | None) -> Tensor | None:
-    """Return the labels that are class indices; None where there are none."""
-    if isinstance(batch, Mapping):
-        labels = batch.get("labels", batch.get("input_ids") if loss is next_token_loss else None)
-    else:
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    whole = isinstance(labels, Tensor) and labels.dim() > 0 and not labels.is_floating_point()
-    return labels if whole else None
+class MeanLoss:
+    """The mean loss over many batches, as that of one batch with all their rows.
 
+    A batch weighs as much as labels count in it, with the first of every row or without: that is found out where it
+    makes a difference. Batches run on `device` in the context of `autocast`; `sum` sums over all processes.
+    """
 
-def _may_shift(batch: Any, labels: Tensor, loss: Loss | None) -> bool:
-    """Return whether there are labels for every token, by a model or a function that may leave out the first."""
-    return labels.dim() == 2 and (isinstance(batch, Mapping) or loss is not None)
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        sum: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> None:
+        self._model, self._loss, self._device, self._autocast, self._sum = model, loss, device, autocast, sum
+        self._first: bool | None = None  # whether the first label of a row counts, once that is known
 
+    def shares(self, parts: Sequence[tuple[Any, bool]]) -> tuple[list[float], int]:
+        """Return the shares of batches, each with whether it counts, in the mean over those of all processes.
 
-def _with_labels(batch: Any, labels: Tensor) -> Any:
-    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (batch[0], labels)
+        And the rows of all; no shares where nothing counts on any process.
+        """
+        found = [counts(batch, self._loss) if here else Counts(0, 0) for batch, here in parts]
+        sums = [sum(c.all for c in found), sum(c.behind for c in found), sum(rows_of(b) for b, here in parts if here)]
+        every, behind, rows = self._sum(torch.tensor(sums)).tolist()
+        if self._first is None and every != behind:
+            uneven = any(c.all * behind != c.behind * every or c.behind < 1 <= c.all for c in found)
+            if self._sum(torch.tensor(float(uneven))) > 0:
+                most = max(range(len(parts)), key=lambda part: found[part].all)
+                self._settle(parts[most][0])
+        total = every if self._first else behind
+        weights = [c.all if self._first else c.behind for c in found]
+        return [weight / total for weight in weights] if total else [], rows
 
+    def over(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:
+        """Return the means over batches, each with whether it counts; modes and random generators stay as they were."""
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        sums, sample = torch.zeros(6, dtype=dtype, device=self._device), None
+        with as_before(self._model), apart(), torch.no_grad():
+            self._model.eval()
+            for batch, here in batches:
+                count = counts(batch, self._loss)
+                sample = batch if sample is None or count.behind < count.all else sample
+                outcome = self._run(batch if count.all else counting(batch, self._loss))
+                if not here or not count.all:
+                    continue
+                for at, weight in ((0, count.all), (2, count.behind)):
+                    if weight:  # a mean over nothing is NaN
+                        sums[at] += outcome.loss.to(dtype) * weight
+                        sums[at + 1] += weight
+                if outcome.correct is not None:
+                    sums[4:] += outcome.correct
+            total, weight, behind, less, correct, classified = self._sum(sums).tolist()
+            alike = weight and less and math.isclose(total / weight, behind / less, rel_tol=1e-9)
+            if weight and not alike:
+                self._settle(sample)
+                total, weight = (total, weight) if self._first else (behind, less)
+        if not weight:
+            raise SteerError("the loader gave nothing to evaluate: no batch, or no label that counts.")
+        return {"loss": total / weight, **({"accuracy": correct / classified} if classified else {})}
 
-def _scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.dtype.is_floating_point:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise SteerError(f"a loss is a scalar tensor; received {shape}.")
-    return torch.squeeze(value)
+    def _run(self, batch: Any) -> Outcome:
+        with self._autocast():
+            return measure(self._model, to_device(batch, self._device), self._loss)
+
+    def _settle(self, batch: Any) -> None:
+        """Find out whether the first label of a row counts, if that is not known; on all processes at once."""
+        if self._first is None:
+            with as_before(self._model), apart(), torch.no_grad():
+                self._model.eval()
+                here = self._counts_first(batch)
+            self._first = bool(self._sum(torch.tensor(float(here))) > 0)
+
+    def _counts_first(self, batch: Any) -> bool:
+        """Return whether the loss moves when the first label of every row is another, by four passes.
+
+        Names do not tell: causal models shift their labels, masked ones and encoder-decoders do not, and behind a
+        prompt that was put in front of the text the first one counts.
+        """
+        labels = _labels(batch, self._loss)
+        if labels is None or not _may_shift(batch, labels, self._loss) or self._loss is next_token_loss:
+            return False
+        valid = labels[labels != IGNORE]
+        least, most = (valid.min(), valid.max()) if valid.numel() else (labels.new_zeros(()), labels.new_zeros(()))
+        others = torch.where(labels == least, most, least)
+        others = torch.where(labels == others, IGNORE, others)  # one label only
+        first, rest = labels.clone(), others.clone()
+        first[:, 0], rest[:, 0] = others[:, 0], labels[:, 0]
+        variants = (batch, batch, _with_labels(batch, first), _with_labels(batch, rest))
+        one, again, moved, control = (float(self._run(variant).loss) for variant in variants)
+        if math.isnan(one) or math.isnan(moved):  # a mean over nothing, where no label but the first counts
+            return not math.isnan(moved)
+        noise = 2 * abs(again - one)
+        return abs(moved - one) > noise or abs(control - one) <= noise  # a loss that no label moves is one over all

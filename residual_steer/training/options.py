@@ -6,16 +6,15 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from residual_steer._checks import check_choice, check_flag, check_integer, check_number, check_options
 from residual_steer.errors import SteerError
-
-__all__ = ["Cache", "FitOptions", "Protector", "cache_makers"]
 
 
 @runtime_checkable
@@ -32,25 +31,25 @@ class Protector(Protocol):
         """Take up what `state_dict` returned."""
 
 
-class Cache(Protocol):
-    """What keeps a part of what a model computes, such as `residual_steer.prefix_cache.PrefixCache`."""
+# From the model, the data, a function from a batch to its loss, the options and the precision to a cache, such as
+# `residual_steer.prefix_cache.PrefixCache`. The package that knows the models puts it here: this one does not.
+cache_makers: list[Callable[[nn.Module, Any, Callable[[Any], Tensor], FitOptions, str], Any]] = []
 
-    def over(self, batch: Any) -> AbstractContextManager[None]:
-        """Return what a batch is run in."""
-
-    def end_epoch(self) -> None:
-        """Take note that the data were read to their end."""
-
-    def close(self) -> None:
-        """Let go of what is kept."""
-
-    def report(self) -> dict[str, int]:
-        """Return what `History.cache` gives."""
-
-
-# From the model, the data, a function from a batch to its loss, the options and the precision to a cache. The package
-# that knows the models puts it here: this one trains whatever it is given.
-cache_makers: list[Callable[[nn.Module, Any, Callable[[Any], Tensor], FitOptions, str], Cache]] = []
+_MAY_BE_NONE = {"clip", "precision", "eval_every", "checkpoint_every", "seed"}
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "weight_decay": partial(check_number, at_least=0),
+    "warmup": partial(check_number, at_least=0),
+    "schedule": partial(check_choice, choices=("cosine", "constant")),
+    "accumulate": partial(check_integer, at_least=1),
+    "clip": partial(check_number, above=0, meaning="or None never to clip"),
+    "precision": partial(check_choice, choices=("no", "bf16", "fp16"), meaning="or None"),
+    "eval_every": partial(check_integer, at_least=1, meaning="or None"),
+    "checkpoint_every": partial(check_integer, at_least=1, meaning="or None"),
+    "log_every": partial(check_integer, at_least=1),
+    "seed": partial(check_integer, at_least=0, at_most=2**32 - 1, meaning="or None"),
+    "resume": check_flag,
+    "cache_limit": partial(check_number, at_least=0),
+}
 
 
 @dataclass(frozen=True)
@@ -102,28 +101,12 @@ class FitOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "constant"):
-            raise SteerError(f"`schedule` is 'cosine' or 'constant'; received {self.schedule!r}.")
-        if self.precision not in (None, "no", "bf16", "fp16"):
-            raise SteerError(f"`precision` is 'no', 'bf16', 'fp16' or None; received {self.precision!r}.")
-        for name in ("accumulate", "log_every", "eval_every", "checkpoint_every"):
+        for name, check in _CHECKS.items():
             value = getattr(self, name)
-            if value is None and name in ("eval_every", "checkpoint_every"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SteerError(f"`{name}` is a positive integer; received {value!r}.")
+            if value is not None or name not in _MAY_BE_NONE:
+                object.__setattr__(self, name, check(name, value))
         if not isinstance(self.cache_prefix, (bool, str, os.PathLike)) or self.cache_prefix == "":
             raise SteerError(f"`cache_prefix` is True, False or a folder; received {self.cache_prefix!r}.")
-        for name in ("weight_decay", "warmup", "clip", "cache_limit"):
-            value = getattr(self, name)
-            if value is None and name == "clip":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise SteerError(f"`{name}` is a number from 0 upwards; received {value!r}.")
-        if self.clip == 0:
-            raise SteerError("`clip` is the largest norm of the gradient, above 0, or None never to clip; received 0.")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
-            raise SteerError(f"`seed` is an integer from 0 to 2**32 - 1, or None; received {self.seed!r}.")
         if self.protect is not None and (isinstance(self.protect, type) or not isinstance(self.protect, Protector)):
             raise SteerError(f"`protect` is a residual_steer.continual.NullSpace or None; received {self.protect!r}.")
         if isinstance(self.trackers, str) or not all(isinstance(name, str) for name in self.trackers):
@@ -136,10 +119,7 @@ class FitOptions:
         Raises:
             SteerError: there is no such option.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise SteerError(f"`fit` has no option {name!r}; it has {', '.join(known)}.")
+        check_options("fit", options, (field.name for field in dataclasses.fields(cls)))
         return cls(**options)
 
     def factor(self, step: int, steps: int) -> float:

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["apart", "as_before", "get_state", "set_state", "train_mode"]
-
 
 def train_mode(model: nn.Module, trained: Iterable[str]) -> None:
     """Set training mode, but keep the running statistics of frozen modules as they are."""
@@ -34,17 +32,30 @@ def as_before(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def get_state(*, devices: bool = True) -> dict[str, Any]:
-    """Return the state of the generators of Python, NumPy and torch, as tensors and numbers.
+@contextlib.contextmanager
+def apart(*, devices: bool = True) -> Iterator[None]:
+    """Leave the generators as they were, whatever happens inside; those of devices too, if they may be drawn from."""
+    state = get_state(devices=devices)
+    try:
+        yield
+    finally:
+        set_state(state)
 
-    Args:
-        devices: those of CUDA devices too, for which the devices have to be waited for.
-    """
+
+def seed(number: int) -> None:
+    """Seed the generators of Python, NumPy and torch, but not those of devices, from which dropout draws."""
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+
+
+def get_state(*, devices: bool = True) -> dict[str, Any]:
+    """Return the state of the generators of Python, NumPy, torch and CUDA devices, which have to be waited for."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     state = {
-        "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
     if devices and torch.cuda.is_available():
@@ -55,19 +66,9 @@ def get_state(*, devices: bool = True) -> dict[str, Any]:
 def set_state(state: dict[str, Any]) -> None:
     """Put back what `get_state` returned."""
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype("uint32"), position, has_gauss, cached))
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Leave the generators as they were, whatever happens inside."""
-    state = get_state()
-    try:
-        yield
-    finally:
-        set_state(state)

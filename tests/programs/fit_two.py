@@ -1,4 +1,4 @@
-"""A run of `fit` that is the same on any number of processes: no dropout, shuffled data, accumulation, evaluation.
+"""A run of `fit` that is the same on any number of processes: no dropout, shuffled data and evaluation, accumulation.
 
 The texts are of many lengths, so that every process has other labels that count, some none; the last batch has one row.
 
@@ -29,7 +29,8 @@ def main(folder: str) -> None:
     model = rs.steer(GPT2LMHeadModel(config), rank=4)
     data = TensorDataset(torch.randint(0, 20, (41, 12)))
     train = DataLoader(data, 8, shuffle=True, collate_fn=collate)
-    valid = DataLoader(TensorDataset(torch.randint(0, 20, (19, 12))), 6, collate_fn=collate)  # does not divide evenly
+    rows = TensorDataset(torch.randint(0, 20, (19, 12)))
+    valid = DataLoader(rows, 6, shuffle=True, collate_fn=collate)  # does not divide evenly
     rs.fit(
         model,
         train,
