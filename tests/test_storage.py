@@ -18,7 +18,7 @@ from torch import nn
 import residual_steer as rs
 from fields import IMAGES, refused, rewrite, save_one, shake, vit
 from residual_steer._controller import steering_of
-from residual_steer._format import DESCRIPTION, TENSORS, describe, digest, find_names, plain_key
+from residual_steer._format import DESCRIPTION, TENSORS, describe, digest, find_names, open_field, plain_key
 from residual_steer.config import FieldConfig
 
 PACKAGE = Path(rs.__file__).parent
@@ -245,6 +245,15 @@ def test_an_interrupted_save_is_the_old_field_or_the_new_one(saved, monkeypatch,
     else:
         rs.save(model, folder)
     assert torch.equal(rs.load(vit(), folder)(IMAGES), new if allowed == 2 else expected)
+
+
+def test_what_was_opened_is_read_also_when_another_field_is_saved_over_it(saved):
+    stored = open_field(saved[0])
+    before = safetensors.torch.load_file(saved[0] / TENSORS)
+    rs.save(shake(rs.steer(vit(), rank=4, train="head")), saved[0])
+    tensors = stored.read()
+    assert tensors.keys() == before.keys()
+    assert all(torch.equal(tensors[key], before[key]) for key in before)
 
 
 def test_nothing_is_ever_unpickled():
