@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -78,6 +80,13 @@ def test_a_field_can_be_renamed_and_stand_beside_others(saved):
         assert torch.equal(model(IMAGES), expected)
     with refused(model, "'two' is in use"):
         rs.load(model, folder, name="two")
+
+
+def test_numbers_of_numpy_are_stored_as_numbers(tmp_path):
+    ranks = {np.int64(0): np.int64(3), np.int8(-1): np.int32(2)}
+    rs.save(rs.steer(vit(), rank=ranks, scale=np.float32(0.5), dropout=Fraction(1, 4)), tmp_path)
+    (field,) = rs.summary(rs.load(vit(), tmp_path)).fields
+    assert (dict(field.ranks), field.scale, field.dropout) == ({0: 3, 2: 2}, 0.5, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
