@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
         "format_version": _FORMAT_VERSION,
         "library_version": library,
         "field": {
-            **dataclasses.asdict(spec),
-            "ranks": {str(index): rank for index, rank in spec.ranks.items()},
+            **{key: _plain(value) for key, value in dataclasses.asdict(spec).items()},
+            "ranks": {str(index): _plain(rank) for index, rank in spec.ranks.items()},
             "train": list(spec.train),
         },
         "backbone": {
@@ -116,6 +117,13 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
             "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         },
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a number as one of Python's, which JSON has, if it is one of numpy's or a fraction."""
+    if not isinstance(value, Real) or isinstance(value, (int, float)):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:

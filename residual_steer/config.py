@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,9 +107,9 @@ def _check_layers(layers: Sequence[int], blocks: int) -> list[int]:
     if not isinstance(layers, (Sequence, Set)) or isinstance(layers, str) or not len(layers):
         raise SteerError(f"`layers` is a non-empty list of block indices, or None for all; received {layers!r}.")
     for index in layers:
-        if not isinstance(index, int) or isinstance(index, bool) or not -blocks <= index < blocks:
+        if not isinstance(index, Integral) or isinstance(index, bool) or not -blocks <= index < blocks:
             raise SteerError(f"a layer is an integer from {-blocks} to {blocks - 1}; received {index!r}.")
-    found = [index % blocks for index in layers]
+    found = [int(index) % blocks for index in layers]
     if len(set(found)) < len(found):
         raise SteerError(f"a layer is named once; received {list(layers)}.")
     return found

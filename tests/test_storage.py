@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 import residual_steer as rs
 from fields import IMAGES, refused, rewrite, save_one, shake, vit
 from residual_steer._controller import steering_of
-from residual_steer._format import DESCRIPTION, TENSORS, describe, digest, find_names, plain_key
+from residual_steer._format import DESCRIPTION, TENSORS, describe, digest, find_names, open_field, plain_key
 from residual_steer.config import FieldConfig
 
 PACKAGE = Path(rs.__file__).parent
@@ -78,6 +80,13 @@ def test_a_field_can_be_renamed_and_stand_beside_others(saved):
         assert torch.equal(model(IMAGES), expected)
     with refused(model, "'two' is in use"):
         rs.load(model, folder, name="two")
+
+
+def test_numbers_of_numpy_are_stored_as_numbers(tmp_path):
+    ranks = {np.int64(0): np.int64(3), np.int8(-1): np.int32(2)}
+    rs.save(rs.steer(vit(), rank=ranks, scale=np.float32(0.5), dropout=Fraction(1, 4)), tmp_path)
+    (field,) = rs.summary(rs.load(vit(), tmp_path)).fields
+    assert (dict(field.ranks), field.scale, field.dropout) == ({0: 3, 2: 2}, 0.5, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -245,6 +254,15 @@ def test_an_interrupted_save_is_the_old_field_or_the_new_one(saved, monkeypatch,
     else:
         rs.save(model, folder)
     assert torch.equal(rs.load(vit(), folder)(IMAGES), new if allowed == 2 else expected)
+
+
+def test_what_was_opened_is_read_also_when_another_field_is_saved_over_it(saved):
+    stored = open_field(saved[0])
+    before = safetensors.torch.load_file(saved[0] / TENSORS)
+    rs.save(shake(rs.steer(vit(), rank=4, train="head")), saved[0])
+    tensors = stored.read()
+    assert tensors.keys() == before.keys()
+    assert all(torch.equal(tensors[key], before[key]) for key in before)
 
 
 def test_nothing_is_ever_unpickled():
