@@ -32,16 +32,16 @@ IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
 
 def snapshot(model):
     """All that a failed call must leave alone."""
-    hooks = [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
-    gradients = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return hooks, gradients, {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    modules = [(n, list(m._forward_hooks), list(m._forward_pre_hooks), m.training) for n, m in model.named_modules()]
+    gradients = [(name, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
+    values = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    return (modules, gradients, list(values), sorted(vars(model))), values
 
 
 def assert_as(model, before):
-    hooks, gradients, state = snapshot(model)
-    assert (hooks, gradients) == before[:2]
-    assert state.keys() == before[2].keys()
-    assert all(torch.equal(state[key], before[2][key]) for key in state)
+    things, values = snapshot(model)
+    assert things == before[0]
+    assert all(torch.equal(values[key], before[1][key]) for key in values)
 
 
 @contextlib.contextmanager
