@@ -28,7 +28,6 @@ PRIVATE = {
     "discovery/graph.py": True,
     "_controller.py": {"_orig_mod"},
     "_frozen.py": {"_orig_mod"},
-    "diagnostics/attention.py": {"_attn_implementation"},
     "field.py": {
         "_apply",
         "_load_from_state_dict",

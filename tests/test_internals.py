@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from residual_steer._internals import (
+    ATTENTION,
     backward_pass,
     cast_dtypes,
     compute_in,
@@ -29,6 +30,13 @@ def test_current_graph_task_id_counts_backward_passes():
     y.sum().backward()
     assert seen[0] == -1 == backward_pass()
     assert seen[1] >= 0
+
+
+def test_a_config_of_transformers_names_its_attention():
+    from transformers import GPT2Config
+
+    config = GPT2Config(attn_implementation="eager")
+    assert getattr(config, ATTENTION) == "eager"
 
 
 def test_version_counts_changes_in_place():

@@ -4,8 +4,7 @@ Each library is read in its own way, and everything is put back. Meanwhile the a
 agrees with other implementations to rounding.
 
 - transformers: a function of ours, registered in its `AttentionInterface`, calls the eager one of the model's own file
-  and takes note. Models older than the interface return their maps for `output_attentions`. Configs name their
-  attention in `_attn_implementation`, which is private; tried with transformers 5.14 and 5.24.
+  and takes note. Models older than the interface return their maps for `output_attentions`.
 - timm: its attention hands the map through `attn_drop` where it is not fused.
 - torch: `multi_head_attention_forward` returns its weights head by head, and `scaled_dot_product_attention` receives
   queries and keys.
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from residual_steer._batches import Batch, has_two_stacks, require_finite
+from residual_steer._internals import ATTENTION
 from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
 from residual_steer.recording import changed, watch
@@ -202,7 +202,7 @@ def _of_transformers(model: nn.Module, backbone: Backbone, seen: _Recorder) -> I
         elif inner is not None and "output_attentions" in inspect.signature(inner.forward).parameters:
             attend = "eager"
         if attend is not None:
-            stack.enter_context(changed(_configs(model), "_attn_implementation", attend))
+            stack.enter_context(changed(_configs(model), ATTENTION, attend))
         if inner is not None and attend == "eager":
             for name in ("output_attentions", "return_dict"):
                 stack.enter_context(changed([inner.config], name, True))
@@ -264,7 +264,7 @@ def _configs(model: nn.Module) -> list[Any]:
     left: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while left:
         config = left.pop(0)
-        if hasattr(config, "_attn_implementation") and id(config) not in found:
+        if hasattr(config, ATTENTION) and id(config) not in found:
             found[id(config)] = config
             left[:0] = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     return list(found.values())
