@@ -21,8 +21,16 @@ method              what trains                                                 
 `full`              everything                                                    –
 ==================  ============================================================  ======================================
 
-Prompts, prefixes and VPT are for backbones that have a place for them: language models, those with attention, and ViTs
-and Mambas. A method that makes no sense on a backbone says why. `merge` folds LoRA into the weights.
+A method that makes no sense on a backbone says why: prompts are for language models, prefixes for those with
+attention, VPT for ViTs and Mambas. VPT's tokens stand behind CLS and its like, prompts behind padding on the left;
+outputs are those of the image or text alone, but hidden states between the blocks have the tokens of `vpt-shallow`.
+
+LoRA's update is alpha/rank · B·A, with `alpha=None` B·A; `merge` folds it into the weights. `targets` are names or
+globs of linear layers inside the blocks; None is the joint projection of attention, or queries and values, or
+`in_proj` and `x_proj`, or else all of the mixer's. Layers whose weight a model reads without calling them are left out,
+since nothing would train there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s Mamba-1, and all its other layers while
+it takes its fused path; `x_proj` in transformers' Mamba where the kernels are installed; `qkv` of timm's EVA, unless
+its `qkv_bias_separate` is set. The first training step checks the rest.
 """
 
 from ._apply import apply, merge, methods

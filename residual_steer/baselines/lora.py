@@ -32,27 +32,7 @@ def lora(
     layers: Sequence[int] | None = None,
     targets: Sequence[str] | str | None = None,
 ) -> Trained:
-    """Add alpha/rank · B·A to the weight of linear layers, with B = 0 at the start.
-
-    PEFT puts `.base_layer` into the keys of adapted layers, until `merge`. Layers whose weight the model reads without
-    calling them are left out, since LoRA would do nothing there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s
-    Mamba-1, and all its other layers while it takes its fused path; `x_proj` in transformers' Mamba where the kernels
-    are installed; `qkv` of timm's EVA, unless its `qkv_bias_separate` is set.
-
-    Args:
-        subject: the model.
-        rank: r.
-        alpha: the factor of the update is alpha/rank; None is 1.
-        dropout: of what enters A, in training mode.
-        layers: which blocks.
-        targets: names or globs of linear layers inside the blocks, such as `["in_proj"]`; None is the joint projection
-            of attention, or queries and values, or `in_proj` and `x_proj`, or else all of the mixer's.
-
-    Raises:
-        SteerError: PEFT is not installed or refuses; an option out of range; targets that match no linear layer, or one
-            that is not called.
-        UnsuitableError: the blocks call no linear layer.
-    """
+    """Add alpha/rank · B·A to the weight of linear layers, at first with B = 0; PEFT's keys for them differ."""
     check_integer("rank", rank, 1)
     alpha = float(rank) if alpha is None else check_number("alpha", alpha, above=0)
     check_number("dropout", dropout, at_least=0, below=1)

@@ -1,4 +1,8 @@
-"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): learned keys and values before those of the text."""
+"""Prefix tuning (Li & Liang 2021, arXiv 2101.00190): learned keys and values before those of the text.
+
+They train directly, without the MLP that the paper reparametrises them with. A call that begins a text gets a cache
+that holds them; masks and positions are counted on from there.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,7 @@ __all__ = ["Prefix", "prefix"]
 
 
 def prefix(subject: Subject, *, length: int = 10) -> Trained:
-    """Let every attention layer attend to p = `length` learned keys and values that come before the text.
-
-    They begin as what the frozen model computes for random words, which the paper found best with few data (§ 7.4), and
-    train directly, without its MLP. A call that begins a text gets a cache that holds them; masks and positions are
-    counted on from there.
-
-    Raises:
-        UnsuitableError: there are no keys and values to extend, or no cache to put them into.
-    """
+    """Let every attention layer attend to keys and values before the text, at first those of random words (§ 7.4)."""
     check_integer("length", length, 1)
     inner, embedding = subject.inner, embedding_of(subject)
     if subject.is_ssm:

@@ -22,14 +22,7 @@ _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embeddi
 
 
 def prompt(subject: Subject, *, length: int = 10) -> Trained:
-    """Put `length` learned vectors before the embedded text, behind padding on the left, and drop what comes of them.
-
-    Logits, labels and `logits_to_keep` stay as they are for the text alone. The vectors begin as embeddings of random
-    words (§ 3.2), different ones where there are enough. In cached generation they enter with the first call alone.
-
-    Raises:
-        UnsuitableError: it is no language model that takes embeddings.
-    """
+    """Put vectors before the embedded text, at first those of random words (§ 3.2), and drop what comes of them."""
     check_integer("length", length, 1)
     embedding, inner = embedding_of(subject), subject.inner
     if embedding is None:

@@ -24,14 +24,7 @@ def full(subject: Subject) -> Trained:
 
 
 def bitfit(subject: Subject) -> Trained:
-    """Train every bias of the backbone: of projections, norms and convolutions, and the step's bias of an SSM.
-
-    Left out are the biases of keys, whose gradient is zero by construction, since a softmax over keys does not change
-    when all its arguments move by q·b. (With rotary positions it does, and they train.)
-
-    Raises:
-        UnsuitableError: the backbone has no bias.
-    """
+    """Train every bias but those of keys: without rotary positions a softmax over keys does not change with them."""
     found = []
     for full_name, parameter in subject.inner.named_parameters():
         path, _, name = full_name.rpartition(".")
@@ -53,14 +46,7 @@ def is_key(subject: Subject, path: str, name: str = "bias") -> bool:
 
 
 def linear(subject: Subject) -> Trained:
-    """Train the head alone: what `train` names, or where timm and transformers keep it, or a text's output embeddings.
-
-    Output embeddings that are tied to the input ones get a tensor of their own first, with the same values, so that the
-    backbone stays as it is; the model's config then says that they are not tied.
-
-    Raises:
-        UnsuitableError: the model has no head.
-    """
+    """Train the head alone: what `train` names, or where libraries keep it; what is tied gets a tensor of its own."""
     if subject.opened:
         return Trained([])
     heads = _heads(subject.model)

@@ -36,14 +36,7 @@ class ScaleShift(Attached):
 
 
 def ssf(subject: Subject, *, layers: Sequence[int] | None = None) -> Trained:
-    """Scale and shift after every norm and linear layer that is called inside the blocks, or those of `layers`.
-
-    Where a model reads a weight without calling its module, as Mamba does with `dt_proj` and `conv1d`, nothing is put.
-    Neither is a shift of keys alone, which a softmax does not see.
-
-    Raises:
-        UnsuitableError: the blocks have neither norms nor linear layers that are called.
-    """
+    """Scale and shift what is called inside the blocks, but for a shift of keys alone, which a softmax does not see."""
     parts = [part for part in parts_of(subject, layers, _takes_part) if part.remedy is None]
     if not parts:
         raise UnsuitableError(

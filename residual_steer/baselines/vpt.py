@@ -26,26 +26,13 @@ Place = int | Tensor
 
 
 def vpt_shallow(subject: Subject, *, length: int = 10) -> Trained:
-    """VPT-shallow: `length` tokens enter at the first block and leave after the last (eq. 4 and 5).
-
-    They stand behind the prefix tokens of a ViT, such as CLS, and before the first token of a text; on a Mamba they
-    make the state that it begins with. Hidden states between the blocks have them.
-
-    Raises:
-        UnsuitableError: the blocks of this backbone cannot be given tokens.
-    """
+    """VPT-shallow: tokens enter at the first block and leave after the last (eq. 4 and 5)."""
     _check("vpt-shallow", subject, length)
     return stand_before(subject, _tokens(subject, subject.backbone.blocks[0], length))
 
 
 def vpt_deep(subject: Subject, *, length: int = 10) -> Trained:
-    """VPT-deep: `length` tokens of its own enter at every block and leave after it (eq. 6 and 7).
-
-    Of the hidden states that transformers records, only the first has them: it is what enters the first block.
-
-    Raises:
-        UnsuitableError: the blocks of this backbone cannot be given tokens.
-    """
+    """VPT-deep: tokens of its own enter at every block and leave after it (eq. 6 and 7)."""
     _check("vpt-deep", subject, length)
     blocks, at = subject.backbone.blocks, prefix_tokens(subject.inner)
     require_free(blocks, "prompt")

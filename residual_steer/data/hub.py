@@ -113,11 +113,7 @@ def splits(source: Source, config: str | None = None, *, cache: str | os.PathLik
 
 
 def one_split(source: Source, split: str, config: str | None = None) -> Any:
-    """Return one split of a data set, as a `datasets.Dataset` of plain Python values.
-
-    Raises:
-        SteerError: as `splits`; or it has no such split, or no row in it.
-    """
+    """Return one split of a data set, as a `datasets.Dataset` of plain Python values; raise if it has no row."""
     return _pick(splits(source, config), split, source)
 
 
