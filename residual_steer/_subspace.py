@@ -154,21 +154,18 @@ class Protection:
         self._near.clear()
 
     def __enter__(self) -> Protection:
-        """Protect until the end of the `with`; it has begun already."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
         self.remove()
 
     def _notice(self, *_: Any) -> None:
         """Before a step: warn of what was changed by others since the last one, beyond what a type can round."""
         strayed = []
         for name, linear in self._linears.items():
-            limit = max(_STRAYED, 4 * torch.finfo(linear.weight.dtype).eps)
-            if self._left.get(name) != _marks(linear) and self._protected[name].strayed(linear) > limit:
+            known, limit = self._protected[name], max(_STRAYED, 4 * torch.finfo(linear.weight.dtype).eps)
+            if self._left.get(name) != _marks(linear) and known.strayed(linear) > limit:
                 strayed.append(name)
-                known = self._protected[name]
                 self._protected[name] = Protected.of(linear, known.basis, known.shares)
         if strayed:
             warnings.warn(

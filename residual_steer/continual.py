@@ -186,19 +186,16 @@ class NullSpace:
             "left": ("left", self.left.values()),
             "share": ("energy protected, least of all tasks", [min(one.shares, default=None) for one in every]),
         }
-        title = f"Null space of field {self.name!r} after {self._counted()}, energy {self.energy:g}"
+        tasks = f"{self.tasks} task{'s' * (self.tasks != 1)}"
+        title = f"Null space of field {self.name!r} after {tasks}, energy {self.energy:g}"
         return table_of(title, columns, *notes, digits=6)
 
     def __str__(self) -> str:
-        """Write the report as text."""
         return str(self.report())
 
     def __repr__(self) -> str:
         left = self.left.values()
-        return f"<NullSpace of {self.name!r}: {self._counted()}, {min(left)} to {max(left)} dimensions left>"
-
-    def _counted(self) -> str:
-        return f"{self.tasks} task{'s' * (self.tasks != 1)}"
+        return f"<NullSpace of {self.name!r}: tasks {self.tasks}, {min(left)} to {max(left)} dimensions left>"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the protected directions, and what the field makes of them, as tensors and plain values."""

@@ -382,4 +382,4 @@ def test_the_report():
     assert "blocks.1.up" in text
     assert "Not protected, since it trains along with the field: head.weight, head.bias" in text
     assert not NullSpace(steered("timm-vit", bias=False)).report().notes
-    assert repr(space).startswith("<NullSpace of 'default': 1 task, ")
+    assert repr(space).startswith("<NullSpace of 'default': tasks 1, ")

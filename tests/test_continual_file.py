@@ -1,7 +1,9 @@
 """The state of a null space: it comes back as it was, and what does not belong or is damaged is refused."""
 
 import copy
+import functools
 import json
+import operator
 
 import pytest
 import safetensors.torch
@@ -73,35 +75,28 @@ def test_it_belongs_to_one_kind_of_field(other, match):
     assert there.report() == before
 
 
-def _set(path, value):
-    def change(state):
-        *way, last = path
-        for key in way:
-            state = state[key]
-        state[last] = value(state[last]) if callable(value) else value
-
-    return change
-
-
-DAMAGE = [
-    (_set(["format"], 2), "another version"),
-    (_set(["points"], []), "another version"),
-    (_set(["points", "blocks.0.up"], {}), r"blocks\.0\.up is damaged \(KeyError"),
-    (_set(["points", "blocks.0.up", "basis"], "text"), r"blocks\.0\.up is damaged"),
-    (_set(["points", "blocks.0.up", "basis"], lambda t: 2 * t), "not orthonormal"),
-    (_set(["points", "blocks.0.up", "basis"], lambda t: t * float("nan")), "not orthonormal"),
-    (_set(["points", "blocks.0.up", "basis"], torch.tensor(1.0)), "damaged|other sizes"),
-    (_set(["points", "blocks.0.up", "response"], lambda t: t * float("inf")), "not finite"),
-    (_set(["points", "blocks.0.up", "response"], lambda t: t[:, :1]), "other sizes"),
-    (_set(["points", "blocks.0.up", "shares"], [0.1, 0.2]), "different numbers of tasks"),
+ON = ("points", "blocks.0.up")
+DAMAGE = [  # where, what comes there or is made of what is there, and what the error says
+    (("format",), 2, "another version"),
+    (("points",), [], "another version"),
+    (ON, {}, r"blocks\.0\.up is damaged \(KeyError"),
+    ((*ON, "basis"), "text", r"blocks\.0\.up is damaged"),
+    ((*ON, "basis"), lambda t: 2 * t, "not orthonormal"),
+    ((*ON, "basis"), lambda t: t * float("nan"), "not orthonormal"),
+    ((*ON, "basis"), torch.tensor(1.0), r"blocks\.0\.up is damaged"),
+    ((*ON, "response"), lambda t: t * float("inf"), "not finite"),
+    ((*ON, "response"), lambda t: t[:, :1], "other sizes"),
+    ((*ON, "shares"), [0.1, 0.2], "different numbers of tasks"),
 ]
 
 
-@pytest.mark.parametrize(("change", "match"), DAMAGE)
-def test_what_is_damaged_is_refused(change, match):
+@pytest.mark.parametrize(("path", "value", "match"), DAMAGE)
+def test_what_is_damaged_is_refused(path, value, match):
     _, space = observed()
     state = copy.deepcopy(space.state_dict())
-    change(state)
+    *way, last = path
+    place = functools.reduce(operator.getitem, way, state)
+    place[last] = value(place[last]) if callable(value) else value
     with pytest.raises(rs.SteerError, match=match):
         space.load_state_dict(state)
     assert space.tasks == 1

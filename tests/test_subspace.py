@@ -110,16 +110,16 @@ def test_nothing_is_in_nothing_and_all_is_in_all():
 
 
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5),
-    "foreach": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5, foreach=True),
-    "fused": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.5, fused=True),
-    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.05, amsgrad=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
-    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05),
-    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.05, "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.5}),
+    "foreach": (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.5, "foreach": True}),
+    "fused": (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.5, "fused": True}),
+    "amsgrad": (torch.optim.AdamW, {"lr": 0.05, "amsgrad": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "weight_decay": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "adafactor": (torch.optim.Adafactor, {"lr": 0.05}),
+    "lbfgs": (torch.optim.LBFGS, {"lr": 0.1, "max_iter": 3}),
 }
 
 
@@ -157,7 +157,8 @@ def test_the_update_is_the_projected_one(kind, bias):
     free, bound = layer(bias), layer(bias)
     u = basis(inputs_of(bound), 3)
     outside = np.eye(len(u)) - (u @ u.t()).numpy()
-    optimizers = [OPTIMIZERS[kind](linear.parameters()) for linear in (free, bound)]
+    make, options = OPTIMIZERS[kind]
+    optimizers = [make(linear.parameters(), **options) for linear in (free, bound)]
     with Protection(optimizers[1], {"p": bound}, {"p": Protected.of(bound, u)}):
         before = matrix(bound)
         step(free, optimizers[0], 0)

@@ -224,12 +224,11 @@ def landscape(
         losses, own = _losses(pair, loader, over, points, ends[1] if together else None, loss)
     require_finite("the loss over the plane", losses)
     there, grid = losses[:2].tolist(), losses[2:].view(size, size).tolist()
-    frozen, adapted = (
-        Path(tuple(way[:, 0].tolist()), tuple(way[:, 1].tolist()), own[side], at)
-        for side, way, at in zip(SIDES, ways, there, strict=True)
+    paths = zip(ways.mT.tolist(), own, there, strict=True)
+    frozen, adapted = (Path(tuple(x), tuple(y), alone, at) for (x, y), alone, at in paths)
+    return Landscape(
+        over, tuple(across.tolist()), tuple(up.tolist()), tuple(map(tuple, grid)), frozen, adapted, together
     )
-    rows = tuple(map(tuple, grid))
-    return Landscape(over, tuple(across.tolist()), tuple(up.tolist()), rows, frozen, adapted, together)
 
 
 def _ways(pair: Pair, loader: Iterable[Any], over: Plane) -> Tensor:
@@ -249,12 +248,12 @@ def _ways(pair: Pair, loader: Iterable[Any], over: Plane) -> Tensor:
 
 def _losses(
     pair: Pair, loader: Iterable[Any], over: Plane, points: Tensor, mean: Tensor | None, loss: Loss | None
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, list[float]]:
     """Return the mean loss with the states at each of the points, `(points,)`, and those of both sides, unmoved.
 
     States are moved alike, so that their mean, whose coordinates are given, gets to the point; or each if it is None.
     """
-    backbone, total, own, weight = pair.backbones["adapted"], Sums(), dict.fromkeys(SIDES, 0.0), 0
+    backbone, total = pair.backbones["adapted"], Sums()
 
     def move(point: Tensor, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         states = exact(backbone.left(output).movedim(backbone.channels, -1))
@@ -266,11 +265,11 @@ def _losses(
         for side in SIDES:
             with pair.on(side) as model:
                 outcome = measure(model, batch.content, loss)
-                own[side] += float(outcome.loss) * outcome.weight
-        weight += outcome.weight
-        found = []
+            total.add(side, exact(outcome.loss) * outcome.weight)
+        total.add("weight", torch.tensor(outcome.weight))
+        moved = []
         for point in points:
             with watch([backbone.blocks[over.layer]], after=partial(move, point)):
-                found.append(measure(pair.models["adapted"], batch.content, loss).loss * outcome.weight)
-        total.add("moved", torch.stack(found))
-    return total["moved"] / weight, {side: each / weight for side, each in own.items()}
+                moved.append(measure(pair.models["adapted"], batch.content, loss).loss * outcome.weight)
+        total.add("moved", torch.stack(moved))
+    return total["moved"] / total["weight"], [float(total[side] / total["weight"]) for side in SIDES]
