@@ -162,7 +162,9 @@ def test_a_name_in_use_and_another_backbone_are_refused():
 
 
 @pytest.mark.parametrize(
-    "call", [rs.unsteer, rs.summary, rs.fields, rs.parameters, lambda model: rs.use(model, None)], ids=str
+    "call",
+    [rs.unsteer, rs.summary, rs.fields, rs.parameters, lambda model: rs.use(model, None)],
+    ids=["unsteer", "summary", "fields", "parameters", "use"],
 )
 def test_an_unsteered_model_is_refused(call):
     with pytest.raises(rs.SteerError, match=r"this GPT2LMHeadModel is not steered; call residual_steer\.steer"):
