@@ -152,7 +152,7 @@ def test_several_backbones_are_named():
 
 def test_a_shared_backbone_counts_once():
     model = TABLE["gpt2"].build()
-    assert rs.find_backbone(nn.ModuleDict({"one": model, "other": model})).path == "one.transformer"
+    assert rs.find_backbone(nn.ModuleDict({"one": model, "other": nn.Sequential(model)})).path == "one.transformer"
 
 
 def test_a_model_is_a_module():
