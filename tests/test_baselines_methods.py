@@ -168,8 +168,8 @@ class Bare(nn.Module):
         ("linear", "has none where timm or transformers keep theirs"),
         ("ssf", "calls none there"),
         ("lora", "here are none"),
-        ("adaptformer", "the sites of 'bare' are block.* 'parallel-adapter'"),
-        ("parallel-adapter", "the sites of 'bare' are block.* 'hres'"),
+        ("adaptformer", "sites of 'bare' are block.* 'parallel-adapter'"),
+        ("parallel-adapter", "sites of 'bare' are block.* 'hres'"),
         ("vpt-deep", "is a map of features or changes its width"),
         ("prompt", "'bare' has no such embeddings"),
         ("prefix", "cache of a language model"),
@@ -286,3 +286,13 @@ def test_parameters_made_in_inference_mode_train():
     with torch.inference_mode():
         applied(model, "vpt-deep")
     MODELS["timm-vit"].loss(model).backward()
+
+
+@pytest.mark.parametrize("method", ["prefix", "lora", "ssf", "prompt"])
+def test_every_module_keeps_its_mode(method):
+    model = MODELS["gpt2"].build().train()
+    model.transformer.h[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    after = {name: module.training for name, module in applied(model, method).named_modules()}
+    assert {name: after[name] for name in modes} == modes
+    assert not any(mode for name, mode in after.items() if name.startswith("transformer.h.1."))

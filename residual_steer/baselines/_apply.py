@@ -11,7 +11,7 @@ from torch import nn
 
 from residual_steer._checks import check_choice, check_options
 from residual_steer._controller import ATTRIBUTE, base_tensors
-from residual_steer.backbone import Backbone, Handle
+from residual_steer.backbone import Handle
 from residual_steer.config import match_train
 from residual_steer.errors import SteerError, UnsuitableError
 from residual_steer.steering import begin, steer
@@ -84,8 +84,14 @@ def apply(
     if method == "hres":
         return steer(model, arch, train=train, **options)
     if method in _FIELDS:
-        sites, defaults = _FIELDS[method]
-        site = _first_site(method, sites, state.backbone)
+        parts, defaults = _FIELDS[method]
+        sites = state.backbone.sites
+        site = next((part for part in parts if part in sites), None)
+        if site is None:
+            raise UnsuitableError(
+                f"{method!r} stands beside the {' or '.join(parts)} of a block; sites of {state.backbone.name!r} are "
+                f"{', '.join(sites)}. 'parallel-adapter' stands beside a mixer too, 'hres' beside any block."
+            )
         return steer(model, arch, site=site, activation="relu", train=train, **{**defaults, **options})
     subject = Subject(model, state.backbone, [tensor for tensor in opened if isinstance(tensor, nn.Parameter)])
     handles: list[Handle] = []
@@ -146,14 +152,3 @@ def _refuse_second(model: nn.Module) -> None:
             raise SteerError(f"one method at a time: {where} carries {vars(module)[_MARK][0]!r}. Take a fresh model.")
         if type(module).__module__.startswith("peft."):
             raise SteerError(f"one method at a time: {where} is PEFT's {type(module).__name__}. Take a fresh model.")
-
-
-def _first_site(method: str, sites: Sequence[str], backbone: Backbone) -> str:
-    """Return the first of `sites` that a backbone has."""
-    for site in sites:
-        if site in backbone.sites:
-            return site
-    raise UnsuitableError(
-        f"{method!r} stands beside the {' or '.join(sites)} of a block; the sites of {backbone.name!r} are "
-        f"{', '.join(backbone.sites)}. 'parallel-adapter' stands beside a mixer too, 'hres' beside any block."
-    )

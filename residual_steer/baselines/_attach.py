@@ -41,10 +41,6 @@ class Subject:
         blocks = self.backbone.blocks
         return all(any(isinstance(getattr(m, "A_log", None), Tensor) for m in block.modules()) for block in blocks)
 
-    def blocks(self, layers: Sequence[int] | None = None) -> dict[int, nn.Module]:
-        """Return the blocks that `layers` names, by index; None names all."""
-        return {index: self.backbone.blocks[index] for index in check_ranks(1, layers, len(self.backbone.blocks))}
-
 
 class Trained(NamedTuple):
     """What a method trains, and the paths of the modules that have to be called for it to have an effect."""
@@ -122,11 +118,11 @@ class Part(NamedTuple):
 
 
 def parts_of(subject: Subject, layers: Sequence[int] | None, wanted: Callable[[nn.Module], bool]) -> list[Part]:
-    """Return the modules inside the blocks that `wanted` takes."""
+    """Return the modules that `wanted` takes inside the blocks that `layers` names, None for all."""
     names = {id(module): name for name, module in subject.model.named_modules()}
     found = []
-    for index, block in subject.blocks(layers).items():
-        inside = list(block.named_modules())
+    for index in check_ranks(1, layers, len(subject.backbone.blocks)):
+        inside = list(subject.backbone.blocks[index].named_modules())
         silent = {f"{path}.{name}": way for path, module in inside for name, way in _bypassed_in(module).items()}
         for path, module in inside:
             if path and wanted(module):
