@@ -1,6 +1,5 @@
 """The mix at one point, against the sum of closed forms: algebra, rows, and what `use` takes."""
 
-import copy
 import math
 
 import numpy
@@ -268,19 +267,6 @@ def test_a_mix_can_be_asked_for_again_and_says_what_it_is(mix, words):
     assert Mix.parse(parsed.asked(), NAMES) == parsed
     assert parsed.asked() == mix
     assert str(parsed) == words
-
-
-def test_a_copy_of_a_mixed_model_is_mixed_alike_and_on_its_own():
-    model, z = pair(), stream(0)
-    rs.use(model, ["a", "b", None, "b"])
-    expected = model(z)
-    twin = copy.deepcopy(model)
-    rs.use(model, None)
-    assert torch.equal(twin(z), expected)
-    rs.use(twin, None)
-    rs.use(model, ["a", "b", None, "b"])
-    assert torch.equal(model(z), expected)
-    assert torch.equal(twin(z), 0.5 * z)
 
 
 def test_a_mix_follows_casts_without_losing_its_weights():
