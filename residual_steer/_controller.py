@@ -121,9 +121,10 @@ class Steering:
             made[index] = spec.build(index, self.backbone, device=execution_device(block), dtype=dtype)
         self.select(model, OFF)  # so that what the field begins with, and what is kept as the base's, is the base's
         try:
-            inside = {id(module) for block in self.backbone.blocks for _, module in base_modules(block)}
             self.specs[spec.name] = spec
-            self.heads.open(spec.name, spec.train, _base_entries(model), inside)
+            if spec.train:
+                inside = {id(module) for block in self.backbone.blocks for _, module in base_modules(block)}
+                self.heads.open(spec.name, spec.train, _base_entries(model), inside)
             for index, module in made.items():
                 place = (spec.site, index)
                 if place not in self.injectors:

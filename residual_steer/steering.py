@@ -340,7 +340,7 @@ class Fields(tuple[FieldInfo, ...]):
         raise SteerError(f"no field is called {key!r}; fields here: {', '.join(field.name for field in self)}.")
 
     def __contains__(self, field: object) -> bool:
-        return super().__contains__(field) or field in {each.name for each in self}
+        return super().__contains__(field) or field in [each.name for each in self]
 
     def __str__(self) -> str:
         """Print one line for every field."""

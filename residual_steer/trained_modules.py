@@ -86,16 +86,15 @@ class Heads:
         Raises:
             SteerError: rows cannot differ in what a field trained, or statistics cannot be summed.
         """
-        if not self.base:
-            return
         self._take_stock(entries)
         versions: dict[int, Versions] = {}  # by the id of the tensor in place, which may go by several names
         groups: dict[int, list[Entry]] = {}
         for entry in entries:
-            groups.setdefault(id(entry[3]), []).append(entry)
-            for name in mix.names if mix.rows is None else self.own:
-                if entry[0] in self.own.get(name, {}):
-                    versions.setdefault(id(entry[3]), {}).setdefault(name, self.own[name][entry[0]])
+            key, place = entry[0], id(entry[3])
+            groups.setdefault(place, []).append(entry)
+            for name in (mix.names if mix.rows is None else self.own) if key in self.base else ():
+                if key in self.own.get(name, {}):
+                    versions.setdefault(place, {}).setdefault(name, self.own[name][key])
         switched = {} if mix.rows is None else self._by_row(mix, entries, versions)
         weights = {} if mix.differs else dict(zip(mix.names, mix.table[0], strict=True))
         plan = []

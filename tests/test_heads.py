@@ -217,8 +217,11 @@ def test_statistics_go_on_after_a_cast_which_replaces_them(tmp_path):
 
 
 @torch.no_grad()
-def test_statistics_of_several_fields_are_not_summed():
-    model = two(VIT, normed(), train="head", names=["new"])
+def test_statistics_of_several_fields_are_not_summed_unless_they_are_equal():
+    model = two(VIT, normed(), train="head", names=["new", "newer"])
+    rs.use(model, {"new": 0.5, "newer": 0.5})
+    assert (model.head[0].running_mean == 0).all()
+    rs.use(model, "new")
     before = VIT.run(model)
     with pytest.raises(rs.SteerError, match=r"law, new have different values of head.0.running_mean"):
         rs.use(model, {"law": 0.5, "new": 0.5})
@@ -371,20 +374,22 @@ def test_a_refused_or_interrupted_addition_leaves_no_trace(tmp_path, monkeypatch
     model = two(VIT, train="head")
     rs.save(model, tmp_path)
     rs.use(model, {"law": 0.5})
-    before, select, calls = snapshot(model), Injector.select, []
+    before = snapshot(model)
+    for method, last in (("select", 4), ("add", 2)):
+        calls, act = [], getattr(Injector, method)
 
-    def failing(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return select(self, *args)
+        def failing(self, *args, calls=calls, act=act, last=last):
+            calls.append(1)
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            return act(self, *args)
 
-    monkeypatch.setattr(Injector, "select", failing)
-    with pytest.raises(KeyboardInterrupt):
-        rs.steer(model, name="new", rank=2, train="head")
-    monkeypatch.undo()
-    assert_as(model, before)
-    assert rs.summary(model).acting == {"law": 0.5}
+        monkeypatch.setattr(Injector, method, failing)
+        with pytest.raises(KeyboardInterrupt):
+            rs.steer(model, name="new", rank=2, train="head", site="mlp" if method == "add" else "block")
+        monkeypatch.undo()
+        assert_as(model, before)
+        assert rs.summary(model).acting == {"law": 0.5}
     model.head = nn.Linear(16, 7)
     before = snapshot(model)
     for call in (lambda: rs.steer(model, name="new"), lambda: rs.load(model, tmp_path, name="new")):
@@ -405,7 +410,7 @@ def test_steering_and_loading_in_inference_mode(tmp_path):
     assert all(p.grad is not None for p in rs.parameters(model))
 
 
-def test_leaving_after_an_exception_does_not_hide_it():
+def test_leaving_after_an_exception_does_not_hide_it_and_says_what_was_changed():
     model = two(VIT, train="head")
 
     def fail():
@@ -415,6 +420,9 @@ def test_leaving_after_an_exception_does_not_hide_it():
 
     with pytest.warns(UserWarning, match="was not restored: the model was changed"), pytest.raises(KeyError):
         fail()
+    model = two(VIT, train="head")
+    with pytest.raises(rs.SteerError, match="the model was changed"), rs.use(model, "law"):
+        model.head = nn.Linear(16, 7)
 
 
 def test_copies_and_casts_have_heads_of_their_own():
@@ -439,8 +447,10 @@ def test_copies_and_casts_have_heads_of_their_own():
 def test_a_model_that_was_changed_can_still_be_unsteered():
     model = two(GPT2, train="lm_head", names=["law"])
     model.resize_token_embeddings(VOCABULARY + 3)
-    with pytest.raises(rs.SteerError, match=r"lm_head.weight, which a field trains, is gone or has another shape"):
-        rs.use(model, None)
+    for call in (lambda: rs.use(model, None), lambda: rs.freeze(model)):
+        with pytest.raises(rs.SteerError, match=r"lm_head.weight, which a field trains, is gone or has another shape"):
+            call()
+    assert not rs.fields(model)["law"].frozen
     with pytest.warns(UserWarning, match=re.escape("lm_head.weight were not put back")):
         rs.unsteer(model)
     assert not any("steering_" in name for name, _ in model.named_modules())

@@ -1,8 +1,8 @@
 """The mix at one point, against the sum of closed forms: algebra, rows, and what `use` takes."""
 
-import copy
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,57 +11,23 @@ from torch import nn
 
 import residual_steer as rs
 from cases import closed_form
-from residual_steer import registry
 from residual_steer.field import ACTIVATIONS
-from residual_steer.routing import OFF, Mix, row_factor
+from residual_steer.routing import Mix, row_factor
 
 WIDTH, BATCH, LENGTH = 6, 4, 3
 NAMES = ("a", "b", "c", "d")
 
 
-class Scaled(nn.Module):
-    """Half of what comes in."""
+class Block(nn.Module):
+    """Half of what comes in, whatever its shape; its mixer is all there is to it."""
 
     def __init__(self):
         super().__init__()
+        self.mixer = nn.Sequential()
         self.weight = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, z):
-        return self.weight * z
-
-
-class Block(nn.Module):
-    """A block whose mixer is all there is to it, for streams of any shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.mixer = Scaled()
-
-    def forward(self, z):
-        return self.mixer(z)
-
-
-class Stack(nn.Module):
-    def __init__(self, channels=-1):
-        super().__init__()
-        self.blocks, self.channels = nn.ModuleList([Block()]), channels
-
-    def forward(self, z):
-        for block in self.blocks:
-            z = block(z)
-        return z
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _stacks():
-    families = dict(registry._families)
-
-    @rs.register_backbone("stack", matches=[f"{__name__}.Stack"])
-    def describe(model):
-        return rs.Backbone(blocks=model.blocks, width=WIDTH, channels=model.channels, mixer="mixer")
-
-    yield
-    registry._families = families
+        return self.weight * self.mixer(z)
 
 
 @st.composite
@@ -81,9 +47,10 @@ def field_sets(draw):
 
 def steered(fields, seed, channels=-1, **more):
     """Return a frozen model in fp64 whose fields have random weights."""
-    model = Stack(channels).double().eval()
+    model = nn.Sequential(Block()).double().eval()
+    described = rs.Backbone(blocks=list(model), width=WIDTH, channels=channels, mixer="mixer")
     for name, options in fields:
-        rs.steer(model, name=name, **options, **more)
+        rs.steer(model, described, name=name, **options, **more)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, _ in fields:
@@ -92,8 +59,13 @@ def steered(fields, seed, channels=-1, **more):
     return model
 
 
+def pair(more=(), **options):
+    """Return a model with a field `a` of rank 2 and one `b` of rank 3."""
+    return steered([("a", {"rank": 2}), ("b", {"rank": 3, **dict(more)})], 0, **options)
+
+
 def fields_of(model):
-    return dict(model.blocks[0].steering_block.fields.items())
+    return dict(model[0].steering_block.fields.items())
 
 
 weights = st.floats(-3, 3).filter(lambda w: abs(w) > 1e-3 or w == 0)
@@ -111,42 +83,19 @@ def near(actual, expected):
 
 @given(field_sets(), st.lists(weights, min_size=4, max_size=4), seeds)
 @quick
-def test_a_mix_moves_the_stream_by_the_weighted_sum_of_its_fields(fields, chosen, seed):
+def test_a_mix_moves_the_stream_by_the_weighted_sum_of_its_fields_in_whatever_order(fields, chosen, seed):
     model, z = steered(fields, seed), stream(seed)
     mix = {name: weight for (name, _), weight in zip(fields, chosen, strict=False)}
     rs.use(model, mix)
     expected = 0.5 * z
     for name, weight in mix.items():
         field = fields_of(model)[name]
-        expected = expected + weight * field.scale * field(z)
-    near(model(z), expected)
-
-
-@given(field_sets(), st.lists(weights, min_size=8, max_size=8), weights, seeds)
-@quick
-def test_the_move_is_linear_in_the_weights(fields, chosen, factor, seed):
-    model, z = steered(fields, seed), stream(seed)
-    names = [name for name, _ in fields]
-
-    def move(values):
-        with rs.use(model, dict(zip(names, values, strict=False))):
-            return model(z) - 0.5 * z
-
-    one, other = chosen[:4], chosen[4:]
-    both = [factor * x + y for x, y in zip(one, other, strict=True)]
-    near(move(both), factor * move(one) + move(other))
-
-
-@given(field_sets(), st.lists(weights, min_size=4, max_size=4), st.randoms(use_true_random=False), seeds)
-@quick
-def test_the_order_in_which_fields_are_named_does_not_matter(fields, chosen, chance, seed):
-    model, z = steered(fields, seed), stream(seed)
-    items = [(name, weight) for (name, _), weight in zip(fields, chosen, strict=False)]
-    rs.use(model, dict(items))
-    expected = model(z)
-    chance.shuffle(items)
-    rs.use(model, dict(items))
-    assert torch.equal(model(z), expected)
+        moved = closed_form(field, z) if (field.activation, field.up.bias is None) == ("gelu", False) else field(z)
+        expected = expected + weight * field.scale * moved
+    actual = model(z)
+    near(actual, expected)
+    rs.use(model, dict(reversed(mix.items())))
+    assert torch.equal(model(z), actual)
 
 
 @given(field_sets(), st.lists(st.integers(-1, 3), min_size=BATCH, max_size=BATCH), seeds)
@@ -173,33 +122,17 @@ def test_none_zero_weights_and_rows_of_none_are_the_identity(fields, seed):
         assert torch.equal(model(z), 0.5 * z)
 
 
-@given(field_sets(), weights, seeds)
-@quick
-def test_a_field_that_is_added_and_subtracted_is_gone(fields, weight, seed):
-    model, z = steered(fields, seed), stream(seed)
-    rs.steer(model, name="copy", **fields[0][1])
-    fields_of(model)["copy"].load_state_dict(fields_of(model)["a"].state_dict())
-    rest = {name: 0.5 for name, _ in fields[1:]}
-    rs.use(model, rest)
-    expected = model(z)
-    rs.use(model, {**rest, "a": weight, "copy": -weight})
-    near(model(z), expected)
-
-
 @pytest.mark.parametrize("shape", [(BATCH, WIDTH), (BATCH, 2, LENGTH, WIDTH), (BATCH, 0, WIDTH)])
 def test_streams_of_any_rank_are_routed_by_their_first_dimension(shape):
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3, "bias": False})], 0), torch.randn(shape).double()
+    model, z = pair({"bias": False}), torch.randn(shape).double()
     rs.use(model, ["a", None, "b", "b"])
-    actual = model(z)
-    for place, name in enumerate(["a", None, "b", "b"]):
-        move = 0 if name is None else fields_of(model)[name](z[place])
-        near(actual[place], 0.5 * z[place] + move)
+    for place, (name, row) in enumerate(zip(["a", None, "b", "b"], model(z), strict=True)):
+        near(row, 0.5 * z[place] + (0 if name is None else fields_of(model)[name](z[place])))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_channels_first_streams_are_mixed_too(layout):
-    options = [("a", {"rank": 2}), ("b", {"rank": 3, "activation": "tanh"})]
-    model, last = steered(options, 0, channels=1), steered(options, 0)
+    model, last = pair({"activation": "tanh"}, channels=1), pair({"activation": "tanh"})
     z = torch.randn(BATCH, WIDTH, 2, 3).double().to(memory_format=layout)
     for mix in ({"a": 0.5, "b": -2.0}, ["a", "b", None, "b"]):
         rs.use(model, mix)
@@ -207,13 +140,6 @@ def test_channels_first_streams_are_mixed_too(layout):
         actual = model(z)
         assert actual.stride() == z.stride()
         near(actual, last(z.movedim(1, -1)).movedim(-1, 1))
-
-
-def test_a_mix_against_the_closed_form_of_the_paper():
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 5})], 7), stream(7)
-    rs.use(model, {"a": 0.25, "b": -1.5})
-    fields = fields_of(model)
-    near(model(z), 0.5 * z + 0.25 * closed_form(fields["a"], z) - 1.5 * closed_form(fields["b"], z))
 
 
 def test_gradients_reach_every_field_of_a_mix_and_only_through_its_rows():
@@ -244,16 +170,16 @@ def test_dropout_is_each_fields_own():
 
 @torch.no_grad()
 def test_one_field_on_takes_the_path_of_one_field():
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
+    model, z = pair(), stream(0)
     rs.use(model, "a")
     expected = model(z)
-    for mix in ({"a": 1.0}, {"a": 1, "b": 0}, ["a"] * BATCH):
+    for mix in ({"a": 1.0}, {"a": 1, "b": 0}, {"a": numpy.float32(1)}, ["a"] * BATCH):
         rs.use(model, mix)
         assert torch.equal(model(z), expected)
 
 
 def test_rows_that_a_model_flattens_stay_with_their_field():
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
+    model, z = pair(), stream(0)
     rs.use(model, ["a", "b", None, "b"])
     flat, expected = z.repeat_interleave(3, 0), model(z).repeat_interleave(3, 0)
 
@@ -267,7 +193,7 @@ def test_rows_that_a_model_flattens_stay_with_their_field():
     def generate():
         return model(flat)
 
-    for call in (generate, lambda: model(flat), lambda: model.blocks[0](flat)):
+    for call in (generate, lambda: model(flat), lambda: model[0](flat)):
         with pytest.raises(rs.SteerError, match=r"has 4 rows, and this batch has 12"):
             call()
     rs.use(model, ["b"])
@@ -281,7 +207,7 @@ def test_rows_that_a_model_flattens_stay_with_their_field():
 @pytest.mark.parametrize("rows", [["a", "b", None], ["a"] * 3, [None] * 3, ["a", "b"] * 4])
 @pytest.mark.parametrize("site", ["block", "input"])
 def test_a_list_that_does_not_fit_the_batch_is_an_error_with_both_numbers(rows, site):
-    model = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0, site=site)
+    model = pair(site=site)
     rs.use(model, rows)
     with pytest.raises(rs.SteerError, match=rf"has {len(rows)} rows, and this batch has 4\. Give"):
         model(stream(0))
@@ -301,11 +227,9 @@ def test_a_row_stands_for_a_whole_number_of_rows(rows, batch):
     [
         ("e", r"names of fields of this model \(a, b\); received 'e'"),
         (["a", "e"], "received 'e'"),
-        ({"e": 1.0}, "received 'e'"),
         ({1: 1.0}, "received 1"),
         (["a", 1], "received 1"),
         ([], "an empty one"),
-        ((), "an empty one"),
         (7, "received 7"),
         (b"a", "received b'a'"),
         ({"a", "b"}, "a list with a name or None for every row"),
@@ -318,7 +242,7 @@ def test_a_row_stands_for_a_whole_number_of_rows(rows, batch):
     ],
 )
 def test_use_refuses_what_is_no_mix_and_keeps_what_was_selected(mix, message):
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
+    model, z = pair(), stream(0)
     rs.use(model, {"a": 0.5})
     expected = model(z)
     with pytest.raises(rs.SteerError, match=message):
@@ -327,77 +251,50 @@ def test_use_refuses_what_is_no_mix_and_keeps_what_was_selected(mix, message):
     assert torch.equal(model(z), expected)
 
 
-@pytest.mark.parametrize("mix", [None, "a", {"b": 2.0}, {"a": 1.0, "b": -0.5}, {}, ["a", None, "b", "b"], [None] * 4])
-def test_a_mix_can_be_asked_for_again(mix):
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        (None, "None"),
+        ("a", "a"),
+        ({"b": 0.5, "a": -1.0}, "{'a': -1.0, 'b': 0.5}"),
+        ({}, "{}"),
+        (["b", None, "b", "a"], "rows: 1 a, 2 b, 1 None"),
+        ([None] * 4, "rows: 4 None"),
+    ],
+)
+def test_a_mix_can_be_asked_for_again_and_says_what_it_is(mix, words):
     parsed = Mix.parse(mix, NAMES)
     assert Mix.parse(parsed.asked(), NAMES) == parsed
     assert parsed.asked() == mix
-
-
-def test_what_a_mix_says_of_itself():
-    assert str(OFF) == "None"
-    assert str(Mix.parse("a", NAMES)) == "a"
-    assert str(Mix.parse({"b": 0.5, "a": -1}, NAMES)) == "{'a': -1.0, 'b': 0.5}"
-    assert str(Mix.parse(["b", None, "b", "a"], NAMES)) == "rows: 1 a, 2 b, 1 None"
-
-
-def test_numbers_of_numpy_are_weights():
-    numpy = pytest.importorskip("numpy")
-    model = steered([("a", {"rank": 2})], 0)
-    rs.use(model, {"a": numpy.float32(0.5)})
-    assert rs.summary(model).acting == {"a": 0.5}
-
-
-def test_a_copy_of_a_mixed_model_is_mixed_alike_and_on_its_own():
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
-    rs.use(model, ["a", "b", None, "b"])
-    expected = model(z)
-    twin = copy.deepcopy(model)
-    rs.use(model, None)
-    assert torch.equal(twin(z), expected)
-    rs.use(twin, None)
-    rs.use(model, ["a", "b", None, "b"])
-    assert torch.equal(model(z), expected)
-    assert torch.equal(twin(z), 0.5 * z)
+    assert str(parsed) == words
 
 
 def test_a_mix_follows_casts_without_losing_its_weights():
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
+    model, z = pair(), stream(0)
     rs.use(model, {"a": 1 / 3, "b": 0.1})
     expected = model(z)
     model.to(torch.bfloat16)
     assert model(z.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(model(z.bfloat16()).double(), expected, rtol=0.05, atol=0.2)
-    tables = [block.steering_block.route.some.table for block in model.double().blocks]
+    tables = [block.steering_block.route.some.table for block in model.double()]
     assert torch.equal(tables[0], torch.tensor([[1 / 3, 0.1]], dtype=torch.float64))
 
 
 def test_a_part_that_gets_no_row_at_all_is_left_alone():
     """As an expert to which no token was sent."""
-    model = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0)
+    model = pair()
     for rows in (["a"], ["a", "b", None]):
         rs.use(model, rows)
         z = stream(0)[: len(rows)]
-        part = model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0][:0],))
+        part = model[0].register_forward_pre_hook(lambda _, args: (args[0][:0],))
         assert model(z).shape == (0, LENGTH, WIDTH)
         part.remove()
         with pytest.raises(rs.SteerError, match=f"has {len(rows)} rows, and this batch has 0"):
             model(stream(0)[:0])
 
 
-def test_a_mix_chosen_in_inference_mode_can_train():
-    model, z = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0), stream(0)
-    with torch.inference_mode():
-        rs.use(model, ["a", "b", None, "b"])
-        rs.thaw(model, "a")
-        rs.thaw(model, "b")
-        model(z)
-    model(z).sum().backward()
-    assert all(p.grad is not None for name in "ab" for p in rs.parameters(model, name))
-
-
 def test_selections_nest_and_come_back_after_an_exception():
-    model = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0)
+    model = pair()
     rs.use(model, {"a": 0.5, "b": 0.5})
 
     def fail():
@@ -415,7 +312,7 @@ def test_selections_nest_and_come_back_after_an_exception():
 
 
 def test_leaving_a_selection_does_not_bring_back_a_field_that_was_removed():
-    model = steered([("a", {"rank": 2}), ("b", {"rank": 3})], 0)
+    model = pair()
     rs.use(model, {"a": 0.5, "b": 0.5})
     with rs.use(model, None):
         rs.unsteer(model, "a")

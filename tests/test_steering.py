@@ -2,6 +2,7 @@
 
 import cProfile
 import pstats
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -220,6 +221,7 @@ def test_fields_lists_rank_site_layers_parameters_and_state():
     assert "art" in found
     assert found[1] in found
     assert "sport" not in found
+    assert replace(found[1], scale=2.0) not in found
     assert found[1:]["news"] == found[-1]
     with pytest.raises(rs.SteerError, match=r"no field is called 'sport'; fields here: law, art, news"):
         found["sport"]

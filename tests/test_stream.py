@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import randomise
+from cases import CASES, randomise
 from residual_steer.backbone import replace_stream
+from residual_steer.stream import class_token, prefix_tokens
 from streams import Block
 
 IDS = torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))
@@ -128,20 +129,14 @@ def test_a_padded_batch_is_an_example_and_a_description_by_hand_is_prepared():
     assert rs.unsteer(model).encoder.use_nested_tensor is True
 
 
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, z):
-        for block in self.body:
-            z = block(z)
-        return z
+def stack():
+    blocks = nn.Sequential(Block(), Block())
+    return randomise(rs.steer(blocks, rs.Backbone(blocks=list(blocks), width=8), rank=2))
 
 
 @layouts
 def test_nested_and_jagged_streams_are_moved_as_each_row_is(layout):
-    model = randomise(rs.steer(Stack(), rank=2))
+    model = stack()
     rs.steer(model, rank=3, name="other")
     randomise(model, std=0.5)
     for chosen in ("other", {"default": 0.5, "other": -1.0}, ["default", "other", None]):
@@ -158,7 +153,7 @@ def test_nested_and_jagged_streams_are_moved_as_each_row_is(layout):
 
 @layouts
 def test_a_field_learns_from_nested_rows(layout):
-    model = randomise(rs.steer(Stack(), rank=2))
+    model = stack()
     losses = [sum(row.square().sum() for row in model(torch.nested.as_nested_tensor(ROWS, layout=layout)).unbind())]
     losses.append(sum(model(z[None]).square().sum() for z in ROWS))
     one, other = (torch.autograd.grad(loss, rs.parameters(model)) for loss in losses)
@@ -171,3 +166,14 @@ def test_a_stream_that_is_query_key_and_value_is_replaced_as_all_three():
     args, kwargs = replace_stream((z, z), {"value": z, "mask": other}, lambda z: z + 1)
     assert [x.sum().item() for x in (*args, kwargs["value"], kwargs["mask"])] == [6, 6, 6, 0]
     assert args[0] is args[1] is kwargs["value"]
+
+
+@pytest.mark.parametrize(
+    ("name", "classed", "count"),
+    [("gpt2", False, 0), ("timm-vit", True, 1), ("hf-vit", True, 1), ("hf-deit", True, 2), ("hf-swin", False, 0)],
+)
+def test_tokens_in_front_of_an_images_are_counted(name, classed, count):
+    model = next(case for case in CASES if case.name == name).build()
+    assert (class_token(model), prefix_tokens(model)) == (classed, count)
+    model.register_parameter("register_tokens", nn.Parameter(torch.zeros(1, 3, 8)))
+    assert prefix_tokens(model) == count + (0 if name.startswith("timm") else 3), "timm counts its own"
