@@ -143,8 +143,7 @@ def _look(pair: Pair, side: str, batch: Batch, keys: bool) -> list[Attention]:
                 "decoder that attends to it. Steer and measure one of them: model.get_encoder()."
             )
         for index, block in enumerate(backbone.blocks):
-            stack.enter_context(watch([block], functools.partial(seen.enter, index), first=True))
-            stack.enter_context(watch([block], after=seen.leave))
+            stack.enter_context(watch([block], functools.partial(seen.enter, index), seen.leave, first=True))
         for context in (_of_transformers(model, backbone, seen), _of_timm(model, seen), seen):
             stack.enter_context(context)
         batch.run(model)

@@ -154,9 +154,7 @@ def _steps(pair: Pair, side: str, batch: Batch) -> list[_Step]:
     with pair.on(side) as model, contextlib.ExitStack() as stack:
         for name in _FUSED:
             stack.enter_context(changed([mixer for _, mixer in mixers if hasattr(mixer, name)], name, False))
-        for _, mixer in mixers:
-            stack.enter_context(watch([mixer], seen.enter, first=True))
-            stack.enter_context(watch([mixer], after=seen.leave))
+        stack.enter_context(watch([mixer for _, mixer in mixers], seen.enter, seen.leave, first=True))
         stack.enter_context(seen)
         batch.run(model)
         steps = [_Step(index, _delta(mixer, seen, batch.rows), _decay(mixer)) for index, mixer in mixers]
