@@ -7,15 +7,20 @@ from torch.utils.data import DataLoader, TensorDataset
 import residual_steer as rs
 
 
+class Stop(Exception):
+    """A run was cut off."""
+
+
 def classifier(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
 
 
-def pairs(rows=24, batch=8, shuffle=True):
+def pairs(rows=24, batch=8, shuffle=True, **more):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, 4, generator=generator)
-    return DataLoader(TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0)), batch, shuffle=shuffle)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    return DataLoader(TensorDataset(x, y), batch, shuffle=shuffle, **more)
 
 
 def weights(model):
@@ -28,3 +33,15 @@ def same(one, other):
 
 def fit(model, train, *args, **options):
     return rs.fit(model, train, *args, **{"steps": 6, "progress": False, **options})
+
+
+def stopping_at(module, call):
+    """Cut a run off when a module is called for the so manieth time."""
+    calls = []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise Stop
+
+    return module.register_forward_hook(stop)

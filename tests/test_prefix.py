@@ -1,6 +1,5 @@
 """The frozen prefix computed once: the same losses, and a refusal with a reason where they would not be the same."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,36 +7,40 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import residual_steer as rs
-from cases import CASES, LENGTH, VOCABULARY
+from cases import CASES, LENGTH, RANK, VOCABULARY
 from residual_steer.training import next_token_loss
-from runs import fit
+from runs import Stop, fit, same, stopping_at, weights
 
 TABLE = {case.name: case for case in CASES}
+GPT2, VIT = TABLE["gpt2"], TABLE["timm-vit"]
 STEPS = 12  # of four batches an epoch
+STREAMS = 16 * LENGTH * 16 * 4  # bytes of what leaves one block of GPT-2 for all rows
 
 
 class Texts(Dataset):
-    """Sixteen windows of tokens."""
+    """Sixteen windows of tokens; with noise another one in every reading, or drifting on from the second epoch."""
 
-    def __init__(self, rows=16, noise=False):
+    def __init__(self, rows=16, noise=False, drift=False):
         self.ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(5))
-        self.noise = noise
+        self.noise, self.drift, self.reads = noise, drift, 0
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
+        self.reads += 1
         ids = self.ids[index]
         ids = torch.where(torch.rand(LENGTH) < 0.3, 4, ids) if self.noise else ids
+        ids = (ids + max(0, self.reads - 17) // 16) % VOCABULARY if self.drift else ids
         return {"input_ids": ids, "labels": ids}
 
 
 class Images(Dataset):
-    def __init__(self, rows=16):
-        self.x = torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    def __init__(self):
+        self.x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
     def __len__(self):
         return len(self.x)
@@ -46,19 +49,22 @@ class Images(Dataset):
         return self.x[index], index % 3
 
 
-def loader(case, **more):
-    return DataLoader(Images() if "vit" in case.name else Texts(), batch_size=4, shuffle=True, **more)
+def loader(case=GPT2):
+    return DataLoader(Images() if "vit" in case.name else Texts(), batch_size=4, shuffle=True)
 
 
-def steered(case, **more):
+def steered(case=GPT2, change=None, **more):
     model = case.build()
     torch.manual_seed(0)
-    return rs.steer(model, **{"rank": 4, "layers": [1], **more})
+    rs.steer(model, **{"rank": 4, "layers": [1], **more})
+    if change is not None:
+        change(model)
+    return model
 
 
-def with_frozen(case, weight, **where):
+def with_frozen(weight, **where):
     """A frozen field of some strength, and one beside the upper block that trains."""
-    model = steered(case, name="frozen", **where)
+    model = steered(name="frozen", **where)
     with torch.no_grad():
         for parameter in rs.parameters(model):
             parameter.copy_(torch.linspace(-0.5, 0.5, parameter.numel()).view_as(parameter))
@@ -69,70 +75,115 @@ def with_frozen(case, weight, **where):
     return model
 
 
-def train(case, model=None, data=None, **options):
+def training(part, case=GPT2):
+    """A model without a field, of which a part trains."""
+    model = case.build()
+    model.get_submodule(part).requires_grad_(True)
+    return model
+
+
+def train(model, case=GPT2, data=None, **options):
     loss = next_token_loss if case.name.startswith("mamba_ssm") else None
-    return fit(model or steered(case), data or loader(case), steps=STEPS, lr=0.03, log_every=1, loss=loss, **options)
+    return fit(
+        model,
+        loader(case) if data is None else data,
+        **{"steps": STEPS, "lr": 0.03, "log_every": 1, "loss": loss, **options},
+    )
 
 
 def losses(history):
     return torch.tensor([record["loss"] for record in history.train])
 
 
+def compare(make, case=GPT2, cache_prefix=True, rtol=1e-4, **options):
+    """Train a model with a cache and one without, which has to make no difference; return what the cache did."""
+    expected = train(make(), case, **options)
+    found = train(make(), case, cache_prefix=cache_prefix, **options)
+    torch.testing.assert_close(losses(found), losses(expected), rtol=rtol, atol=rtol / 10)
+    assert expected.cache is None
+    return found.cache
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "gpt2", "mamba", "mamba2", "mamba_ssm-1", "mamba_ssm-2"])
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_losses_are_those_without_a_cache(name, place, tmp_path):
-    case = TABLE[name]
-    expected = losses(train(case))
-    assert expected[-4:].mean() < expected[:4].mean()
-    runs = []
-    for mixer in case.modules(model := steered(case), "mixer"):
-        mixer.register_forward_pre_hook(lambda *_, mixer=mixer: runs.append(mixer))
-    history = train(case, model, cache_prefix=True if place == "memory" else tmp_path / "streams")
-    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
-    cache = history.cache
+    case, models, runs = TABLE[name], [], []
+
+    def make():
+        models.append(steered(case))
+        runs.clear()
+        for mixer in case.modules(models[-1], "mixer"):
+            mixer.register_forward_pre_hook(lambda *_, mixer=mixer: runs.append(mixer))
+        return models[-1]
+
+    cache = compare(make, case, cache_prefix=True if place == "memory" else tmp_path / "streams")
     assert (cache["blocks"], cache["rows"], cache["hits"], cache["misses"]) == (1, 16, 8, 4)
-    frozen, upper = case.modules(model, "mixer")
+    frozen, upper = case.modules(models[1], "mixer")
     assert runs.count(frozen) == 4 + 2 + 1  # an epoch, the two runs of the check, the proof
     assert runs.count(upper) == runs.count(frozen)  # only the field beside it runs again
-    assert "forward" not in case.modules(model, "block")[0].__dict__
+    assert "forward" not in vars(case.modules(models[1], "block")[1])
 
 
-OTHERWISE = {
-    "a field inside it": {"site": "mixer"},
-    "a field before it": {"site": "input"},
-    "a part of it that trains": {"train": ["transformer.h.1.ln_1"]},
+def leaning(block):
+    """Let what a block's feed-forward computes for a row lean a little on the other rows of its batch."""
+    block.mlp.register_forward_hook(lambda _, args, out: out + 0.1 * out.mean(0, keepdim=True))
+
+
+def drop_path(block, rate=0.01):
+    from timm.layers import DropPath
+
+    block.drop_path1 = DropPath(rate)  # with so small a rate, two runs over four rows mostly agree
+
+
+ABOVE = {  # why what the first steered block computes is no constant, or is not kept
+    "a field inside it": (GPT2, lambda: steered(site="mixer"), {}),
+    "a field before it": (GPT2, lambda: steered(site="input"), {}),
+    "a part of it that trains": (GPT2, lambda: steered(train=["transformer.h.1.ln_1"]), {}),
+    "dropout in it": (GPT2, lambda: steered(change=lambda m: setattr(m.transformer.h[1].mlp.dropout, "p", 0.5)), {}),
+    "a rare drop of its path": (VIT, lambda: steered(VIT, lambda m: drop_path(m.blocks[1])), {"seed": 2}),
+    "rows that lean on their batch": (GPT2, lambda: steered(change=lambda m: leaning(m.transformer.h[1])), {}),
+    "no room": (GPT2, steered, {"cache_limit": STREAMS * 1.5 / 2**30}),
 }
 
 
-@pytest.mark.parametrize("why", [*OTHERWISE, "dropout in it", "no room"])
+@pytest.mark.parametrize("why", ABOVE)
 def test_the_first_steered_block_is_computed_where_it_is_no_constant(why):
-    case = TABLE["gpt2"]
-
-    def model():
-        found = steered(case, **OTHERWISE.get(why, {}))
-        if why == "dropout in it":
-            found.transformer.h[1].mlp.dropout.p = 0.5
-        return found
-
-    row = LENGTH * 16 * 4
-    limit = {"cache_limit": 16 * row * 1.5 / 2**30} if why == "no room" else {}
-    expected = losses(train(case, model()))
+    case, make, options = ABOVE[why]
     runs = []
-    cached = model()
-    cached.transformer.h[1].attn.register_forward_pre_hook(lambda *_: runs.append(1))
-    history = train(case, cached, cache_prefix=True, **limit)
-    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
-    assert history.cache["hits"] == 8
-    assert history.cache["bytes"] == 16 * row
+
+    def counted():
+        model = make()
+        runs.clear()
+        case.modules(model, "mixer")[1].register_forward_pre_hook(lambda *_: runs.append(1))
+        return model
+
+    cache = compare(counted, case, **options)
+    assert cache["hits"] == 8
     assert len(runs) >= STEPS
+    if why != "rows that lean on their batch":  # which is found out when they are read again
+        assert cache["bytes"] == (STREAMS if case is GPT2 else 16 * 5 * 16 * 4)
+
+
+def test_a_loss_that_looks_into_the_first_steered_block_computes_it():
+    def peeking(model, batch):
+        seen.clear()
+        return model(**batch).loss + seen[0].abs().mean()
+
+    def make():
+        model = steered()
+        model.transformer.h[1].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
+        return model
+
+    seen = []
+    assert compare(make, loss=peeking)["hits"] == 8
 
 
 class Adding(nn.Module):
     """A block that works in place: x += mlp(x)."""
 
-    def __init__(self, width):
+    def __init__(self):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
 
     def forward(self, x):
         x += self.mlp(x)
@@ -140,10 +191,10 @@ class Adding(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, width=8):
+    def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Adding(width) for _ in range(3))
-        self.head = nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(Adding() for _ in range(3))
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x):
         x = x * 1.0
@@ -153,11 +204,10 @@ class Stack(nn.Module):
 
 
 def test_what_enters_a_block_that_works_in_place_is_kept_as_it_entered():
-    def model():
+    def make():
         torch.manual_seed(0)
         found = Stack()
-        backbone = rs.Backbone(blocks=list(found.blocks), width=8, inplace=True)
-        rs.steer(found, backbone, rank=4, layers=[1])
+        rs.steer(found, rs.Backbone(blocks=list(found.blocks), width=8, inplace=True), rank=4, layers=[1])
         with torch.no_grad():
             for index, parameter in enumerate(rs.parameters(found)):
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).roll(index))
@@ -165,259 +215,146 @@ def test_what_enters_a_block_that_works_in_place_is_kept_as_it_entered():
 
     rows = torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(1))
     data = [(rows[i : i + 4], torch.arange(4) % 3) for i in range(0, 16, 4)]
-    runs = [fit(model(), data, steps=12, lr=0.1, log_every=1, cache_prefix=cache) for cache in (False, True)]
-    torch.testing.assert_close(*map(losses, runs), rtol=1e-5, atol=1e-6)
-    assert runs[1].cache["hits"] == 8
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_rare_drop_of_a_path_is_noticed(seed):
-    """With a rate of 0.01, two runs over four rows mostly agree."""
-    from timm.layers import DropPath
-
-    case = TABLE["timm-vit"]
-
-    def model(block):
-        found = steered(case)
-        found.blocks[block].drop_path1 = DropPath(0.01)
-        return found
-
-    refused(case, "is random", model(0))
-    runs = [train(case, model(1), seed=seed, cache_prefix=cache) for cache in (False, True)]
-    torch.testing.assert_close(*map(losses, runs), rtol=1e-4, atol=1e-5)
-    assert runs[0].cache is None
-    assert runs[1].cache["hits"] == 8
-    assert runs[1].cache["bytes"] == 16 * 5 * 16 * 4  # what leaves the frozen block: five tokens
-
-
-def leaning(block):
-    """Let what a block's feed-forward computes for a row lean a little on the other rows of its batch."""
-    block.mlp.register_forward_hook(lambda _, args, out: out + 0.1 * out.mean(0, keepdim=True))
-
-
-def test_rows_that_lean_on_their_batch_are_noticed_where_the_loss_hardly_tells():
-    case = TABLE["gpt2"]
-    below = steered(case)
-    leaning(below.transformer.h[0])
-    with pytest.raises(rs.SteerError, match="Rows depend on each other"):
-        train(case, below, cache_prefix=True)
-    runs, calls = [], []
-    for cache in (False, True):
-        model = steered(case)
-        leaning(model.transformer.h[1])
-        model.transformer.h[1].mlp.register_forward_hook(lambda *_: calls.append(1))
-        runs.append(train(case, model, cache_prefix=cache))
-    torch.testing.assert_close(*map(losses, runs), rtol=1e-6, atol=1e-6)
-    assert runs[1].cache["hits"] == 8
-    assert len(calls) >= 2 * STEPS
-
-
-def test_a_loss_that_looks_into_the_first_steered_block_computes_it():
-    case = TABLE["gpt2"]
-
-    def run(**options):
-        model, seen = steered(case), []
-        model.transformer.h[1].mlp.register_forward_hook(lambda _, args, out: seen.append(out))
-
-        def peeking(model, batch):
-            seen.clear()
-            return model(**batch).loss + seen[0].abs().mean()
-
-        return fit(model, loader(case), steps=STEPS, lr=0.03, log_every=1, loss=peeking, **options)
-
-    history = run(cache_prefix=True)
-    torch.testing.assert_close(losses(history), losses(run()), rtol=1e-4, atol=1e-5)
-    assert history.cache["hits"] == 8
+    assert compare(make, data=data, rtol=1e-5, lr=0.1)["hits"] == 8
 
 
 def test_data_that_do_not_tell_their_number_keep_what_leaves_the_frozen_blocks_alone():
-    case = TABLE["gpt2"]
-
-    class Stream(torch.utils.data.IterableDataset):
+    class Stream(IterableDataset):
         def __iter__(self):
             return iter([Texts()[i] for i in range(16)])
 
-    history = fit(steered(case), DataLoader(Stream(), 4), steps=STEPS, lr=0.03, cache_prefix=True)
-    assert history.cache["hits"] == 8
-    assert history.cache["bytes"] == 16 * LENGTH * 16 * 4
-
-
-def test_another_first_steered_block_never_reads_a_stale_cache(tmp_path):
-    """Nothing but its code differs, of which no tensor and no configuration tells."""
-    case = TABLE["timm-vit"]
-
-    def run(act, **options):
-        model = steered(case)
-        model.blocks[1].mlp.act = act()
-        return train(case, model, **options)
-
-    for act in (nn.GELU, nn.ReLU):
-        history = run(act, cache_prefix=tmp_path)
-        assert history.cache["misses"] == 4
-        torch.testing.assert_close(losses(history), losses(run(act)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_frozen_field_inside_the_first_steered_block_is_no_constant_of_the_weights(tmp_path):
-    """Its strength is in no tensor; so the block is computed, and a folder serves every strength."""
-    case = TABLE["gpt2"]
-
-    def run(weight, **options):
-        return train(case, with_frozen(case, weight, site="mixer"), **options)
-
-    for weight in (1.0, -1.0):
-        history = run(weight, cache_prefix=tmp_path)
-        torch.testing.assert_close(losses(history), losses(run(weight)), rtol=1e-4, atol=1e-5)
-    assert history.cache["bytes"] == 16 * LENGTH * 16 * 4
+    cache = compare(steered, data=DataLoader(Stream(), 4))
+    assert (cache["hits"], cache["bytes"]) == (8, STREAMS)
 
 
 def test_a_head_alone_needs_no_block_at_all():
-    case = TABLE["timm-vit"]
-
-    def probe():
-        model = case.build()
-        model.head.requires_grad_(True)
-        return model
-
-    expected = losses(train(case, probe()))
-    history = train(case, probe(), cache_prefix=True)
-    torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
-    assert history.cache["blocks"] == 2
-
-
-def test_a_run_reads_what_an_earlier_one_left_on_disk(tmp_path):
-    case = TABLE["gpt2"]
-    first = train(case, cache_prefix=tmp_path)
-    again = train(case, cache_prefix=str(tmp_path), seed=3)
-    assert (again.cache["hits"], again.cache["misses"]) == (STEPS, 0)
-    assert len(list(tmp_path.iterdir())) == 1
-    torch.testing.assert_close(losses(again), losses(train(case, seed=3)), rtol=1e-4, atol=1e-5)
-    assert (
-        first.cache["bytes"] == again.cache["bytes"] == 16 * LENGTH * 16 * 4 * 2
-    )  # what leaves the frozen block, and the next one's own
-
-
-@pytest.mark.parametrize("change", ["weights", "depth", "precision"])
-def test_another_backbone_never_reads_a_stale_cache(change, tmp_path):
-    case = TABLE["gpt2"]
-    train(case, cache_prefix=tmp_path)
-    if change == "weights":
-        model = steered(case)
-        with torch.no_grad():
-            model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-3
-        history = train(case, model, cache_prefix=tmp_path)
-    elif change == "depth":
-        model = case.build()
-        model.transformer.ln_f.requires_grad_(True)
-        history = train(case, model, cache_prefix=tmp_path)
-    else:
-        history = train(case, cache_prefix=tmp_path, precision="bf16")
-    assert history.cache["misses"] == 4
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_precision_that_accelerate_was_told_is_another_cache(tmp_path, monkeypatch):
-    case = TABLE["gpt2"]
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    train(case, cache_prefix=tmp_path)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    history = train(case, cache_prefix=tmp_path)
-    assert history.cache["misses"] == 4
-    torch.testing.assert_close(losses(history), losses(train(case)), rtol=1e-4, atol=1e-5)
-
-
-def test_new_rows_are_computed_and_kept(tmp_path):
-    case = TABLE["gpt2"]
-    train(case, data=DataLoader(Texts(8), 4), cache_prefix=tmp_path)
-    history = train(case, data=DataLoader(Texts(16), 4), cache_prefix=tmp_path)
-    torch.testing.assert_close(losses(history), losses(train(case, data=DataLoader(Texts(16), 4))))
-    assert history.cache["rows"] == 16
+    assert compare(lambda: training("head", VIT), VIT)["blocks"] == 2
 
 
 def test_mixed_precision_keeps_its_streams():
-    case = TABLE["gpt2"]
-    expected = losses(train(case, precision="bf16"))
-    history = train(case, precision="bf16", cache_prefix=True)
-    torch.testing.assert_close(losses(history), expected, rtol=2e-2, atol=2e-2)
-    assert history.cache["hits"] == 8
-
-
-def test_dropout_above_stays_what_it_was():
-    case = TABLE["gpt2"]
-
-    def model():
-        found = steered(case, dropout=0.5)
-        found.transformer.h[1].mlp.dropout.p = 0.5
-        return found
-
-    expected = losses(train(case, model()))
-    torch.testing.assert_close(losses(train(case, model(), cache_prefix=True)), expected, rtol=1e-4, atol=1e-5)
+    assert compare(steered, precision="bf16", rtol=2e-2)["hits"] == 8
 
 
 def test_running_statistics_of_what_trains_are_not_disturbed_by_the_checks():
-    case = TABLE["timm-vit"]
+    models = []
 
-    def model():
-        found = case.build()
+    def make():
+        model = VIT.build()
         torch.manual_seed(0)
-        found.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
-        return rs.steer(found, rank=4, layers=[1], train="head")
+        model.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
+        models.append(rs.steer(model, rank=4, layers=[1], train="head"))
+        return model
 
-    plain, cached = model(), model()
-    train(case, plain)
-    train(case, cached, cache_prefix=True)
+    compare(make, VIT)
+    plain, cached = models
     assert cached.head[0].num_batches_tracked == plain.head[0].num_batches_tracked == STEPS
     torch.testing.assert_close(cached.head[0].running_mean, plain.head[0].running_mean, rtol=1e-4, atol=1e-5)
 
 
-def refused(case, message, model=None, data=None, **options):
-    model = model or steered(case)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    own = [name for name, module in model.named_modules() if "forward" in module.__dict__]
+def nudge(model):
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] += 1e-3
+
+
+def activate(act):
+    """Nothing but its code differs, of which no tensor and no configuration tells."""
+    return lambda model: setattr(model.blocks[1].mlp, "act", act())
+
+
+OTHERS = {  # pairs of runs of which the second one may not read what the first one kept
+    "weights": (GPT2, [(steered, {}), (lambda: steered(change=nudge), {})]),
+    "depth": (GPT2, [(steered, {}), (lambda: training("transformer.ln_f"), {})]),
+    "precision": (GPT2, [(steered, {"precision": "bf16", "rtol": 2e-2}), (steered, {})]),
+    "a frozen field's strength": (GPT2, [(lambda w=w: with_frozen(w, layers=[0]), {}) for w in (1.0, -1.0)]),
+    "the code above": (VIT, [(lambda a=a: steered(VIT, activate(a)), {}) for a in (nn.GELU, nn.ReLU)]),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_backbone_never_reads_a_stale_cache(what, tmp_path):
+    case, runs = OTHERS[what]
+    for make, options in runs:
+        assert compare(make, case, cache_prefix=tmp_path, **options)["misses"] == 4
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_precision_that_accelerate_was_told_is_another_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(steered(), cache_prefix=tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert compare(steered, cache_prefix=tmp_path)["misses"] == 4
+
+
+def test_a_frozen_field_inside_the_first_steered_block_is_no_constant_of_the_weights(tmp_path):
+    """Its strength is in no tensor; so the block is computed, and a folder serves every strength."""
+    for weight in (1.0, -1.0):
+        cache = compare(lambda weight=weight: with_frozen(weight, site="mixer"), cache_prefix=tmp_path)
+    assert (cache["bytes"], cache["misses"]) == (STREAMS, 0)
+
+
+def test_a_run_reads_what_an_earlier_one_left_on_disk(tmp_path):
+    first = train(steered(), cache_prefix=tmp_path).cache
+    again = compare(steered, cache_prefix=str(tmp_path), seed=3)
+    assert (again["hits"], again["misses"]) == (STEPS, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert first["bytes"] == again["bytes"] == 2 * STREAMS  # what leaves the frozen block, and the next one's own
+
+
+def test_new_rows_are_computed_and_kept(tmp_path):
+    train(steered(), data=DataLoader(Texts(8), 4), cache_prefix=tmp_path)
+    assert compare(steered, data=DataLoader(Texts(16), 4), cache_prefix=tmp_path)["rows"] == 16
+
+
+def dropping(model):
+    model.transformer.h[0].mlp.dropout.p = 0.2
+
+
+def compiling(model):
+    model.transformer.h[1] = torch.compile(model.transformer.h[1], backend="eager")
+
+
+def twice(model, batch):
+    return model(**batch).loss + model(**batch).loss
+
+
+REFUSED = [
+    (lambda: steered(layers=None), {}, "here the first block trains"),
+    (lambda: steered(train="lm_head"), {}, r"lm_head.weight|transformer.wte.weight trains, and the frozen"),
+    (lambda: steered(change=dropping), {}, r"is random.*below block 1 \(transformer.h.0.mlp.dropout\)"),
+    (lambda: steered(change=lambda m: leaning(m.transformer.h[0])), {}, "Rows depend on each other"),
+    (lambda: steered(change=compiling), {}, "a compiled model does not ask"),
+    (lambda: steered(change=lambda m: m.transformer.h[0].compile(backend="eager")), {}, "a compiled model does not"),
+    (lambda: nn.Linear(3, 3), {}, "no known backbone"),
+    (steered, {"data": DataLoader(Texts(noise=True), 4)}, "are augmented"),
+    (steered, {"data": [{**Texts()[0], "use_cache": False}]}, r"in its first dimension, here 7; this batch has False"),
+    (steered, {"cache_limit": 1e-6}, r"16 rows, 448 bytes each, would take .*`cache_limit` is 1e-06"),
+    (steered, {"loss": twice}, "this one called it, or the model its frozen blocks, 2 times"),
+    (steered, {"loss": lambda model, batch: rs.parameters(model)[0].sum()}, "did not reach its blocks"),
+    *((steered, {"cache_prefix": value}, f"False or a folder; received {value!r}") for value in (3, "", None)),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED, ids=[message[:30] for _, _, message in REFUSED])
+def test_a_refusal_names_its_reason_and_changes_nothing(make, options, message):
+    model = make()
+    before, seams = weights(model), {"forward", "_compiled_call_impl"}
+    own = [seams & set(vars(module)) for module in model.modules()]
     with pytest.raises(rs.SteerError, match=message):
-        train(case, model, data, **{"cache_prefix": True, **options})
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert [name for name, module in model.named_modules() if "forward" in module.__dict__] == own
+        train(model, **{"cache_prefix": True, **options})
+    assert own == [seams & set(vars(module)) for module in model.modules()]
+    if "depend on each other" not in message:  # which is found out in the second epoch
+        assert same(weights(model), before)
 
 
-def test_refusals_name_their_reason():
-    gpt2 = TABLE["gpt2"]
-    refused(gpt2, "here the first block trains", steered(gpt2, layers=None))
-    refused(gpt2, r"lm_head.weight|transformer.wte.weight trains, and the frozen", steered(gpt2, train="lm_head"))
-    dropping = steered(gpt2)
-    dropping.transformer.h[0].mlp.dropout.p = 0.2
-    refused(gpt2, r"is random.*below block 1 \(transformer.h.0.mlp.dropout\)", dropping)
-    refused(gpt2, "are augmented", data=DataLoader(Texts(noise=True), 4))
-    refused(gpt2, r"16 rows, 448 bytes each, would take .*`cache_limit` is 1e-06", cache_limit=1e-6)
-    compiled = steered(gpt2)
-    compiled.transformer.h[1] = torch.compile(compiled.transformer.h[1], backend="eager")
-    refused(gpt2, "a compiled model does not ask", compiled)
-    refused(gpt2, "no known backbone", nn.Linear(3, 3))
-    for value in (3, "", None):
-        refused(gpt2, f"`cache_prefix` is True, False or a folder; received {value!r}", cache_prefix=value)
-    refused(gpt2, "`cache_limit` is a number", cache_limit=-1)
-
-
-def test_a_loss_that_calls_the_model_twice_is_refused():
-    case = TABLE["gpt2"]
-
-    def twice(model, batch):
-        return model(**batch).loss + model(**batch).loss
-
-    with pytest.raises(rs.SteerError, match="this one called it, or the model its frozen blocks, 2 times"):
-        fit(steered(case), loader(case), steps=2, loss=twice, cache_prefix=True)
-
-
-def test_a_batch_whose_rows_cannot_be_told_apart_is_refused():
-    case = TABLE["gpt2"]
-    batch = {"input_ids": Texts().ids[:4], "labels": Texts().ids[:4], "use_cache": False}
-    with pytest.raises(rs.SteerError, match=r"in its first dimension, here 4; this batch has False"):
-        fit(steered(case), [batch], steps=2, cache_prefix=True)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rare_drop_of_a_path_is_noticed(seed):
+    with pytest.raises(rs.SteerError, match="is random"):
+        train(steered(VIT, lambda model: drop_path(model.blocks[0])), VIT, seed=seed, cache_prefix=True)
 
 
 def test_a_model_that_looks_into_its_lower_blocks_is_refused():
     """Its loss reads what block 0 computes inside, which is not there when the block is handed through."""
-    case = TABLE["gpt2"]
-    model, seen = steered(case), []
+    model, seen = steered(), []
     model.transformer.h[0].mlp.register_forward_hook(lambda _, args, out: seen.append(out.detach().abs().mean()))
 
     def peeking(model, batch):
@@ -425,83 +362,83 @@ def test_a_model_that_looks_into_its_lower_blocks_is_refused():
         return model(**batch).loss + 100 * seen[-1].abs()
 
     with pytest.raises(rs.SteerError, match="with its frozen blocks handed through"):
-        fit(model, loader(case), steps=STEPS, loss=peeking, cache_prefix=True)
-
-
-class Drifting(Texts):
-    """Data that stay the same while they are checked and in the first epoch, and then change."""
-
-    reads = 0
-
-    def __getitem__(self, index):
-        self.reads += 1
-        row = super().__getitem__(index)
-        return {key: (ids + max(0, self.reads - 17) // 16) % VOCABULARY for key, ids in row.items()}
+        train(model, loss=peeking, cache_prefix=True)
 
 
 def test_data_that_change_between_epochs_are_noticed():
     with pytest.warns(UserWarning, match="no batch of the second epoch"):
-        fit(steered(TABLE["gpt2"]), DataLoader(Drifting(), 4), steps=9, cache_prefix=True)
+        train(steered(), data=DataLoader(Texts(drift=True), 4), steps=9, cache_prefix=True)
 
 
 KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
-from test_prefix import TABLE, train, steered, loader
-import residual_steer as rs
-case = TABLE["gpt2"]
-model = steered(case)
-steps = []
+from test_prefix import train, steered
+model, steps = steered(), []
 def die(*_):
     steps.append(1)
     if len(steps) == 7:
         os.kill(os.getpid(), 9)
 model.lm_head.register_forward_hook(die)
-train(case, model, cache_prefix={folder!r})
+train(model, cache_prefix={folder!r})
 """
 
 
 def test_a_killed_run_leaves_a_cache_that_can_be_read(tmp_path):
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert finished.returncode == -9
-    case = TABLE["gpt2"]
-    history = train(case, cache_prefix=tmp_path)
-    torch.testing.assert_close(losses(history), losses(train(case)), rtol=1e-4, atol=1e-5)
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -9
+    compare(steered, cache_prefix=tmp_path)
 
 
 def test_resuming_with_a_cache(tmp_path):
-    case = TABLE["gpt2"]
-    expected = losses(train(case))
-
-    class Stop(Exception):
-        pass
-
-    model, steps = steered(case), []
-
-    def stop(*_):
-        steps.append(1)
-        if len(steps) == 9:
-            raise Stop
-
-    handle = model.lm_head.register_forward_hook(stop)
+    expected = losses(train(steered()))
+    options = {"save_to": tmp_path, "checkpoint_every": 2, "cache_prefix": True}
     with pytest.raises(Stop):
-        train(case, model, save_to=tmp_path, checkpoint_every=2, cache_prefix=True)
-    handle.remove()
-    history = train(case, steered(case), save_to=tmp_path, resume=True, cache_prefix=True)
+        train(steered(change=lambda model: stopping_at(model.lm_head, 9)), **options)
+    history = train(steered(), resume=True, **options)
     torch.testing.assert_close(losses(history), expected, rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
 
 
-def test_a_frozen_field_below_is_part_of_what_is_kept(tmp_path):
-    """Another strength of it is another stream, which is not read from the folder of the first."""
-    case = TABLE["gpt2"]
+def train_ends(case, layers, calls, **options):
+    """Train a steered model for three epochs over two batches; count the calls of its blocks."""
+    torch.manual_seed(4)
+    batches = [{key: value for key, value in case.batch().items() if torch.is_tensor(value)} for _ in range(2)]
+    model = case.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)  # so that what a decoder reads from its encoder matters
+    torch.manual_seed(5)
+    rs.steer(model, rank=RANK, layers=layers)
+    for block in case.modules(model, "block"):
+        block.register_forward_hook(lambda block, *_: calls.append(block))
 
-    def run(weight, **options):
-        return train(case, with_frozen(case, weight, layers=[0]), **options)
+    def loss(model, batch):
+        output = model(**batch, use_cache=False) if "decoder_input_ids" in batch else model(**batch)
+        output = getattr(output, "logits", output).float()
+        return (output / output.detach().abs().max()).square().mean()
 
-    for weight in (1.0, -1.0):
-        history = run(weight, cache_prefix=tmp_path)
-        assert history.cache["misses"] == 4
-        torch.testing.assert_close(losses(history), losses(run(weight)), rtol=1e-4, atol=1e-5)
-    assert len(list(tmp_path.iterdir())) == 2
+    return fit(model, batches, steps=6, lr=1e-2, loss=loss, log_every=1, **options), model
+
+
+ONE_RUN = [("bart", [2, 3]), ("timm-swin", [1, 2]), ("timm-resnet", [1])]
+TWO_RUNS = [("bart", [3]), ("whisper", [3]), ("timm-swin", [2]), ("hf-convnext", [2])]
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize(("name", "layers"), ONE_RUN + TWO_RUNS)
+def test_what_another_thing_than_the_next_block_reads_is_kept_too(name, layers, on_disk, tmp_path):
+    """A change of width, or a decoder behind its encoder."""
+    case, counted = TABLE[name], []
+    plain, _ = train_ends(case, layers, [])
+    cached, model = train_ends(case, layers, counted, cache_prefix=tmp_path if on_disk else True)
+    torch.testing.assert_close(losses(cached), losses(plain), rtol=1e-4, atol=0)
+    assert cached.cache["hits"] == 4
+    first, *_, last = case.modules(model, "block")
+    assert counted.count(last) == 6 + 2  # one batch is computed twice more, as a proof
+    assert counted.count(first) == 2 + 2 + 1  # an epoch, the two runs of the check, the proof
+
+
+def test_a_block_that_is_used_twice_is_refused():
+    with pytest.raises(rs.SteerError, match="or the model its frozen blocks, 2 times"):
+        train_ends(TABLE["albert"], [1], [], cache_prefix=True)

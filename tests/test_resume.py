@@ -9,14 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import residual_steer as rs
-from runs import classifier, fit, pairs, same, weights
+from runs import Stop, classifier, fit, pairs, same, stopping_at, weights
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -60,10 +61,70 @@ def test_a_finished_run_is_returned_as_it_was(tmp_path):
     assert same(weights(model), weights(again))
 
 
-def test_an_unwritable_folder_is_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(rs.SteerError, match="could not make the folder"):
-        fit(classifier(), pairs(), save_to=tmp_path / "file" / "run")
+def in_the_way_of_a_folder(path):
+    path.write_text("in the way")
+
+
+def in_the_way_of_a_file(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "message"),
+    [
+        ("", in_the_way_of_a_folder, "could not make the folder"),
+        (".checkpoint-4.partial", in_the_way_of_a_folder, "could not make the folder .*partial"),
+        ("checkpoint-4", in_the_way_of_a_folder, "could not put the checkpoint .*checkpoint-4 in place"),
+        ("metrics.jsonl", in_the_way_of_a_file, "could not write .*metrics.jsonl"),
+    ],
+)
+def test_what_cannot_be_written_is_a_clear_error_and_leaves_the_last_checkpoint(tmp_path, name, block, message):
+    folder, calls = tmp_path / "run", []
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            block(folder / name)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    if not name:
+        block(folder)
+    with pytest.raises(rs.SteerError, match=message):
+        fit(classifier(), pairs(), loss=loss, save_to=folder, checkpoint_every=2, log_every=1)
+    if name:
+        kept = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+        assert [path.name for path in kept] == ["checkpoint-2"]
+        assert safetensors.torch.load_file(kept[0] / "shared.safetensors")
+
+
+class Cluttered(torch.optim.SGD):
+    """An optimizer with a state that no file holds."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state[self.param_groups[0]["params"][0]]["clutter"] = object()
+
+
+def test_a_state_that_no_file_holds_is_a_clear_error(tmp_path):
+    model = classifier()
+    with pytest.raises(rs.SteerError, match=r"holds tensors, numbers and text.*object"):
+        fit(model, pairs(), optimizer=Cluttered(model.parameters(), lr=0.1), save_to=tmp_path)
+
+
+def test_a_line_that_was_being_written_and_those_of_later_steps_are_forgotten(tmp_path):
+    whole = fit(classifier(), pairs(), pairs(), save_to=tmp_path, log_every=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 9, "loss": 1.0}\n{"kind": "train", "st')
+    assert fit(classifier(), pairs(), pairs(), save_to=tmp_path, log_every=1, resume=True) == whole
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_loader_with_another_number_of_generators_is_refused(tmp_path):
+    fit(classifier(), pairs(), save_to=tmp_path, steps=4, checkpoint_every=2)
+    other = DataLoader(pairs().dataset, 8, sampler=range(24))
+    with pytest.raises(rs.SteerError, match="started with 1 generators in its loader, this loader has 0"):
+        fit(classifier(), other, save_to=tmp_path, steps=4, checkpoint_every=2, resume=True)
 
 
 def start(program, *args):
@@ -198,34 +259,33 @@ class Odd(torch.utils.data.Sampler):
         return 24
 
 
-@pytest.mark.parametrize("kind", ["no seed", "own sampler", "own generator"])
+class Augmented(TensorDataset):
+    """Rows with noise of every generator."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.randn(4) + random.random() + float(np.random.rand()), y
+
+
+@pytest.mark.parametrize("kind", ["no seed", "own sampler", "own generator", "weighted sampler"])
 def test_the_order_of_data_is_resumed_whoever_shuffles(tmp_path, kind):
     def loader():
-        data = pairs().dataset
+        data = Augmented(*pairs().dataset.tensors)
         if kind == "own sampler":
             return DataLoader(data, 8, sampler=Odd())
+        if kind == "weighted sampler":
+            return DataLoader(data, 8, sampler=WeightedRandomSampler(torch.arange(1.0, 25.0), 24))
         generator = torch.Generator().manual_seed(4) if kind == "own generator" else None
         return DataLoader(data, 8, shuffle=True, generator=generator)
 
-    class Stop(Exception):
-        pass
-
-    def stopping(model, batch):
-        seen.append(batch[0])
-        if len(seen) == stop:
-            raise Stop
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    options = {"steps": 10, "seed": None if kind == "no seed" else 0, "loss": stopping, "checkpoint_every": 1}
-    seen, stop = [], None
+    options = {"steps": 10, "seed": None if kind == "no seed" else 0, "checkpoint_every": 1}
     whole, broken, resumed = classifier(), classifier(), classifier()
     torch.manual_seed(7)
     fit(whole, loader(), save_to=tmp_path / "whole", **options)
-    seen, stop = [], 6
+    stopping_at(broken[0], 6)
     torch.manual_seed(7)
     with pytest.raises(Stop):
         fit(broken, loader(), save_to=tmp_path / "broken", **options)
-    seen, stop = [], None
     torch.manual_seed(123)  # another process, in another state
     fit(resumed, loader(), save_to=tmp_path / "broken", resume=True, **options)
     assert same(weights(whole), weights(resumed))

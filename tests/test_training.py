@@ -83,16 +83,8 @@ def test_accumulated_batches_are_one_large_batch():
 
 def test_clipping_bounds_the_step():
     model = classifier()
-    before = weights(model)
-    fit(
-        model,
-        pairs(),
-        steps=1,
-        clip=1e-3,
-        warmup=0,
-        schedule="constant",
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-    )
+    before, plain = weights(model), torch.optim.SGD(model.parameters(), lr=1.0)
+    fit(model, pairs(), steps=1, clip=1e-3, warmup=0, schedule="constant", optimizer=plain)
     moved = math.sqrt(sum(float((weights(model)[key] - before[key]).square().sum()) for key in before))
     assert moved == pytest.approx(1e-3, rel=1e-2)
 
@@ -122,13 +114,6 @@ def test_modes_and_forward_are_given_back():
     fit(model, pairs(), pairs(), precision="bf16")
     assert [module.training for module in model.modules()] == modes
     assert not {"forward", "_original_forward"} & set(model.__dict__)
-
-
-def test_one_process_trains_in_several_precisions():
-    losses = [fit(classifier(), pairs(), precision=p, log_every=1).train[0]["loss"] for p in ("no", "bf16", "no")]
-    assert not is_initialized()  # accelerate's shared state
-    assert losses[0] == losses[2] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 def test_evaluate_is_the_mean_over_rows_not_over_batches():
@@ -270,7 +255,9 @@ def test_metrics_are_json_lines_and_tensorboard_events(tmp_path):
 def test_a_run_leaves_accelerate_as_it_was(monkeypatch):
     plain = fit(classifier(), pairs(), log_every=1)
     half = fit(classifier(), pairs(), precision="bf16", log_every=1)
+    assert not is_initialized()  # accelerate's shared state
     assert half.train[0]["loss"] != plain.train[0]["loss"]
+    assert half.train[0]["loss"] == pytest.approx(plain.train[0]["loss"], rel=2e-2)
     mine = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)  # another than the first run's
     try:
         for precision, expected in (("no", plain), ("bf16", half), (None, half)):
@@ -358,6 +345,15 @@ def test_frozen_running_statistics_stay_and_those_of_a_bad_step_go_back():
     with pytest.raises(rs.SteerError, match="loss became nan at step 1"):
         fit(model, broken)
     assert same(weights(model), after)
+
+
+def test_an_accelerator_that_refuses_is_a_clear_error(monkeypatch, tmp_path):
+    with pytest.raises(rs.SteerError, match="accelerate refused the options"):
+        fit(classifier(), pairs(), trackers=["nobody"], save_to=tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(rs.SteerError, match=r"accelerate (was told 'fp8'|refused)"):
+        fit(classifier(), pairs())
+    assert not is_initialized()
 
 
 def test_the_users_loader_is_given_back():

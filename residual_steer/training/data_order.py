@@ -17,6 +17,10 @@ from residual_steer.errors import SteerError
 
 from . import undisturbed
 
+# What the loader of one process's rows has as the given one does.
+_LIKE = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator"]
+_LIKE += ["prefetch_factor", "persistent_workers", "pin_memory_device"]
+
 
 class Share:
     """The part of every batch that falls to one of several processes: neighbouring rows, no row twice.
@@ -25,7 +29,7 @@ class Share:
     processes, it is a row that does not count. A plain DataLoader over a dataset with indices reads these rows only.
     """
 
-    def __init__(self, loader: Iterable[Any], index: int = 0, number: int = 1) -> None:
+    def __init__(self, loader: Any, index: int = 0, number: int = 1) -> None:
         self.loader, self._index, self._number = loader, index, number
         self._parts: _Parts | None = None
         if number == 1:
@@ -36,13 +40,11 @@ class Share:
                     "a loader gives the batches of all processes, which are split among them here; "
                     f"{type(holder).__name__} gives the part of one. Give the loader without it."
                 )
-        if (
-            type(loader) is DataLoader
-            and not isinstance(loader.dataset, IterableDataset)
-            and loader.batch_sampler is not None
-        ):
-            self._parts = _Parts(loader.batch_sampler, self._part)
-            self.loader = _with_batches(loader, self._parts)
+        sampler = loader.batch_sampler if type(loader) is DataLoader else None
+        if sampler is not None and not isinstance(loader.dataset, IterableDataset):
+            self._parts = _Parts(sampler, self._part)
+            same = {name: getattr(loader, name) for name in _LIKE}
+            self.loader = DataLoader(loader.dataset, batch_sampler=self._parts, **same)
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         """Yield this process's part of every batch, and whether it counts."""
@@ -75,13 +77,6 @@ class _Parts:
             part, counts = self._part(len(indices))
             self.counts.append(counts)
             yield list(indices)[part]
-
-
-def _with_batches(loader: Any, batch_sampler: Any) -> DataLoader[Any]:
-    """Return a loader as another one is, with other batches."""
-    names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
-    names += ["generator", "prefetch_factor", "persistent_workers", "pin_memory_device"]
-    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in names})
 
 
 def _rows(batch: Any, rows: int, part: slice) -> Any:
