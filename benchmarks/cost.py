@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import residual_steer as rs
 from counters import Counts, count, operations
-from methods import FLOOR, FROZEN, FULL, OURS, Method, build, why
+from methods import FLOOR, FROZEN, FULL, OURS, Method, build, compile_apart, why
 from options import DTYPES, add_backbone, add_device, parser_of, read
 from output import exit_status, markdown, save_json
 from rounds import Rounds, Variant, play
@@ -64,7 +64,7 @@ def report(options: argparse.Namespace) -> None:
         SteerError: an option that cannot be used, or a folder that cannot be written.
     """
     if options.compile:
-        torch._dynamo.config.recompile_limit = 64  # all methods run through the code of one class
+        compile_apart()
     for name in options.backbone:
         shape = SHAPES[name]
         base = shape.build(tiny=options.quick, device=options.device, dtype=DTYPES[options.dtype])

@@ -48,7 +48,7 @@ def machine(device: torch.device | str | None = None) -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" and torch.cuda.is_available() else None,
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import residual_steer as rs
 from shapes import Shape, scan_linearly, scanning, twin
@@ -28,6 +28,7 @@ __all__ = [
     "SITES",
     "Method",
     "build",
+    "compile_apart",
     "floor",
     "lora",
     "mixed",
@@ -109,6 +110,12 @@ def build(
     return methods, refused
 
 
+def compile_apart() -> None:
+    """Let every method be compiled by itself: all run the code of one class, and dynamo overlooks hooks otherwise."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # or H-Res runs what was compiled of the frozen model
+
+
 def why(error: Exception) -> str:
     """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -117,10 +124,27 @@ def why(error: Exception) -> str:
 def floor(model: nn.Module) -> nn.Module:
     """Let what leaves the first block require a gradient, as if something beside it were learning."""
     backbone = rs.find_backbone(model)
-    backbone.blocks[0].register_forward_hook(
-        lambda _, args, output: backbone.write(output, lambda z: z.detach().requires_grad_(torch.is_grad_enabled()))
-    )
+    learning = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+
+    def require(z: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which would break the graph in every block
+            return _Floor.apply(z, learning)
+        return z.detach().requires_grad_(torch.is_grad_enabled())
+
+    backbone.blocks[0].register_forward_hook(lambda _, args, output: backbone.write(output, require))
     return model
+
+
+class _Floor(torch.autograd.Function):
+    """Return a stream as it is; its gradient is summed for `learning`, or else the compiler would leave it out."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, learning: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient.sum(dtype=torch.float32)
 
 
 def steered(model: nn.Module, rank: int, *, site: str = "block", layers: Sequence[int] | None = None) -> Method:

@@ -1,5 +1,6 @@
 """The script for a card, rehearsed on the CPU: cut off, resumed, and run without an installation of this package."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
@@ -75,7 +77,12 @@ def test_every_column_is_measured_and_judged(folder):
         assert record["refused"] == {}
         assert {"step, eager", "prefill, eager"} <= set(record["times"])
         assert ("decode, 2 rows, eager" in record["times"]) == (name != "vit")
-    assert {"step, compiled", "decode, 1 rows, compiled", "prefill, compiled"} <= set(found["gpt2"]["times"])
+    compiled = {"step, compiled", "decode, 2 rows, compiled", "prefill, compiled"}
+    assert compiled <= set(found["gpt2"]["times"])
+    graphs = found["gpt2"]["graphs"]  # a method whose graph breaks where the others' do not would look slow
+    assert {(column, number) for column, made in graphs.items() for number in made.values()} == {
+        (column, 1) for column in compiled
+    }
     aims = {row["what"]: row for row in read(folder / "summary.json")["aims"]}
     assert aims["gpt2: step, eager ÷ floor"]["aim"] == "≤ 1.03"
     assert aims["gpt2: saved bytes ÷ floor"]["ahead of it"] == "yes"
@@ -111,6 +118,35 @@ def test_a_card_gets_a_section_of_the_page_and_a_rehearsal_none(modules, folder,
         assert "Nothing." not in shown
         assert shown.endswith("## After\n\nMore.\n")
         assert "| gpt2: step, eager ÷ floor" in shown
+
+
+def test_a_peer_that_no_gradient_reaches_is_named_and_the_others_are_measured(modules, monkeypatch, tmp_path):
+    from gpu import costs
+    from gpu.part import Job
+
+    def with_spare_layer(tiny, changes):
+        model = subject.shape.make(tiny, changes)
+        model.spare = torch.nn.Linear(4, 4)  # never called, as mamba_ssm calls no projection
+        return model
+
+    subject = costs.SUBJECTS["gpt2"]
+    shape = dataclasses.replace(subject.shape, make=with_spare_layer)
+    monkeypatch.setitem(costs.SUBJECTS, "gpt2", dataclasses.replace(subject, shape=shape, targets=("spare",)))
+    found = costs.Costs(Job(["gpt2"], tmp_path / "costs.json", "cpu", True, None), "gpt2")
+    found.measure(False)
+    assert {"floor", "H-Res, block"} == set(found.times["step, eager"])
+    assert "does not require grad" in found.refused["LoRA, usual targets, step, eager"]
+
+
+def test_without_a_card_the_reason_is_written_down(modules, tmp_path):
+    from gpu import machine
+    from gpu.part import Job
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a card here")
+    with pytest.raises(RuntimeError, match="sees no GPU"):
+        machine.work(Job([], tmp_path / "machine.json", "cuda", False, None))
+    assert read(tmp_path / "machine.json")["machine"]["gpu"] is None
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(modules, tmp_path):

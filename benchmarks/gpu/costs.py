@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from closer import interval
 from counters import count
-from methods import CHEAPEST, FLOOR, FROZEN, OURS, floor, lora, steered
+from methods import CHEAPEST, FLOOR, FROZEN, OURS, compile_apart, floor, lora, steered
 from rounds import Variant, play
 from shapes import scan_linearly, twin
 
@@ -44,10 +44,10 @@ class Costs:
         self.job, self.name, self.subject = job, name, SUBJECTS[name]
         self.shape, self.traced = self.subject.shape, self.subject.traced
         self.base = self.subject.build(job.quick, job.device, job.dtype)
-        self.rank, self.rows = (4, (1, 2)) if job.quick else (RANK, ROWS)
+        self.rank, self.rows = (4, (2,)) if job.quick else (RANK, ROWS)
         self.times: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
-        self.compiled: set[tuple[str, str]] = set()
+        self.compiled: dict[str, dict[str, int]] = {}  # into how many graphs, by column and method
         self.inner: dict[str, nn.Module] = {}  # the library's own models
         self.models: dict[str, nn.Module] = {}  # what was made of them
         targets = list(self.subject.targets)
@@ -63,7 +63,7 @@ class Costs:
                 self.models[method] = make(self.inner[method])
         backend = "eager" if job.quick else "inductor"
         self.calls = {key: torch.compile(model, dynamic=False, backend=backend) for key, model in self.models.items()}
-        self.inputs = self.fitting(self.models.get(CHEAPEST, self.models[OURS]))
+        self.inputs = self.fitting()
 
     @contextlib.contextmanager
     def attempt(self, *what: str) -> Iterator[None]:
@@ -72,12 +72,14 @@ class Costs:
             yield
         except Exception as error:
             self.refused[", ".join(what)] = why(error)
+            if self.job.cuda:
+                torch.cuda.set_stream(torch.cuda.default_stream())  # a recording that fails stays on its own
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
 
-    def fitting(self, model: nn.Module) -> Tensor:
-        """Return the batch of the subject's rows, or of half of them and so on, that a model's step has memory for."""
-        rows = 2 if self.job.quick else self.subject.rows
+    def fitting(self) -> Tensor:
+        """Return the batch of the subject's rows, or of half of them and so on, that LoRA's step has memory for."""
+        rows, model = 2 if self.job.quick else self.subject.rows, self.models.get(CHEAPEST, self.models[OURS])
         while True:
             inputs = self.shape.batch(self.base, rows, 8 if self.job.quick else self.subject.length)
             try:
@@ -86,8 +88,12 @@ class Costs:
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
-            rows //= 2
-            torch.cuda.empty_cache()
+                rows //= 2
+                torch.cuda.empty_cache()
+            except RuntimeError:  # mamba_ssm reads weights itself, so that no gradient reaches LoRA; `measure` notes it
+                if model is self.models[OURS]:
+                    raise
+                model = self.models[OURS]
 
     def step(self, call: Any, inputs: Tensor, _: Any = None) -> None:
         """Take a training step but for the optimizer's."""
@@ -120,7 +126,7 @@ class Costs:
     def save(self, **more: Any) -> None:
         """Write what there is."""
         found = self.job.record.setdefault("found", {}).setdefault(self.name, {})
-        found.update(more, times=self.times, refused=self.refused, compiled=sorted(map(list, self.compiled)))
+        found.update(more, times=self.times, refused=self.refused, graphs=self.compiled)
         self.job.save()
 
     def columns(self, compiled: bool) -> Iterator[tuple[str, str, Make]]:
@@ -156,15 +162,16 @@ class Costs:
         return [name for name in self.models if name != (FLOOR if reference == FROZEN else FROZEN)]
 
     def compile(self) -> None:
-        """Compile one thing after the other, until somebody measures."""
+        """Compile one thing after the other, until somebody measures; note how many graphs became of it."""
+        stats = torch._dynamo.utils.counters["stats"]
         for column, reference, make in self.columns(True):
             for name in self.names(reference):
                 if not self.job.may_prepare() or column.endswith("graph") or name == IN_BF16:
                     continue
                 with self.attempt(name, column):
-                    variant = make(name)
+                    variant, before = make(name), stats["unique_graphs"]
                     variant.run(variant.before())
-                    self.compiled.add((name, column))
+                    self.compiled.setdefault(column, {})[name] = stats["unique_graphs"] - before
 
     def measure(self, compiled: bool) -> None:
         """Measure every column in rounds in which the methods take turns, and write it."""
@@ -172,7 +179,7 @@ class Costs:
             variants, takes = [], 0.0
             repeats = REPEATS["graph" if column.endswith("graph") else column.split(",")[0]]
             for name in self.names(reference):
-                if compiled and (name, column.removesuffix(", graph")) not in self.compiled:
+                if compiled and name not in self.compiled.get(column.removesuffix(", graph"), {}):
                     continue
                 with self.attempt(name, column):
                     variant = make(name)
@@ -204,7 +211,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def work(job: Job) -> None:
     """Prepare every backbone, wait for the turn, and measure."""
-    torch._dynamo.config.recompile_limit = 64  # all methods run through the code of one class
+    compile_apart()
     prepared = [Costs(job, name) for name in job.subjects]  # all before one is compiled: a new class undoes that
     for costs in prepared:
         costs.count()

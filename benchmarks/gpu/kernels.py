@@ -84,7 +84,8 @@ def compiler(folder: Path) -> dict[str, str]:
     return {
         **forced,
         "CUDA_HOME": str(home),
-        "PYTORCH_NVCC": str(script),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # of ninja
+        "PYTORCH_NVCC": str(script),  # which torch reads with ninja alone
         "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
         "MAX_JOBS": str(os.cpu_count()),
     }
