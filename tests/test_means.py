@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import residual_steer as rs
 from cases import CASES
-from residual_steer.training import evaluate, next_token_loss
-from residual_steer.training.data_order import Share
+from residual_steer.training import evaluate, next_token_loss, undisturbed
+from residual_steer.training.data_order import BatchStream, Share
 from residual_steer.training.losses import IGNORE
 from runs import classifier, fit, pairs, same, weights
 
@@ -239,6 +241,26 @@ def test_every_row_falls_to_one_process_and_every_process_takes_every_step(itera
             assert torch.equal(torch.cat(counted), batch)
             assert max(map(len, counted)) - min(map(len, counted)) <= 1
             assert all(len(part[step][0][0]) > 0 for part in parts)
+
+
+class Noise(TensorDataset):
+    """Rows that are drawn anew by every generator."""
+
+    def __getitem__(self, index):
+        return torch.rand(()), torch.tensor(random.random()), torch.tensor(np.random.rand())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_data_draw_other_numbers_in_every_batch_which_no_other_generator_notices(index):
+    torch.manual_seed(index)  # as processes differ
+    state = undisturbed.get_state()
+    streams = [BatchStream(Share(DataLoader(Noise(torch.arange(8)), 2), index, 2), 5, shuffles=True) for _ in range(2)]
+    drawn = [torch.stack([torch.cat(next(stream)[0]) for _ in range(8)]).T for stream in streams]  # two epochs
+    assert torch.equal(*drawn)
+    assert all(len(set(numbers.tolist())) == 8 for numbers in drawn[0])
+    first = next(BatchStream(Share(DataLoader(Noise(torch.arange(8)), 2)), 5, shuffles=True))[0]
+    assert torch.equal(first[0][:1], drawn[0][0][:1])  # every process begins a batch alike
+    assert str(undisturbed.get_state()) == str(state)
 
 
 def test_a_loader_that_is_one_process_s_part_already_is_not_split_again():
