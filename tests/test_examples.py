@@ -1,5 +1,6 @@
 """Every example runs from end to end, on few steps: what it prints hangs together, and none is longer than a page."""
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -49,37 +50,28 @@ def cells_of(text):
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
-@pytest.fixture(scope="module")
-def demo(script, cache, tmp_path_factory):
-    """A first run of the demo: its folder."""
-    out = tmp_path_factory.mktemp("demo")
-    script("compare_transformer_mamba").main(["--quick", "--cache", str(cache), "--out", str(out)])
-    return out
-
-
-def test_the_demo_prints_one_table_and_draws_the_curves(script, demo, cache, tmp_path, capsys):
-    table = (demo / "table.md").read_text()
-    assert (demo / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_the_demo_prints_one_table_and_draws_the_curves(script, cache, tmp_path, capsys):
+    demo = script("compare_transformer_mamba")
+    demo.main(["--quick", "--cache", str(cache), "--out", str(tmp_path)])
+    table, out = (tmp_path / "table.md").read_text(), capsys.readouterr().out
+    assert table in out
+    assert out.count("pre-training") == 3
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     rows = cells_of(table)
     assert list(rows) == ["GPT-2", "Mamba", "ViT"]
     assert [row["trainable"] for row in rows.values()] == ["12,720", "16,960", "8,837"]
     assert [row["share"] for row in rows.values()] == ["2.0%", "6.4%", "4.2%"]
-    script("compare_transformer_mamba").main(["--quick", "--cache", str(cache), "--out", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert "pre-training" not in out  # it is in the cache
-    again = cells_of((tmp_path / "table.md").read_text())
-    assert table.split("|")[1] in out
-    for name, row in rows.items():
-        for key in ("before", "H-Res", "full", "gap closed"):
-            assert again[name][key] == row[key]
     before, steered, full = (float(rows["GPT-2"][key]) for key in ("before", "H-Res", "full"))
     assert 5 < full < steered < before < 9  # bits per byte, after four steps
     assert float(rows["GPT-2"]["gap closed"].strip("%")) == pytest.approx(
         100 * (steered - before) / (full - before), abs=1
     )
+    again = demo.adapt("ViT", "H-Res", argparse.Namespace(cache=cache, quick=True, seed=0))
+    assert f"{again['curve'][-1][1]:.1f}" == rows["ViT"]["H-Res"]
+    assert "pre-training" not in capsys.readouterr().out  # it is in the cache
 
 
-def test_rows_of_a_mixed_batch_are_served_as_alone(script, demo, cache, tmp_path, capsys):
+def test_rows_of_a_mixed_batch_are_served_as_alone(script, cache, tmp_path, capsys):
     service = script("many_tasks")
     service.main(["--quick", "--cache", str(cache), "--out", str(tmp_path)])
     out = capsys.readouterr().out

@@ -75,7 +75,7 @@ def test_a_result_is_on_disk_before_it_is_returned(tmp_path, monkeypatch):
     assert synced == [(path.stat().st_ino, 2)]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(by_name, by_name)
 def test_what_was_just_made_is_what_is_read_back(tmp_path_factory, key, value):
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"

@@ -12,7 +12,7 @@ import residual_steer as rs
 from experiments.paired import Difference, difference
 
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False).map(lambda number: round(number, 6))
-unhurried = settings(deadline=None)
+unhurried = settings(deadline=None, max_examples=40)
 pairs = st.lists(st.tuples(numbers, numbers), min_size=2, max_size=12)
 
 
