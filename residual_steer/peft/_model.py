@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
+from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
@@ -52,7 +53,12 @@ class HResModel(BaseTuner):
                 f"the adapter {adapter_name!r} of this model is one of {taken.peft_type.value}, which would be lost. "
                 "Give the field another name: `adapter_name=`."
             )
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        base = _without_wrapper(model)
+        alone = not hasattr(base, "peft_config")
+        super().__init__(base, peft_config, adapter_name, **kwargs)
+        if alone:
+            self.peft_config = _Configs(self.peft_config)
+            base.peft_config = self.peft_config  # type: ignore[assignment]  # no tensor, and PEFT keeps it there
 
     def _config(self, adapter_name: str) -> HResConfig:
         return cast(HResConfig, self.peft_config[adapter_name])
@@ -269,6 +275,36 @@ class HResModel(BaseTuner):
                     f"{', '.join(sorted(keys)[:3])} ({len(keys)} in all). Load it on the model it was trained on."
                 )
         return {wanted.get(_plain(key), key): tensor for key, tensor in state_dict.items()}
+
+
+class _Configs(dict[str, Any]):
+    """The configs by adapter name, which another tuner put on top shares, and would overwrite without a word."""
+
+    def __setitem__(self, name: str, config: Any) -> None:
+        if isinstance(self.get(name), HResConfig) and not isinstance(config, HResConfig):
+            raise SteerError(
+                f"the adapter {name!r} of this model is a steering field, which would be lost. Give the new one "
+                "another name: `adapter_name=`."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Take in other configs."""
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
+
+
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """Return the base of a PEFT model whose layers stand in it: what both save then loads without the other.
+
+    A wrapper that does something in a call, as for prompts, X-LoRA and aLoRA, stays.
+    """
+    while isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner):
+        configs = model.peft_config.values()
+        if any(config.peft_type == "XLORA" or getattr(config, "alora_invocation_tokens", None) for config in configs):
+            break
+        model = model.get_base_model()
+    return model
 
 
 def _names(model: nn.Module, adapter_name: str) -> set[str]:

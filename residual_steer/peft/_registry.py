@@ -1,6 +1,6 @@
 """Make a method known to PEFT, whose list of methods is a closed enum.
 
-What an enum keeps of its members was read in Python 3.10 to 3.14, and run in 3.11.
+What an enum keeps of its members was read in Python 3.10 to 3.14, and run in 3.10 to 3.13.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def register(config: type, model: type) -> None:
 def extend(kind: Any, name: str) -> Any:
     """Add a member to an enum of strings, which has no call for it, and return it.
 
-    What an enum keeps of its members is the same from Python 3.10 to 3.14: three tables, and from 3.12 on an attribute
-    of the class, which `type` sets where the enum's own `__setattr__` would refuse.
+    An enum keeps three tables of its members, and from Python 3.12 on each as an attribute of the class, which `type`
+    sets where the enum's own `__setattr__` would refuse; from 3.13 on also a list of the values.
     """
     if name in kind.__members__:
         return kind[name]
@@ -37,5 +37,6 @@ def extend(kind: Any, name: str) -> Any:
     member._sort_order_ = len(kind._member_names_)
     kind._member_names_.append(name)
     kind._member_map_[name] = kind._value2member_map_[name] = member
+    getattr(kind, "_hashable_values_", []).append(name)
     type.__setattr__(kind, name, member)
     return member
