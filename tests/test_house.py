@@ -39,6 +39,7 @@ PRIVATE = {
     "peft/_layer.py": {"_modules"},
     "peft/_model.py": {"_mark_only_adapters_as_trainable", "_remove_adapter_name_from_key"},  # PEFT's seams for tuners
     "peft/_registry.py": True,
+    "pretrained.py": {"_hf_peft_config_loaded"},
     "recording.py": {"_orig_mod", "_dynamo"},
     "trained_modules.py": {"_apply"},
     "training/processes.py": {"_original_forward"},
