@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
 
 from ._registry import NAME, extend
 
-__all__ = ["HResConfig"]
+__all__ = ["HResConfig", "card", "check_backbone", "place"]
 
 _LINE = "import residual_steer.peft"
 _CARD = f"""
@@ -30,6 +31,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this folder")
 ```
 """
+
+_EMPTY = "---\n{{ card_data }}\n---\n"
 
 
 @dataclass
@@ -90,13 +93,30 @@ class HResConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and say in the folder's card how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / "README.md"
-        card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
-        if _LINE not in card.text:
-            card.data["library_name"] = "peft"
-            card.data["tags"] = sorted({*(card.data.get("tags") or []), "residual-steer"})
-            card.text = f"{card.text.rstrip()}\n{_CARD}"
-            card.save(path)
+        text = card(Path(save_directory))
+        if text is not None:
+            (Path(save_directory) / "README.md").write_text(text, "utf-8")
 
 
-_EMPTY = "---\n{{ card_data }}\n---\n"
+def card(folder: Path) -> str | None:
+    """Return the card of a folder with how to load the adapter; None if the card has that."""
+    path = folder / "README.md"
+    found = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData(), template_str=_EMPTY)
+    if _LINE in found.text:
+        return None
+    found.data["library_name"] = "peft"
+    found.data["tags"] = sorted({*(found.data.get("tags") or []), "residual-steer"})
+    found.text = f"{found.text.rstrip()}\n{_CARD}"
+    return str(found)
+
+
+def place(backbone: Backbone) -> dict[str, Any]:
+    """Describe a backbone as an adapter's file has it."""
+    return {"name": backbone.name, "widths": list(backbone.widths)}
+
+
+def check_backbone(config: HResConfig, backbone: Backbone) -> None:
+    """Compare a model's backbone with the one that an adapter was trained on, if the config came with it."""
+    if config.backbone not in (None, place(backbone)):
+        raise SteerError(f"the adapter was trained on {config.backbone}; this model is {place(backbone)}.")
+    config.here = place(backbone)

@@ -16,12 +16,13 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
+from residual_steer._controller import steering_of
 from residual_steer.errors import SteerError
 from residual_steer.injector import Injector
-from residual_steer.overview import fields, summary
+from residual_steer.overview import fields
 from residual_steer.steering import freeze, steer, unsteer, use
 
-from ._config import HResConfig
+from ._config import HResConfig, check_backbone
 from ._layer import HResLayer, adopt
 
 __all__ = ["HResModel"]
@@ -116,7 +117,7 @@ class HResModel(BaseTuner):
                     name=adapter_name,
                 )
             try:
-                _check_backbone(model, config)
+                check_backbone(config, steering_of(model)[1].backbone)
                 _check_modules_to_save(model, config)
             except SteerError:
                 unsteer(model, adapter_name)
@@ -332,16 +333,6 @@ def _kept(model: nn.Module, steered: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _check_backbone(model: nn.Module, config: HResConfig) -> None:
-    """Compare a model with the one that an adapter was trained on, if the config came with it."""
-    found = summary(model)
-    here = {"name": found.backbone, "blocks": found.blocks, "width": found.width}
-    here["width"] = list(found.width) if isinstance(found.width, tuple) else found.width
-    if config.backbone not in (None, here):
-        raise SteerError(f"the adapter was trained on {config.backbone}; this model is {here}.")
-    config.here = here
 
 
 def _check_modules_to_save(model: nn.Module, config: HResConfig) -> None:
