@@ -52,10 +52,10 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, *, forma
     check_choice("format", format, ("native", "peft"))
     base, state = steering_of(model)
     name = state.name_of(name)
-    hosted = getattr(base, "peft_config", {}).get(name)
-    if getattr(hosted, "modules_to_save", None):
+    beside = getattr(getattr(base, "peft_config", {}).get(name), "modules_to_save", None)
+    if beside:
         raise SteerError(
-            f"the field {name!r} trains {some(hosted.modules_to_save)} along in PEFT's wrappers, which PEFT saves. "
+            f"the field {name!r} trains {some(beside)} along in PEFT's wrappers, which PEFT saves. "
             "Call `save_pretrained` of the PEFT model."
         )
     described, tensors = _collect(base, state, name)

@@ -110,9 +110,7 @@ def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) ->
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SteerError(f"could not read an adapter from {folder}: {type(error).__name__}: {error!s:.200}") from error
     if not isinstance(config, HResConfig):
-        raise SteerError(
-            f"{folder} holds an adapter of {config.peft_type}, which is no field. Load it with PEFT, and a field beside."
-        )
+        raise SteerError(f"{folder} holds an adapter of {config.peft_type}, which is no field. Load it with PEFT.")
     base, state = begin(model, arch or config.arch)
     check_backbone(config, state.backbone)
     points = _points(base, state, config.site)
@@ -123,6 +121,8 @@ def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) ->
         named[f"blocks.{points.get(plain, plain)}.{found.group(2)}.{found.group(3)}" if found else f"train.{plain}"] = (
             tensor
         )
+    order = list(base_tensors(base))
+    train = [key.removeprefix("train.") for key in named if key.startswith("train.")]
     spec = FieldConfig(
         name="default",
         site=config.site,
@@ -131,7 +131,7 @@ def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) ->
         activation=config.activation,
         bias=config.field_bias,
         dropout=config.dropout,
-        train=tuple(key.removeprefix("train.") for key in named if key.startswith("train.")),
+        train=tuple(sorted(train, key=lambda key: order.index(key) if key in order else len(order))),
     )
     shapes = {key: tuple(tensor.shape) for key, tensor in named.items()}
     return Adapter(spec, describe(spec, base, state.backbone), shapes, named, config.arch)

@@ -15,9 +15,8 @@ from residual_steer.backbone import execution_device
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
 from residual_steer.injector import Injector
-from residual_steer.overview import FieldInfo, fields
 from residual_steer.routing import Asked
-from residual_steer.steering import freeze, thaw, unsteer, use
+from residual_steer.steering import FieldInfo, fields, freeze, thaw, unsteer, use
 
 __all__ = ["HResLayer", "adopt", "names_of"]
 
