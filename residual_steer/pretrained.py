@@ -114,6 +114,8 @@ class _Saving:
     ) -> Any:
         """Do what the class of the module does, with the fields' tensors renamed and a folder for each of them."""
         module: Any = self._module
+        if getattr(module, "_hf_peft_config_loaded", False):  # transformers saves the adapters alone
+            return type(module).save_pretrained(module, save_directory, is_main_process, state_dict, *args, **kwargs)
         root, state = steering_of(self._root)
         folder = as_path(os.fspath(save_directory))
         for name in state.specs:

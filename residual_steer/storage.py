@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_choice
 from ._controller import Steering, base_tensors, steered_part, steering_of
 from ._files import as_path, make_folder, write_whole
 from ._format import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
@@ -32,7 +33,7 @@ _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # these
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
+def save(model: nn.Module, folder: str | Path, name: str | None = None, *, format: str = "native") -> Path:
     """Save a field, and the base tensors trained with it; return the folder.
 
     Sharded tensors (FSDP2) are gathered: every process calls `save`, and the first one writes. What trains and belongs
@@ -42,18 +43,33 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None) -> Path:
         model: a steered model.
         folder: where `steering.safetensors` and `steering.json` go; made if it is not there.
         name: which field; None is the selected one.
+        format: "native", or "peft" for the files of an adapter, which PEFT and `load` read.
 
     Raises:
-        SteerError: no such field, none selected, a tensor that `load` would refuse, or the folder cannot be written;
-            what it held before is untouched.
+        SteerError: no such field, none selected, a tensor that `load` would refuse, one that the format has no place
+            for, or the folder cannot be written; what it held before is untouched.
     """
+    check_choice("format", format, ("native", "peft"))
     base, state = steering_of(model)
     name = state.name_of(name)
+    beside = getattr(getattr(base, "peft_config", {}).get(name), "modules_to_save", None)
+    if beside:
+        raise SteerError(
+            f"the field {name!r} trains {some(beside)} along in PEFT's wrappers, which PEFT saves. "
+            "Call `save_pretrained` of the PEFT model."
+        )
     described, tensors = _collect(base, state, name)
     folder = as_path(folder)
     sharded = any(hasattr(tensor, "full_tensor") for tensor in state.tensors(base, name).values())
     if not sharded or torch.distributed.get_rank() == 0:
-        _write(folder, described, tensors)
+        if format == "peft":
+            from .peft._convert import pack_adapter
+
+            files = pack_adapter(base, name, tensors, folder)
+        else:
+            files = pack(described, tensors)
+        make_folder(folder)
+        write_whole({folder / file: content for file, content in files.items()})
     return folder
 
 
@@ -94,7 +110,7 @@ def load(
     revision: str | None = None,
     arch: str | Backbone | None = None,
 ) -> Model:
-    """Load a field that `save` or `push` wrote and select it, on a fresh backbone or beside other fields.
+    """Load a field that `save`, `push` or PEFT wrote and select it, on a fresh backbone or beside other fields.
 
     Tensors may be stored in fp64, fp32, fp16 or bf16; the field computes in its own type. Names may carry what
     wrappers add, `module.` in front and `_orig_mod.` anywhere. Returns the model, frozen and steered.
@@ -111,7 +127,15 @@ def load(
         SteerError: no, foreign or damaged files, another backbone, missing or extra tensors, a name in use, or the Hub
             refuses or cannot be reached. The model is as it was.
     """
-    stored = open_field(_find(folder, revision))
+    path = _find(folder, revision)
+    stored: Any
+    if (path / "adapter_config.json").is_file() and not (path / TENSORS).is_file():
+        from .peft._convert import open_adapter
+
+        stored = open_adapter(path, model, arch)
+        arch = arch or stored.arch
+    else:
+        stored = open_field(path)
     there = stored.described["backbone"]
     if arch is None and steered_part(model) is None and there["name"] == AUTO:
         arch = AUTO  # a family may have been registered since
@@ -179,12 +203,6 @@ def _gather(base: nn.Module, state: Steering, name: str) -> dict[str, Tensor]:
                 )
             tensors[key] = value.detach().cpu().contiguous().clone()
     return tensors
-
-
-def _write(folder: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Put the two files of a field in place."""
-    make_folder(folder)
-    write_whole({folder / file: content for file, content in pack(described, tensors).items()})
 
 
 def _find(folder: str | Path, revision: str | None) -> Path:

@@ -36,6 +36,10 @@ PRIVATE = {
     },  # torch's seams for subclasses
     "hub.py": {"_name_or_path"},  # an entry of a config
     "injector.py": {"_apply"},
+    "peft/_layer.py": {"_modules"},
+    "peft/_model.py": {"_mark_only_adapters_as_trainable", "_remove_adapter_name_from_key"},  # PEFT's seams for tuners
+    "peft/_registry.py": True,
+    "pretrained.py": {"_hf_peft_config_loaded"},
     "recording.py": {"_orig_mod", "_dynamo"},
     "trained_modules.py": {"_apply"},
     "training/processes.py": {"_original_forward"},
@@ -50,6 +54,7 @@ HOOKS = {
     "baselines/_attach.py": "methods to compare with",
     "injector.py": "fields act",
     "pretrained.py": "a state dict that is loaded finds the fields",
+    "peft/_model.py": "PEFT's wrappers of `modules_to_save` learn whose each row is, as PEFT's own tuners tell them",
     "recording.py": "everything that only looks",
     "trained_modules.py": "heads and norms that train with a field",
 }

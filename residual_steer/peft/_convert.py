@@ -1,0 +1,159 @@
+"""A field between the library's own files and those of PEFT."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft.config import PeftConfig
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from residual_steer._controller import Steering, base_tensors, steering_of
+from residual_steer._format import describe
+from residual_steer.backbone import Backbone
+from residual_steer.config import FieldConfig, check_ranks
+from residual_steer.errors import SteerError, some
+from residual_steer.steering import begin
+
+from ._config import HResConfig, card, check_backbone, place
+
+__all__ = ["Adapter", "open_adapter", "pack_adapter"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"(.*)\.steering_\w+\.fields\.hres_(down|up)\.(\w+)")
+_PLACE = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as `load` takes a stored field.
+
+    Attributes:
+        spec: the field.
+        described: the field and its backbone.
+        shapes: the shape of every tensor, by the names of a field's file.
+        tensors: the tensors.
+        arch: the backbone's name, where the config has it.
+    """
+
+    spec: FieldConfig
+    described: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor]
+    arch: str | None
+
+    def read(self) -> Mapping[str, Tensor]:
+        """Return the tensors."""
+        return self.tensors
+
+
+def pack_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, bytes]:
+    """Return a field as the files of an adapter, by their names.
+
+    Args:
+        model: the steered model.
+        name: the field.
+        tensors: what is stored of it.
+        folder: where the files will be put; a card that is there is kept.
+
+    Raises:
+        SteerError: the field trained a part of a module, and PEFT stores whole ones.
+    """
+    base, state = steering_of(model)
+    spec, kind = state.specs[name], type(base)
+    uniform = len(set(spec.ranks.values())) == 1 and len(spec.ranks) == len(state.backbone.blocks)
+    config = HResConfig(
+        rank=next(iter(spec.ranks.values())) if uniform else dict(spec.ranks),
+        scale=spec.scale,
+        site=spec.site,
+        activation=spec.activation,
+        field_bias=spec.bias,
+        dropout=spec.dropout,
+        arch=state.backbone.name if state.backbone.name == "auto" else None,
+        modules_to_save=_whole_modules(base, spec) or None,
+        base_model_name_or_path=getattr(base, "name_or_path", None) or None,
+        inference_mode=True,
+        auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__},
+    )
+    config.here = place(state.backbone)
+    points = {index: path for path, index in _points(base, state, spec.site).items()}
+    stored = {}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition(".")
+        if part == "blocks":
+            index, side, what = rest.split(".")
+            rest = f"{points[int(index)]}.steering_{spec.site}.fields.hres_{side}.{what}"
+        stored[_PLACE + rest] = tensor
+    files = {
+        WEIGHTS: safetensors.torch.save(stored, {"format": "pt"}),
+        CONFIG: json.dumps(config.to_dict(), indent=2, sort_keys=True).encode(),
+    }
+    text = card(folder)
+    return files if text is None else {**files, "README.md": text.encode()}
+
+
+def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) -> Adapter:
+    """Read an adapter that PEFT or `save(..., format="peft")` wrote, for a model.
+
+    Raises:
+        SteerError: it is of another method, of another backbone, or damaged.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SteerError(f"could not read an adapter from {folder}: {type(error).__name__}: {error!s:.200}") from error
+    if not isinstance(config, HResConfig):
+        raise SteerError(f"{folder} holds an adapter of {config.peft_type}, which is no field. Load it with PEFT.")
+    base, state = begin(model, arch or config.arch)
+    check_backbone(config, state.backbone)
+    points = _points(base, state, config.site)
+    named = {}
+    for key, tensor in tensors.items():
+        found = _KEY.fullmatch(key)
+        plain = (found.group(1) if found else key).removeprefix(_PLACE)
+        named[f"blocks.{points.get(plain, plain)}.{found.group(2)}.{found.group(3)}" if found else f"train.{plain}"] = (
+            tensor
+        )
+    order = list(base_tensors(base))
+    train = [key.removeprefix("train.") for key in named if key.startswith("train.")]
+    spec = FieldConfig(
+        name="default",
+        site=config.site,
+        ranks=check_ranks(config.rank, config.layers, len(state.backbone.blocks)),
+        scale=config.scale,
+        activation=config.activation,
+        bias=config.field_bias,
+        dropout=config.dropout,
+        train=tuple(sorted(train, key=lambda key: order.index(key) if key in order else len(order))),
+    )
+    shapes = {key: tuple(tensor.shape) for key, tensor in named.items()}
+    return Adapter(spec, describe(spec, base, state.backbone), shapes, named, config.arch)
+
+
+def _points(base: nn.Module, state: Steering, site: str) -> dict[str, int]:
+    """Return the block of each point of a site, by the point's path in the model."""
+    points = [state.backbone.point(index, site) for index in range(len(state.backbone.blocks))]
+    blocks = {id(point): index for index, point in enumerate(points) if point is not None}
+    return {path: blocks[id(module)] for path, module in base.named_modules() if id(module) in blocks}
+
+
+def _whole_modules(base: nn.Module, spec: FieldConfig) -> list[str]:
+    """Return the modules of which a field trained every tensor, by names that mean these modules to PEFT."""
+    tensors = base_tensors(base)
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in spec.train))
+    for path in modules:
+        left = [key for key in tensors if key.startswith(f"{path}.") and key not in spec.train]
+        twins = [other for other, _ in base.named_modules() if other.endswith(path) and other != path]
+        if not path or left or twins:
+            why = f"{some(left)} did not train" if left else f"PEFT would take {some(twins)} for it, too"
+            raise SteerError(
+                f"PEFT stores whole modules, and the field trained a part of {path!r}: {why}. Save it without `format`."
+            )
+    return modules
