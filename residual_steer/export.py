@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _exported
 from ._controller import Steering, steering_of
 from ._files import as_path
 from .backbone import read_stream, write_stream
@@ -64,7 +63,7 @@ def export(model: nn.Module, folder: str | Path) -> Path:
     folder = as_path(folder)
     kind: Any = type(root)
     kind.save_pretrained(root, folder, state_dict=tensors)
-    code = Path(_exported.__file__).read_text("utf-8")
+    code = Path(__file__).with_name("exported.py").read_text("utf-8")
     name = f"Steered{kind.__name__}"
     code = code.replace("import PreTrainedModel as Base", f"import {kind.__name__} as Base").replace(
         "Steered(", f"{name}("

@@ -1,15 +1,19 @@
-"""One thread, no network, a fixed seed, and a registry that every test leaves as it found it."""
+"""One thread, no network, a fixed seed; the registry and accelerate's state are left as every test found them."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
 from residual_steer import registry
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("shared", deadline=None)  # of a machine that other work shares
+hypothesis.settings.load_profile("shared")
 
 NOISE = (
     "ignore:Dynamo detected a call to a `functools.lru_cache`-wrapped function:UserWarning",  # transformers' Mamba
@@ -30,3 +34,12 @@ def _seed():
 def _registry(monkeypatch):
     """Backbones that a test registers are gone after it."""
     monkeypatch.setattr(registry, "_families", dict(registry._families))
+
+
+@pytest.fixture(autouse=True)
+def _accelerate():
+    """What a Trainer said to accelerate is forgotten after a test."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+        sys.modules["accelerate.state"].GradientState._reset_state()

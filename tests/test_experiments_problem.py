@@ -85,7 +85,7 @@ def test_what_cannot_be_matched_is_refused():
             match_budget(vit, "hres", "rank", wrong)
     with pytest.raises(rs.SteerError, match=r"'hres' trains [0-9,]+ parameters whatever its 'scale' is"):
         match_budget(vit, "hres", "scale", 100, rank=2)
-    with pytest.raises(rs.SteerError, match="`rank` is an integer from 1 to the width"):
+    with pytest.raises(rs.SteerError, match="`rank` is an integer from 1 to 16"):
         match_budget(vit, "hres", "rank", 10**6)
     with pytest.raises(rs.SteerError, match="no option 'rnak'"):
         match_budget(vit, "hres", "rnak", 100)

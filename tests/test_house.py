@@ -50,7 +50,7 @@ TREES_OF_TENSORS = {"_pytree"}  # torch.utils._pytree, which torch.export docume
 HOOKS = {
     "_controller.py": "a steered model's call begins and ends; the gradients of idle fields are watched",
     "_subspace.py": "an optimizer's step is projected",
-    "_exported.py": "fields act where this library is not",
+    "exported.py": "fields act where this library is not",
     "baselines/_attach.py": "methods to compare with",
     "injector.py": "fields act",
     "pretrained.py": "a state dict that is loaded finds the fields",
