@@ -15,7 +15,7 @@ from torch.utils.hooks import unserializable_hook
 
 from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, running, tensors_in
 from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
-from ._internals import has_hook, owned_tensors
+from ._internals import compile_with_hooks, has_hook, owned_tensors
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
 from .config import FieldConfig
 from .errors import SteerError, some
@@ -49,6 +49,7 @@ class Steering:
 
     def install(self, model: nn.Module) -> None:
         """Attach to a model that is about to get its first field."""
+        compile_with_hooks()
         if self.backbone.prepare is not None:  # first, since it may raise, as may a warning
             self.handles.extend(self.backbone.prepare(self.backbone.blocks))
         self.frozen.close(model, self.backbone.blocks)

@@ -41,6 +41,19 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def compile_with_hooks() -> None:
+    """Have torch.compile look at hooks before it uses code again; it does not by itself.
+
+    What it compiled of a frozen model would run in the place of a steered one of the same class, without its fields.
+    What was compiled before is forgotten, once, and compiled again when it is called.
+    """
+    from torch._dynamo import config, reset
+
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        reset()
+
+
 @contextlib.contextmanager
 def answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
     """Have calls of a module, which is not compiled, answered by `call`; it gets what else would, hooks and all, first.

@@ -7,6 +7,7 @@ H(z) = W_up·σ(W_down·z + b_down) + b_up; at the site `input` the module recei
 from functools import partial
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel as Base
@@ -74,6 +75,7 @@ class Steered(Base):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # else what is compiled of the base may run here
         self.steering = nn.ModuleList(Point(point["fields"], point["site"]) for point in config.steering)
         for point, described in zip(self.steering, config.steering, strict=True):
             host = self.get_submodule(described["module"])

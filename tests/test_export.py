@@ -113,7 +113,7 @@ def test_bf16(here):
         assert torch.equal(*(each(**inputs("GPT2LMHeadModel")).logits for each in (model, again)))
 
 
-def test_what_cannot_beexported_is_refused_before_anything_is_written(tmp_path):
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     model = steered("GPT2LMHeadModel")
     for mix, word in ((None, "no field acts"), (["default", None], "every row")):
         rs.use(model, mix)

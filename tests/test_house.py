@@ -28,6 +28,7 @@ PRIVATE = {
     "discovery/graph.py": True,
     "_controller.py": {"_orig_mod"},
     "_frozen.py": {"_orig_mod"},
+    "exported.py": {"_dynamo"},
     "field.py": {
         "_apply",
         "_load_from_state_dict",

@@ -11,6 +11,7 @@ from residual_steer._internals import (
     ATTENTION,
     backward_pass,
     cast_dtypes,
+    compile_with_hooks,
     compute_in,
     has_hook,
     is_compiled,
@@ -52,6 +53,14 @@ def test_compiled_call_impl_and_optimized_modules_are_compiled():
     assert is_compiled(torch.compile(module))
     module.compile()
     assert is_compiled(module)
+
+
+def test_skip_nnmodule_hook_guards_is_a_setting_of_dynamo():
+    from torch._dynamo import config
+
+    with config.patch(skip_nnmodule_hook_guards=True):
+        compile_with_hooks()
+        assert config.skip_nnmodule_hook_guards is False
 
 
 def test_forward_hooks_and_a_forward_of_its_own_make_a_call_more_than_plain():

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -715,3 +717,39 @@ def test_a_difference_inside_a_config_is_named():
     there = backbone(**{"rope.theta": 2.0, "heads": 2})
     assert differences(stored, there) == "config: rope.theta 1.0 against 2.0"
     assert not differences(stored, backbone(heads=2))
+
+
+COMPILED = """
+import copy, sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+import residual_steer as rs
+sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+config = GPT2Config(vocab_size=64, bos_token_id=0, eos_token_id=0, **sizes)
+frozen = GPT2LMHeadModel(config).eval().requires_grad_(False)
+x = torch.randint(0, 64, (2, 8))
+def run(model):
+    with torch.no_grad():
+        return torch.compile(model, backend="eager")(x).logits
+if sys.argv[1] == "frozen first":
+    run(frozen)
+steered = {"layers": [0]}, {"layers": [1]}, {}
+models = [rs.steer(copy.deepcopy(frozen), rank=2, **more) for more in steered]
+models.append(rs.baselines.apply(copy.deepcopy(frozen), "parallel-adapter", rank=2))
+for model in models:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+run(frozen)
+for model in models:
+    with torch.no_grad():
+        expected = model(x).logits
+    torch.testing.assert_close(run(model), expected)
+    assert not torch.allclose(expected, run(frozen))
+"""
+
+
+@pytest.mark.parametrize("order", ["frozen first", "steered first"])
+def test_what_was_compiled_of_a_frozen_model_does_not_run_for_a_steered_one(order):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED, order], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from residual_steer._internals import compile_with_hooks
 from residual_steer.backbone import Backbone, compute_dtype
 from residual_steer.config import check_ranks
 from residual_steer.errors import SteerError
@@ -59,6 +60,7 @@ class Attached(nn.Module):
     def attach(self, host: nn.Module, key: str, *, prepend: bool = False) -> None:
         """Become a child of `host`, in its mode, and see its calls from now on, with `prepend` the output first."""
         require_free([host], key)
+        compile_with_hooks()
         self._note: Any = None  # inside torch.compile alone
         host.add_module(key, self)
         self.train(host.training)
