@@ -98,10 +98,8 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
 def _unscan(
     grad: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor, of_A: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of u, Δ, A (zero unless `of_A`), B and C; `grad` is that of y, `starts` as above.
-
-    With g_t the gradient of h_t:  g_t = C_t ⊗ grad_t + exp(Δ_{t+1}·A) ⊙ g_{t+1}.
-    """
+    """Return the gradients of u, Δ, A (zero unless `of_A`), B and C; `grad` is that of y, `starts` as above."""
+    # with g_t the gradient of h_t:  g_t = C_t ⊗ grad_t + exp(Δ_{t+1}·A) ⊙ g_{t+1}
     (rows, length, channels), states = u.shape, A.shape[1]
     steps, group = _cut(rows, states * channels)
     grads = [x.new_empty(x.shape) for x in (u, delta, B, C)]

@@ -20,15 +20,12 @@ _FLAGS = ("use_mambapy", "use_falcon_mambapy")  # who sets one wants mambapy's s
 
 
 class _LinearScan:
-    """A mixer's `forward` until `remove`: the linear scan where it can be, else the forward pass of its class.
-
-    It is an attribute of the mixer, as accelerate's hooks are, so that it follows every copy. On the class it would
-    reach every Mamba of the process, and be lost where a model that was saved whole is read again.
-    """
+    """A mixer's `forward` until `remove`: the linear scan where it can be, else the forward pass of its class."""
 
     def __init__(self, mixer: nn.Module) -> None:
         self._mixer: Any = mixer
         self._on = True
+        # on the mixer it follows every copy; on its class it would reach every Mamba of the process
         self._mixer.forward = self
 
     def remove(self) -> None:

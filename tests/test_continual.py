@@ -340,6 +340,17 @@ def test_one_projection_alone_can_train():
     assert (outputs(model, batch) - before).abs().max() < 1e-5
 
 
+def test_what_is_observed_under_protection_is_protected_from_then_on():
+    model, batch = steered("timm-vit"), batch_of("timm-vit", 1)
+    space, optimizer = NullSpace(model, 1.0), torch.optim.SGD(rs.parameters(model), lr=0.1)
+    with space.protect(optimizer):
+        space.observe([batch])
+        before = outputs(model, batch)
+        model(**batch_of("timm-vit", 2)).square().sum().backward()
+        optimizer.step()
+    assert (outputs(model, batch) - before).abs().max() < 1e-5
+
+
 def test_it_warns_where_no_room_is_left_and_where_the_field_was_changed():
     model = steered("timm-vit", rank=2)
     space = NullSpace(model, 1.0)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import doctest
 import math
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import nn
 import residual_steer as rs
 from residual_steer import diagnostics as d
 from residual_steer._controller import steering_of
+from residual_steer.diagnostics import _results
 from sharp import Broken, alone, break_at, case_of, cut, method, padding_first, rows_for, sharp, steered, traces
 from streams import Block, InPlace, Model
 
@@ -237,6 +239,12 @@ def test_it_has_a_table_and_a_figure(row):
     assert not axes[0].has_data()
     with pytest.raises(rs.SteerError, match=r"`ax`.*received str"):
         found.plot(ax="axes")
+
+
+def test_a_table_prints_as_its_example_does():
+    done = doctest.testmod(_results)
+    assert done.attempted > 0
+    assert done.failed == 0
 
 
 @one_of_each

@@ -106,6 +106,18 @@ def test_hybrids_name_their_blocks(name, blocks):
     assert [row["block"] for row in measured.table().rows] == list(blocks)
 
 
+@pytest.mark.parametrize(("name", "switch"), [("mamba_ssm-1", "use_fast_path"), ("mamba_ssm-2", "use_mem_eff_path")])
+def test_fused_functions_are_off_meanwhile(name, switch):
+    case, seen = case_of(name), []
+    model = steered(case.build())
+    for mixer in mixers(model):
+        setattr(mixer, switch, True)
+        mixer.register_forward_pre_hook(lambda mixer, _: seen.append(getattr(mixer, switch)))
+    memory_length(model, [case.inputs(model)])
+    assert set(seen) == {False}
+    assert all(getattr(mixer, switch) for mixer in mixers(model))
+
+
 @pytest.mark.parametrize(
     ("how", "options"), [("prompt", {"length": 3}), ("vpt-deep", {"length": 3}), ("lora", {"rank": 2})]
 )

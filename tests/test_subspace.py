@@ -98,6 +98,10 @@ def test_rounding_is_no_direction_and_a_small_feature_is():
     assert extended(nothing(10), moment(rounded).sum, 1.0).shape[1] == 4
     small = torch.cat([x, 1e-4 * features(5, 1, 10)])
     assert extended(nothing(10), moment(small).sum, 1.0).shape[1] == 5
+    u, direction = basis(10, 4).split([3, 1], dim=1)
+    found = extended(u, u @ u.t() + 1e-13 * direction @ direction.t(), 1.0)
+    assert found.shape[1] == 4
+    torch.testing.assert_close(found.t() @ found, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_nothing_is_in_nothing_and_all_is_in_all():
@@ -225,6 +229,8 @@ def test_what_is_held_may_grow_and_the_first_response_stays():
     assert np.abs((matrix(linear) - second) @ u[:, :4].numpy()).max() < 1e-6
     assert np.abs((matrix(linear) - second) @ u[:, 4:].numpy()).max() > 1e-3
     assert held["p"].strayed(linear) < 1e-6
+    other = held["p"].grown(layer(seed=2), u[:, 4:] @ u[:, 4:].t(), 1.0)
+    assert torch.equal(other.response[:, :4], held["p"].response), "what a map did when it was observed"
     assert Protected.of(layer(seed=2), u).strayed(linear) > 0.1
 
 

@@ -85,14 +85,14 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self._see_products(*args, **kwargs)
-        asked = {"need_weights": True, "average_attn_weights": True, **kwargs}
+        wanted = {"need_weights": True, "average_attn_weights": True, **kwargs}
         if func is not F.multi_head_attention_forward or self.keys or self.block is None:
             return func(*args, **kwargs)
         found: Any = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
         output, weights = found
         self.see_map(weights, weights.detach() > 0)
-        average = weights.mean(1) if asked["average_attn_weights"] else weights
-        return output, average if asked["need_weights"] else None
+        average = weights.mean(1) if wanted["average_attn_weights"] else weights
+        return output, average if wanted["need_weights"] else None
 
     def _see_products(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,

@@ -198,10 +198,7 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
 
 
 class _Classifier:
-    """The last linear layer of a model: the one at a path, or else the last whose output is the model's logits.
-
-    That is then looked for in every batch: it may run at every token, of which the model takes one for each row.
-    """
+    """The last linear layer of a model: the one at a path, or else the last whose output is the model's logits."""
 
     def __init__(self, model: nn.Module, batch: Batch, head: str | None) -> None:
         linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -276,10 +273,7 @@ def _logits(output: Any) -> Tensor | None:
 
 
 def _by_row(left: Tensor, logits: Tensor | None, rows: int) -> Any:
-    """Return the index of one vector per row in what a layer returned, `(rows, classes)` or of every token; else None.
-
-    `logits` is what has to be found; None takes one vector per row as it is.
-    """
+    """Return where in a layer's output, `(rows, [tokens,] classes)`, each row's logits stand (None: any one vector)."""
     if len(left) != rows:
         return None
     if left.dim() == 2:

@@ -205,10 +205,7 @@ def displacement(
 
 
 def _pick(z: Tensor, real: Tensor, token: Token) -> tuple[Tensor, Tensor]:
-    """Return the states that count of z, `(rows, tokens, width)`, as `(states, width)`, and the row of each.
-
-    `real` is `(rows, tokens)` of booleans; rows of padding alone give nothing.
-    """
+    """Return the states that count of z, `(rows, tokens, width)`, as `(states, width)`, and the row of each."""
     if token == "each":
         return z[real], real.nonzero()[:, 0]
     rows = real.any(1).nonzero().squeeze(1)

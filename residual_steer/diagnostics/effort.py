@@ -154,11 +154,8 @@ def _add(sums: Sums, field: HRes, z: Tensor, own: Tensor) -> None:
 
 
 def _effective_rank(field: HRes, hidden: Tensor) -> float | None:
-    """Return exp of the entropy of the eigenvalues of Σ H Hᵀ, given K = Σ (h, 1)(h, 1)ᵀ.
-
-    H = A·(h, 1) with A = (W_up, b_up), so that they are those of K^½ AᵀA K^½: as small as the bottleneck, however wide
-    the stream.
-    """
+    """Return exp of the entropy of the eigenvalues of Σ H Hᵀ, given K = Σ (h, 1)(h, 1)ᵀ."""
+    # with H = A·(h, 1), A = (W_up, b_up), they are those of K^½ AᵀA K^½: as small as the bottleneck
     parts = [field.up.weight] if field.up.bias is None else [field.up.weight, field.up.bias[:, None]]
     out = torch.cat([exact(part).cpu() for part in parts], 1)
     values, vectors = torch.linalg.eigh(hidden)

@@ -232,10 +232,7 @@ def landscape(
 
 
 def _ways(pair: Pair, loader: Iterable[Any], over: Plane) -> Tensor:
-    """Return the coordinates of the mean states of both sides through the layers, `(2, layers, 2)`.
-
-    Blocks whose stream has another width than the plane are passed over.
-    """
+    """Return the coordinates of the mean states of both sides at blocks of the plane's width, `(2, blocks, 2)`."""
     widths, sums = pair.backbones["frozen"].widths, Sums()
     blocks = [index for index in range(over.layer + 1) if widths[index] == widths[over.layer]]
     for batch in pair.batches(loader):
@@ -249,10 +246,7 @@ def _ways(pair: Pair, loader: Iterable[Any], over: Plane) -> Tensor:
 def _losses(
     pair: Pair, loader: Iterable[Any], over: Plane, points: Tensor, mean: Tensor | None, loss: Loss | None
 ) -> tuple[Tensor, list[float]]:
-    """Return the mean loss with the states at each of the points, `(points,)`, and those of both sides, unmoved.
-
-    States are moved alike, so that their mean, whose coordinates are given, gets to the point; or each if it is None.
-    """
+    """Return the mean loss with each state, or a `mean` of all, at each point, and that of each side unmoved."""
     backbone, total = pair.backbones["adapted"], Sums()
 
     def move(point: Tensor, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
