@@ -239,6 +239,7 @@ def test_every_row_falls_to_one_process_and_every_process_takes_every_step(itera
         for step, batch in enumerate(batches):
             counted = [part[step][0][0] for part in parts if part[step][1]]
             assert torch.equal(torch.cat(counted), batch)
+            assert len(counted) == min(number, len(batch))
             assert max(map(len, counted)) - min(map(len, counted)) <= 1
             assert all(len(part[step][0][0]) > 0 for part in parts)
 

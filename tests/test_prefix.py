@@ -421,19 +421,22 @@ def train_ends(case, layers, calls, **options):
     return fit(model, batches, steps=6, lr=1e-2, loss=loss, log_every=1, **options), model
 
 
-ONE_RUN = [("bart", [2, 3]), ("timm-swin", [1, 2]), ("timm-resnet", [1])]
-TWO_RUNS = [("bart", [3]), ("whisper", [3]), ("timm-swin", [2]), ("hf-convnext", [2])]
+ENDS = [  # which blocks are steered, and the bytes that are kept of four rows: of one run of blocks, and of two
+    *(("bart", [2, 3], 4 * 64 * (7 + 5)), ("timm-swin", [1, 2], 12288), ("timm-resnet", [1], 22528)),
+    *(("bart", [3], 4 * 64 * (7 + 5 + 5)), ("whisper", [3], 4 * 64 * (10 + 5 + 5))),
+    *(("timm-swin", [2], 16384), ("hf-convnext", [2], 57344)),
+]
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize(("name", "layers"), ONE_RUN + TWO_RUNS)
-def test_what_another_thing_than_the_next_block_reads_is_kept_too(name, layers, on_disk, tmp_path):
+@pytest.mark.parametrize(("name", "layers", "size"), ENDS)
+def test_what_another_thing_than_the_next_block_reads_is_kept_too(name, layers, size, on_disk, tmp_path):
     """A change of width, or a decoder behind its encoder."""
     case, counted = TABLE[name], []
     plain, _ = train_ends(case, layers, [])
     cached, model = train_ends(case, layers, counted, cache_prefix=tmp_path if on_disk else True)
     torch.testing.assert_close(losses(cached), losses(plain), rtol=1e-4, atol=0)
-    assert cached.cache["hits"] == 4
+    assert (cached.cache["hits"], cached.cache["bytes"]) == (4, size)
     first, *_, last = case.modules(model, "block")
     assert counted.count(last) == 6 + 2  # one batch is computed twice more, as a proof
     assert counted.count(first) == 2 + 2 + 1  # an epoch, the two runs of the check, the proof

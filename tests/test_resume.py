@@ -96,6 +96,7 @@ def test_what_cannot_be_written_is_a_clear_error_and_leaves_the_last_checkpoint(
         kept = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
         assert [path.name for path in kept] == ["checkpoint-2"]
         assert safetensors.torch.load_file(kept[0] / "shared.safetensors")
+        assert not any(path.is_dir() for path in folder.glob(".checkpoint-*"))
 
 
 class Cluttered(torch.optim.SGD):
