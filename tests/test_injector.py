@@ -125,7 +125,9 @@ def stack(make, **more):
 
 
 @pytest.mark.parametrize(
-    ("make", "more"), [(Overwriting, {}), (Named, {"read": lambda args, kwargs: kwargs["stream"]})], ids=str
+    ("make", "more"),
+    [(Overwriting, {}), (Named, {"read": lambda args, kwargs: kwargs["stream"]})],
+    ids=["positional", "named"],
 )
 def test_a_block_that_overwrites_its_input_is_refused_with_what_to_do(make, more):
     model = stack(make, **more)
