@@ -92,7 +92,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Making $(VENV) and installing torch, transformers, timm and the rest: several GB, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK) "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK) --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK) --no-build-isolation -e ".[dev,tools]"
 	@touch $@
 
 $(OLDEST)/installed: pyproject.toml .ci/oldest.py

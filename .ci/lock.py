@@ -43,7 +43,7 @@ def main() -> None:
         def run(*args: str) -> str:
             return subprocess.run([*pip, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
-        report = json.loads(run("install", "--quiet", "--dry-run", "--report", "-", "-e", ".[dev]"))
+        report = json.loads(run("install", "--quiet", "--dry-run", "--report", "-", "-e", ".[dev,tools]"))
         found = [item["metadata"] for item in report["install"] if "dir_info" not in item["download_info"]]
         lines = [line(item["name"], item["version"], item.get("requires_python")) for item in found]
         for name in WITHOUT_DEPENDENCIES:
