@@ -4,9 +4,9 @@ As printed, eq. 6 gives zero for every covariance that can be inverted. So the n
 leading directions, as in gradient projection memory (GPM, Saha et al. 2021, arXiv 2103.09762), on covariances, which
 need no stored features, as in Adam-NSCL (Wang et al. 2021, arXiv 2103.07113).
 
-Where it is exact, it is so by induction over the blocks: while the stream z of an old task enters a block as it did,
-an update of [W_down, b_down] that is orthogonal to every [z, 1] leaves the hidden units h, one of [W_up, b_up] that is
-orthogonal to every [h, 1] leaves H(z), and so the stream enters the next block as it did.
+It is exact by induction over the blocks: while the stream z of an old task enters a block as it did, an update of
+[W_down, b_down] that is orthogonal to every [z, 1] leaves the hidden units h, one of [W_up, b_up] that is orthogonal
+to every [h, 1] leaves H(z), and so the stream enters the next block as it did.
 """
 
 from __future__ import annotations

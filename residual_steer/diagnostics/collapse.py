@@ -41,14 +41,17 @@ _NAMES = {
 class NeuralCollapse:
     """NC1 to NC4 of a model on data; all of them are 0 at full collapse.
 
+    With features h of rows, class means μ_c, μ_G = mean_c μ_c, which gives classes of any size the same weight, Σ_W =
+    mean over rows of (h − μ_c)(h − μ_c)ᵀ and Σ_B = mean_c (μ_c − μ_G)(μ_c − μ_G)ᵀ; deviations are divided by the count.
+
     Attributes:
-        nc1: tr(Σ_W Σ_B⁺) / C.
-        nc2_norms: std_c ‖μ_c − μ_G‖ / mean_c ‖μ_c − μ_G‖.
+        nc1: variability collapse, tr(Σ_W Σ_B⁺) / C.
+        nc2_norms: of the class means, which become a simplex, std_c ‖μ_c − μ_G‖ / mean_c ‖μ_c − μ_G‖.
         nc2_spread: the standard deviation of cos(μ_c − μ_G, μ_c' − μ_G) over c ≠ c'.
         nc2_angles: the mean of |cos(μ_c − μ_G, μ_c' − μ_G) + 1/(C − 1)| over c ≠ c'.
         weight_norms, weight_spread, weight_angles: the same of the rows w_c of the classifier, which are not centred.
-        nc3: ‖W / ‖W‖_F − M / ‖M‖_F‖_F², with the μ_c − μ_G as rows of M; from 0 to 4. It and the measures of w_c are
-            None for a classifier whose weights are all 0, as a new head's may be.
+        nc3: self-duality, ‖W / ‖W‖_F − M / ‖M‖_F‖_F², with the μ_c − μ_G as rows of M; from 0 to 4. It and the measures
+            of w_c are None for a classifier whose weights are all 0, as a new head's may be.
         nc4: the share of rows for which the class of the nearest mean is not the class of the largest logit.
         classes, rows: C, the classes that have rows, and how many rows were measured.
         absent: classes of the classifier without rows, which are left out of everything.
@@ -136,19 +139,9 @@ def collapse_over_training(
 def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None = None) -> NeuralCollapse:
     """Measure neural collapse at the last linear layer of a classifier (arXiv 2008.08186, § 2 and figures 2 to 7).
 
-    With features h of rows, class means μ_c, μ_G = mean_c μ_c, Σ_W = mean over rows of (h − μ_c)(h − μ_c)ᵀ and
-    Σ_B = mean_c (μ_c − μ_G)(μ_c − μ_G)ᵀ, it measures
-
-    - NC1, variability collapse: tr(Σ_W Σ_B⁺) / C;
-    - NC2, the class means become a simplex: equal norms, and every cosine −1/(C − 1);
-    - NC3, self-duality: the classifier's rows become the centred class means, but for one factor;
-    - NC4, the classifier becomes that of the nearest class mean.
-
-    Standard deviations are divided by the count. μ_G gives classes of any size the same weight, as in the authors'
-    program. The model is any classifier, and its loader has labels `(rows,)`; rows with the label -100 are left out. It
-    is read twice, for the class means and then for NC4. `head` is the path of the classifier, an `nn.Linear`; None
-    looks for the last one whose output the model returns as logits, also where it runs at every token and the model
-    takes one of them.
+    The model is any classifier, and its loader has labels `(rows,)`; rows with the label -100 are left out. It is read
+    twice, for the class means and then for NC4. `head` is the path of the classifier, an `nn.Linear`; None looks for
+    the last one whose output the model returns as logits, also where it runs at every token and the model takes one.
 
     Raises:
         SteerError: no classifier is found; labels are missing, not one per row, or no class of the classifier; rows of
