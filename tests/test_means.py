@@ -78,8 +78,9 @@ class Masked(nn.Module):
 
 def prompted():
     """Tokens that train in front of the text."""
+    model = TABLE["gpt2"].build()
     torch.manual_seed(0)
-    return rs.baselines.apply(TABLE["gpt2"].build(), "prompt", length=2)
+    return rs.baselines.apply(model, "prompt", length=2)
 
 
 def classes():
