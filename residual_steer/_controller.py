@@ -92,11 +92,11 @@ class Steering:
         return self.heads.values(name, _base_entries(model))
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        """Return every tensor of a field: its own, by block, and those of the base that it trains, `train.…`."""
+        """Return every tensor of a field itself: its own, by block, and those of the base that it trains, `train.…`."""
         own = {
             f"blocks.{index}.{key}": tensor
             for index, module in self.fields(name).items()
-            for key, tensor in module.state_dict().items()
+            for key, tensor in module.state_dict(keep_vars=True).items()
         }
         return own | {f"train.{key}": tensor for key, tensor in self.values(model, name).items()}
 

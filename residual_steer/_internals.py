@@ -54,6 +54,16 @@ def compile_with_hooks() -> None:
         reset()
 
 
+def saves_adapters_alone(model: nn.Module) -> bool:
+    """Return whether `save_pretrained` of transformers writes a model's adapters of PEFT, and not the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def renew_children(module: nn.Module) -> None:
+    """Give a module a new list of its children, so that whoever goes through the old one may go on."""
+    module._modules = dict(module._modules)
+
+
 @contextlib.contextmanager
 def answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
     """Have calls of a module, which is not compiled, answered by `call`; it gets what else would, hooks and all, first.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ._controller import Steering, attachments, steering_of
 from ._files import as_path
 from ._frozen import plain_name
+from ._internals import saves_adapters_alone
 from .backbone import Handle
 from .errors import SteerError
 from .injector import Injector
@@ -46,7 +47,7 @@ def from_pretrained(folder: str | Path, kind: type[Any] | None = None, **options
         The steered model.
 
     Raises:
-        SteerError: there is no field, or as `residual_steer.load`.
+        SteerError: there is no field, transformers does not have the class, or as `residual_steer.load`.
 
     >>> model.save_pretrained("runs/mine")
     >>> model = rs.from_pretrained("runs/mine")
@@ -63,15 +64,16 @@ def from_pretrained(folder: str | Path, kind: type[Any] | None = None, **options
             f"no field was saved with the model in {str(folder)!r}: its config has no {_ENTRY!r}. Load it with "
             "transformers, and a field that `residual_steer.save` wrote with `residual_steer.load`."
         )
+    named = next(iter(config.architectures or ()), "")
+    loader: Any = getattr(transformers, named, None) if kind is None else kind
+    if loader is None:
+        raise SteerError(f"the model that was saved is a {named}, which transformers does not have: give its `kind`.")
     if not os.path.isdir(folder):
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(
             str(folder), allow_patterns=[f"{_FOLDER}/*"], **_passed(options, "revision", "token")
         )
-    loader: Any = kind
-    if loader is None:
-        loader = getattr(transformers, next(iter(config.architectures or ()), ""), transformers.AutoModel)
     delattr(config, _ENTRY)
     before = logging.get_verbosity()
     logging.set_verbosity(ERROR)  # the report names the fields' tensors, which `load` reads
@@ -114,7 +116,7 @@ class _Saving:
     ) -> Any:
         """Do what the class of the module does, with the fields' tensors renamed and a folder for each of them."""
         module: Any = self._module
-        if getattr(module, "_hf_peft_config_loaded", False):  # transformers saves the adapters alone
+        if saves_adapters_alone(module):
             return type(module).save_pretrained(module, save_directory, is_main_process, state_dict, *args, **kwargs)
         root, state = steering_of(self._root)
         folder = as_path(os.fspath(save_directory))
@@ -136,7 +138,7 @@ class _Saving:
 def _base(root: nn.Module, state: Steering, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a module as they are in the base: none of steering, and no trained head in place."""
     ours = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, (Injector, Switch)))
-    before = _prefix(root, module)
+    before = next(f"{name}." if name else "" for name, part in root.named_modules() if part is module)
     return {
         key: state.heads.base.get(plain_name(before + key), tensor).detach()
         for key, tensor in tensors.items()
@@ -152,39 +154,18 @@ def _take(root: nn.Module, module: nn.Module, tensors: dict[str, Tensor], prefix
     if not stored:
         return
     root, state = steering_of(root)
-    places = _places(root, state, module)
+    places = {id(tensor): f"{prefix}{key}" for key, tensor in module.state_dict(keep_vars=True).items()}
     for name in state.specs:
         for key, tensor in state.tensors(root, name).items():
             value = stored.get(f"{name}.{key}")
             if value is None:
                 continue
-            if (name, key) in places:
-                tensors[prefix + places[name, key]] = value
+            if id(tensor) in places:
+                tensors[places[id(tensor)]] = value
             elif tensor.shape == value.shape:  # of a head that is not in place
                 tensor.copy_(value)
             else:
                 raise SteerError(f"{key} of field {name!r} has shape {tuple(value.shape)}; here {tuple(tensor.shape)}.")
-
-
-def _places(root: nn.Module, state: Steering, module: nn.Module) -> dict[tuple[str, str], str]:
-    """Return the key in the state dict of a module of each tensor of a field that is in place, by field and key."""
-    inside = {part: f"{name}." for name, part in module.named_modules() if isinstance(part, Injector)}
-    found = {
-        (name, f"blocks.{injector.index}.{key}"): f"{inside[injector]}fields.{name}.{key}"
-        for injector in state.injectors.values()
-        if injector in inside
-        for name, field in injector.held.items()
-        for key in field.state_dict()
-    }
-    before = _prefix(root, module)
-    heads = {plain_name(before + key): key for key in module.state_dict()}
-    return found | {
-        (name, f"train.{key}"): heads[key] for key, name in state.heads.there.items() if name and key in heads
-    }
-
-
-def _prefix(root: nn.Module, module: nn.Module) -> str:
-    return next(f"{name}." if name else "" for name, part in root.named_modules() if part is module)
 
 
 def _attach(model: nn.Module, state: Steering) -> list[Handle]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ._files import as_path
+from ._checks import check_integer, check_number
+from ._files import as_path, make_folder, write_whole
 from .data import ByteBlocks, TokenBlocks, images, splits, vtab, wikitext
 from .errors import SteerError
 from .steering import steer
@@ -52,10 +53,10 @@ class Data:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("batch", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if not (value is None and name == "limit") and (type(value) is not int or value < least):
-                raise SteerError(f"`{name}` is an integer of at least {least}; received {value!r}.")
+        check_integer("length", self.length, 2)
+        check_integer("batch", self.batch, 1)
+        if self.limit is not None:
+            check_integer("limit", self.limit, 1)
 
     @property
     def kind(self) -> str:
@@ -112,9 +113,9 @@ class Recipe:
         if "steps" not in options:
             raise SteerError("the recipe lacks `fit.steps`, the number of optimizer steps.")
         _at("fit", lambda: FitOptions.of({k: v for k, v in options.items() if k not in ("steps", "lr")}))
-        seed = words.get("seed", 0)
-        if type(seed) is not int or not 0 <= seed < 2**32:
-            raise SteerError(f"`seed` is an integer from 0 to 2**32 - 1; received {seed!r}.")
+        _at("fit", lambda: check_integer("steps", options["steps"], 1))
+        _at("fit", lambda: check_number("lr", options.get("lr", 1e-3), above=0))
+        seed = check_integer("seed", words.get("seed", 0), 0, 2**32 - 1)
         return cls(words["model"], data, field, options, words.get("arch"), seed)
 
     @classmethod
@@ -160,11 +161,10 @@ class Recipe:
         torch.manual_seed(self.seed)
         model, train, valid = self._open()
         steer(model, self.arch, **{"name": "default", **self.field})
-        if valid is not None:
-            valid = self._batches(valid)
-        history = fit(model, self._batches(train, shuffle=True), valid, **self.fit)
+        make_folder(folder)  # before the hours that the training may take
+        history = fit(model, self._batches(train, shuffle=True), self._batches(valid), **self.fit)
         save(model, folder)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.words(), sort_keys=False), "utf-8")
+        write_whole({folder / "recipe.yaml": yaml.safe_dump(self.words(), sort_keys=False).encode()})
         return model, history
 
     def evaluate(self, folder: str | Path) -> dict[str, dict[str, float]]:
@@ -249,21 +249,36 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
 
 def _text(name: str, data: Data, kind: str, source: str) -> tuple[Dataset[Any], Dataset[Any]]:
     """Return what a language model trains on, and what is held out."""
-    transformers = _package("transformers")
+    tokenizer = _tokenizer(name)
     if kind == "wikitext":
-        tokenizer = _reason(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+        if tokenizer is None:
+            raise SteerError(f"`data.wikitext` is read by the model's tokenizer, and there is none with {name!r}.")
         first, second = (wikitext(source, s, tokenizer=tokenizer, length=data.length) for s in _two_splits(source))
         return first, second
     try:
         text = Path(source).read_bytes()
     except OSError as error:
         raise SteerError(f"`data.text` is a file; {source!r} cannot be read: {error}.") from error
-    vocabulary = getattr(transformers.AutoConfig.from_pretrained(name), "vocab_size", None)
-    if vocabulary == 256:  # a model of bytes
+    if tokenizer is None:  # a model of bytes
         return ByteBlocks(text, data.length), ByteBlocks(text, data.length, "valid")
-    tokenizer = _reason(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
-    ids = torch.tensor(tokenizer(text.decode("utf-8"), verbose=False)["input_ids"], dtype=torch.int64)
+    try:
+        words = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SteerError(f"`data.text` is a file of text in UTF-8; {source!r} is not: {error}.") from error
+    ids = torch.tensor(tokenizer(words, verbose=False)["input_ids"], dtype=torch.int64)
     return TokenBlocks(ids, data.length), TokenBlocks(ids, data.length, "valid")
+
+
+def _tokenizer(name: str) -> Any:
+    """Return the tokenizer that stands with a model, None if there is none and the model reads bytes."""
+    transformers = _package("transformers")
+    made = _reason(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+    if made("text")["input_ids"]:  # transformers makes an empty one where it finds no file
+        return made
+    vocabulary = getattr(transformers.AutoConfig.from_pretrained(name), "vocab_size", None)
+    if vocabulary != 256:
+        raise SteerError(f"no tokenizer stands with {name!r}, and its vocabulary, {vocabulary}, is not that of bytes.")
+    return None
 
 
 def _two_splits(source: str) -> tuple[str, str]:

@@ -20,9 +20,10 @@ __all__ = ["reference"]
 def reference(model: nn.Module, *, base: bool = False) -> nn.Module:
     """Return the reference model of a steered one, for DPO (Rafailov et al. 2023, arXiv 2305.18290) and its kind.
 
-    It runs the same model, in evaluation mode and without a gradient, under a frozen copy of what is selected now, and
-    has no parameters of its own: `DPOTrainer(model, ref_model=rs.reference(model))`. A field that was never trained is
-    the base, and is not copied. Copies are fields of the model, `NAME-reference`, which `unsteer` takes away.
+    It runs the same model, without the wrappers around it, in evaluation mode and without a gradient, under a frozen
+    copy of what is selected now, and has no parameters of its own: `DPOTrainer(model, ref_model=rs.reference(model))`.
+    A field that was never trained is the base, and is not copied. Copies are fields of the model, `NAME-reference`,
+    which `unsteer` takes away.
 
     Args:
         model: a steered model.
@@ -42,7 +43,7 @@ def reference(model: nn.Module, *, base: bool = False) -> nn.Module:
         asked = [None if name is None else names[name] for name in asked]
     elif isinstance(asked, Mapping):
         asked = {copy: weight for name, weight in asked.items() if (copy := names[name]) is not None}
-    return _Reference(model, asked)
+    return _Reference(root, asked)
 
 
 def _copied(root: nn.Module, state: Steering, name: str) -> str | None:

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, T5Config, ViTConfig
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, PreTrainedTokenizerFast, T5Config, ViTConfig
 
 import residual_steer as rs
 from residual_steer.cli import main
@@ -133,6 +134,30 @@ def test_a_wrong_recipe_names_key_value_and_what_is_allowed(key, value, words, r
     shown = capsys.readouterr().err
     assert [word for word in words if word not in shown] == []
     assert not (tmp_path / "field").exists()
+
+
+def test_text_meets_the_tokenizer_of_its_model_or_bytes(folder, recipe, tmp_path, capsys):
+    """A model of 256 tokens has a tokenizer of its own here, and one of 64 has none."""
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 7, "One": 3}, unk_token="[UNK]"))
+    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    GPT2LMHeadModel(CONFIGS["gpt2"][0]).save_pretrained(tmp_path / "own")
+    PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="[UNK]").save_pretrained(tmp_path / "own")
+    _, train, _ = Recipe.of({**recipe, "model": str(tmp_path / "own")})._open()
+    assert set(train[0]["input_ids"].tolist()) == {3, 7}
+    GPT2LMHeadModel(GPT2Config(**{**CONFIGS["gpt2"][0].to_dict(), "vocab_size": 64})).save_pretrained(tmp_path / "none")
+    flags = ["--text", recipe["data"]["text"], "--steps", "1", "--out", str(tmp_path / "field")]
+    assert main(["train", "--model", str(tmp_path / "none"), *flags]) == 1
+    assert "no tokenizer stands with" in capsys.readouterr().err
+    (tmp_path / "latin").write_bytes(b"caf\xe9 " * 99)
+    assert main(["train", "--model", str(tmp_path / "own"), *flags, "--text", str(tmp_path / "latin")]) == 1
+    assert "UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_training(recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("residual_steer.recipe.fit", lambda *args, **options: pytest.fail("it trained"))
+    with pytest.raises(rs.SteerError, match="file"):
+        Recipe.of(recipe).train(tmp_path / "file" / "field")
 
 
 @pytest.mark.parametrize(

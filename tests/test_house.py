@@ -37,13 +37,11 @@ PRIVATE = {
     },  # torch's seams for subclasses
     "hub.py": {"_name_or_path"},  # an entry of a config
     "injector.py": {"_apply"},
-    "peft/_layer.py": {"_modules"},
     "peft/_model.py": {"_mark_only_adapters_as_trainable", "_remove_adapter_name_from_key"},  # PEFT's seams for tuners
     "peft/_registry.py": True,
-    "pretrained.py": {"_hf_peft_config_loaded"},
     "recording.py": {"_orig_mod", "_dynamo"},
     "trained_modules.py": {"_apply"},
-    "training/processes.py": {"_original_forward"},
+    "training/processes.py": {"_original_forward"},  # of accelerate 1.10 and 1.15; training imports nothing of ours
 }
 TREES_OF_TENSORS = {"_pytree"}  # torch.utils._pytree, which torch.export documents and everybody imports
 

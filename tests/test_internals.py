@@ -4,6 +4,7 @@ import copy
 import io
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,8 @@ from residual_steer._internals import (
     offload_hooks,
     owned_tensors,
     parts,
+    renew_children,
+    saves_adapters_alone,
     twin,
     version,
 )
@@ -140,3 +143,21 @@ def test_a_module_computes_in_another_type_than_its_parameters_are_kept_in():
     assert module(x.double()).dtype == torch.float64
     compute_in(head, {})
     assert type(head) is kind
+
+
+def test_a_model_that_transformers_loaded_an_adapter_into_saves_it_alone():
+    model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    assert not saves_adapters_alone(model)
+    model._hf_peft_config_loaded = True
+    assert saves_adapters_alone(model)
+
+
+def test_renewed_modules_may_be_changed_by_whoever_goes_through_them():
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    seen = []
+    for name, _ in model._modules.items():
+        seen.append(name)
+        renew_children(model)
+        delattr(model, name)
+    assert seen == ["0", "1"]
+    assert len(model) == 0

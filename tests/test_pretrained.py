@@ -141,6 +141,18 @@ def test_a_folder_without_a_field_is_refused(tmp_path):
         rs.from_pretrained(tmp_path)
 
 
+def test_a_class_that_transformers_does_not_have_is_not_loaded_as_another(tmp_path):
+    class Mine(GPT2LMHeadModel):
+        pass
+
+    model = rs.steer(Mine(made("gpt2").config), rank=2).eval()
+    shake(model, "default")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SteerError, match="is a Mine, which transformers does not have"):
+        rs.from_pretrained(tmp_path)
+    assert torch.equal(logits(rs.from_pretrained(tmp_path, Mine), "gpt2"), logits(model, "gpt2"))
+
+
 def test_unsteered_a_model_saves_as_before(tmp_path):
     model = steered("gpt2")
     assert "save_pretrained" in vars(model)

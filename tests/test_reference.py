@@ -126,6 +126,16 @@ def test_a_forward_that_others_put_there_runs_under_the_selection():
     assert torch.equal(reference(tokens), expected)
 
 
+def test_the_wrappers_around_a_model_do_not_matter():
+    model = made()
+    shake(model)
+    tokens = torch.randint(1, 64, (2, 8))
+    with torch.no_grad():
+        expected = log_probs(model.eval(), tokens)
+    wrapped = torch.compile(model, backend="eager")
+    assert torch.equal(log_probs(rs.reference(wrapped), tokens), expected)
+
+
 def test_a_second_copy_is_refused():
     model = made()
     shake(model)

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from residual_steer._internals import renew_children
 from residual_steer.backbone import execution_device
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
@@ -154,8 +155,8 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
         model, active, off = self._chosen.model, self.active_adapter, self.disable_adapters
         if all(adapter_name != field.name for field in _fields(model)):
             return
-        for module in (self.injector, self.injector.host):  # whoever iterates over the model goes on with the old one
-            module._modules = dict(module._modules)
+        for module in (self.injector, self.injector.host):  # PEFT goes through the model's layers
+            renew_children(module)
         unsteer(model, adapter_name)
         if adapter_name not in active:
             return
