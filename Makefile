@@ -67,7 +67,7 @@ test-newest:  ## Run all tests with the newest releases of everything, resolved 
 # torch 2.6 cannot trace a model of transformers.
 test-oldest: $(OLDEST)/installed  ## Run what meets other libraries with the oldest releases that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest -n 2 -k "not compile" tests/test_contract.py tests/test_registry.py tests/test_discovery*.py \
-		tests/test_caches.py tests/test_internals.py tests/test_silent.py tests/test_heads.py tests/test_fields.py \
+		tests/test_caches.py tests/test_internals.py tests/test_silent*.py tests/test_heads.py tests/test_fields.py \
 		tests/test_backbones_mamba.py tests/test_baselines*.py tests/test_scan.py tests/test_storage.py
 
 check: $(VENV)/installed  ## Lint, format and types, without changing anything
