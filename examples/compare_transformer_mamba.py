@@ -105,7 +105,7 @@ def main(arguments=None):
         closed = f"{(steered - before) / ((tuned - before) or math.nan):.0%}"
         rows.append([name, unit, *own["size"], *cells, closed, own["step"], full["step"]])
         for method, one in found.items():
-            panel.plot(*zip(*one["curve"], strict=True), "o-", label=method)
+            panel.plot(*zip(*one["curve"], strict=True), "o-", color=f"C{list(RATES).index(method)}", label=method)
         panel.set(title=name, xlabel="optimizer steps", ylabel=unit)
         panel.legend()
     heads = "backbone,metric,trainable,share,before,H-Res,full,gap closed,s/step H-Res,s/step full"
