@@ -33,6 +33,6 @@ it takes its fused path; `x_proj` in transformers' Mamba where the kernels are i
 its `qkv_bias_separate` is set. The first training step checks the rest.
 """
 
-from ._apply import apply, merge, methods
+from ._methods import apply, merge, methods
 
 __all__ = ["apply", "merge", "methods"]
