@@ -18,6 +18,8 @@ TITLES = {
 # What is behind the error of a model that fails, for people; the error itself stands in the JSON.
 REASONS = {
     "flaubert": "a layer is no module: attentions and feed-forwards stand in lists of their own",
+    "gemma4_unified_assistant": "reads the states and the keys and values of the model that it drafts for",
+    "inkling2_loop_text": "as inkling2_text, and some layers pass several times",
     "inkling2_text": "the stream begins anew every few layers, which read the sums of all earlier ones by attention",
     "reformer": "reversible: its own backward pass computes layers again past every hook",
     "voxtral_realtime": "runs on sound and text of matching lengths alone",
