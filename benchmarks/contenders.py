@@ -7,6 +7,7 @@ and a wrong row would not be seen.
 from __future__ import annotations
 
 import importlib.util
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import nn
 import residual_steer as rs
 from residual_steer.routing import Asked
 
-__all__ = ["Contender", "adapters", "deal", "fields", "has_peft", "names_of"]
+__all__ = ["Contender", "adapters", "add_fields", "deal", "fields", "has_peft", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,31 @@ def deal(names: Sequence[str], rows: int) -> list[str]:
     return [names[row % len(names)] for row in range(rows)]
 
 
+def add_fields(model: nn.Module, number: int, rank: int) -> list[float]:
+    """Steer a frozen model by as many fields, with random weights; return the seconds that each took to add."""
+    seconds = []
+    for name in names_of(number):
+        start = time.perf_counter()
+        rs.steer(model, rank=rank, name=name)
+        seconds.append(time.perf_counter() - start)
+    _randomise(model, "steering_")
+    return seconds
+
+
 def fields(
-    model: nn.Module, counts: Sequence[int], weighted: Sequence[int], rows: int, rank: int, compiled: bool = False
+    model: nn.Module, counts: Sequence[int], weighted: Sequence[int], rows: int, compiled: bool = False
 ) -> list[Contender]:
-    """Steer `model` by as many fields as the largest count, and return what to time.
+    """Return what to time of a model that holds fields: those that act are spread over all that it holds.
 
     Args:
-        model: a frozen model.
+        model: what `add_fields` steered.
         counts: how many fields act in one batch, row by row.
         weighted: how many fields act with weights on every row.
         rows: of the batch.
-        rank: of each field.
         compiled: whether to call the model compiled.
     """
-    names = names_of(max(*counts, *weighted, 1))
-    for name in names:
-        rs.steer(model, rank=rank, name=name)
-    _randomise(model, "steering_")
+    every = [field.name for field in rs.fields(model)]
+    names = every[:: len(every) // max(*counts, *weighted, 1)]
     mixes: dict[str, Asked] = {"frozen": None, "one field": names[0]}
     for count in counts:
         mixes[f"{count} by row"] = deal(names[:count], rows)

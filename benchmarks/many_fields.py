@@ -2,17 +2,21 @@
 
     python benchmarks/many_fields.py
     python benchmarks/many_fields.py --backbone mamba --rounds 20
+    python benchmarks/many_fields.py --held 1000 --rank 8
 
-A frozen backbone of a well-known shape, with random weights, holds 16 fields with random weights. A batch of 32 rows is
-run under none, under one, and under 1 to 16 of them with the rows dealt round robin, or all rows under a weighted sum:
-once as prefill, once as one cached step of decoding, every time from a copy of the same cache. All variants take turns
-(see rounds.py), and are checked once before: what is timed is what it is called. On GPT-2, PEFT's LoRA with
-one adapter per row (`adapter_names`) is timed in the same rounds, if PEFT is installed.
+A frozen backbone of a well-known shape, with random weights, holds 32 fields with random weights, or up to 1,000. A
+batch of 32 rows is run under none, under one, and under 1 to 32 of them with the rows dealt round robin, or all rows
+under a weighted sum: once as prefill, once as one cached step of decoding, every time from a copy of the same cache.
+All variants take turns (see rounds.py), and are checked once before: what is timed is what it is called. On GPT-2,
+PEFT's LoRA with one adapter per row (`adapter_names`) is timed in the same rounds, if PEFT is installed. Besides: how
+long it takes to add the first and the last field and to select, and how much memory the fields take.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -25,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 import residual_steer as rs
-from contenders import Contender, adapters, fields, has_peft
+from contenders import Contender, adapters, add_fields, fields, has_peft
 from output import exit_status, markdown, save_json
 from rounds import Rounds, Variant, play
 from shapes import SHAPES, Shape
 
-COUNTS, PEER_COUNTS = (1, 2, 4, 8, 16), (1, 8, 16)
+COUNTS, PEER_COUNTS = (1, 2, 4, 8, 16, 32), (1, 8, 16, 32)
 TOLERANCE = 1e-4  # of the largest output: the rows of another batch are rounded otherwise
 MOVED = 1e-3  # of the largest output: less, and one field could hardly be told from another
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -48,6 +52,8 @@ class Setting:
         inputs: the batch.
         token: the token that is decoded, `(rows, 1)`; None for images.
         cache: what the frozen model keeps of `inputs`; every measurement starts from a copy. None for images.
+        added: the seconds that each field took to add.
+        taken: the bytes that the process grew by, with all fields.
     """
 
     shape: Shape
@@ -56,6 +62,8 @@ class Setting:
     inputs: Tensor
     token: Tensor | None
     cache: Any
+    added: Sequence[float]
+    taken: int
 
     def before(self, phase: str, contender: Contender) -> Any:
         """Make a contender's selection, and return what `run` writes into: a copy of the cache, or nothing."""
@@ -89,6 +97,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     results = Path(__file__).parent / "results"
     parser.add_argument("--backbone", choices=SHAPES, default="gpt2", help="whose shape")
     parser.add_argument("--rank", type=int, default=32, help="of every field and adapter")
+    parser.add_argument("--held", type=int, help="fields that the model holds; the largest of --counts")
     parser.add_argument("--rows", type=int, default=32, help="of the batch")
     parser.add_argument("--length", type=int, help="tokens of a row; 64 for GPT-2 and Mamba")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of fields in one batch, by row")
@@ -123,7 +132,8 @@ def report(options: argparse.Namespace) -> None:
         calls = selections(setting, options)
     text = tables(setting, measured, calls, options)
     kind = torch.device(options.device).type
-    stem = f"many_fields-{options.backbone}-{kind}{'-compiled' * options.compile}"
+    held = f"-{options.held}" if options.held else ""
+    stem = f"many_fields-{options.backbone}-{kind}{held}{'-compiled' * options.compile}"
     record = {
         "options": {key: value for key, value in vars(options).items() if key != "output"},
         "shape": setting.shape.about,
@@ -131,6 +141,7 @@ def report(options: argparse.Namespace) -> None:
         "unit": "seconds of wall-clock time" if options.clock == "wall" else "seconds of processor time",
         "results": {phase: record_of(setting, rounds) for phase, rounds in measured.items()},
         "use": calls.record("one field"),
+        "held": growth(setting),
     }
     save_json(record, options.output / f"{stem}.json", options.device)
     (options.output / f"{stem}.md").write_text(text + "\n")
@@ -144,14 +155,19 @@ def build(options: argparse.Namespace) -> Setting:
         SteerError: a number below 1, or a rank that is too large.
     """
     numbers = [options.rank, options.rows, options.rounds, *options.counts, *options.weighted]
-    if min(numbers) < 1 or (options.length or 2) < 2 or max(options.counts) > options.rows:
+    acting = max(*options.counts, *options.weighted, 1)
+    held = options.held or acting
+    if min(numbers) < 1 or (options.length or 2) < 2 or max(options.counts) > options.rows or held < acting:
         raise rs.SteerError(
-            "--rank, --rows, --rounds and --counts are 1 or more, --length 2 or more, and there is a row for every "
-            f"field; received {numbers} and {options.length}."
+            "--rank, --rows, --rounds and --counts are 1 or more, --length 2 or more, there is a row for every field, "
+            f"and --held are no fewer than act; received {numbers}, {options.length} and {held}."
         )
     shape = SHAPES[options.backbone]
     model = shape.build(tiny=options.tiny, device=options.device)
-    contenders = fields(model, options.counts, options.weighted, options.rows, options.rank, options.compile)
+    before = resident()
+    added = add_fields(model, held, options.rank)
+    taken = resident() - before
+    contenders = fields(model, options.counts, options.weighted, options.rows, options.compile)
     if options.backbone == "gpt2" and has_peft() and not options.compile:
         peers = [count for count in PEER_COUNTS if count <= max(options.counts)]
         contenders += adapters(shape.build(tiny=options.tiny, device=options.device), peers, options.rows, options.rank)
@@ -160,7 +176,32 @@ def build(options: argparse.Namespace) -> Setting:
     if shape.cache is not None:
         rs.use(model, None)
         token, cache = inputs[:, :1], shape.cached(model, inputs)
-    return Setting(shape, model, contenders, inputs, token, cache)
+    return Setting(shape, model, contenders, inputs, token, cache, added, taken)
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has, 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def growth(setting: Setting) -> dict[str, float]:
+    """Return how many fields are held, what adding them took at both ends, and what they take, in seconds and bytes.
+
+    The first field also freezes the model; so what is compared with the last ones are those that came next.
+    """
+    every = rs.fields(setting.model)
+    window = min(10, max(1, len(setting.added) - 1))
+    return {
+        "fields": len(every),
+        "add_first": statistics.median(setting.added[1 : 1 + window] or setting.added),
+        "add_last": statistics.median(setting.added[-window:]),
+        "weights": 4 * every[0].parameters,
+        "taken": setting.taken / len(every),
+    }
 
 
 def phases_of(setting: Setting, options: argparse.Namespace) -> list[str]:
@@ -294,10 +335,14 @@ def notes(setting: Setting, options: argparse.Namespace) -> str:
     size = " × ".join(map(str, setting.inputs.shape))
     clock = "wall-clock time" if options.clock == "wall" else "processor time of all threads"
     what = f"a tiny model instead of {setting.shape.about}" if options.tiny else setting.shape.about
+    held = growth(setting)
     lines = [
         f"{what}, random weights, fp32; a batch of {size}; fields of rank {options.rank} beside every block.",
         f"Medians of {options.rounds} interleaved rounds, {3 * options.rounds} for decoding and `use`, {clock}; ratios "
         "are taken within each round: their median, and their quartiles in brackets.",
+        f"{held['fields']:,} fields stand, {held['weights'] / 1e6:.2f} MB of weights each, and the process grew "
+        f"by {held['taken'] / 1e6:.2f} MB. Adding one took {1e3 * held['add_first']:.1f} ms at first and "
+        f"{1e3 * held['add_last']:.1f} ms at last, medians of ten.",
         f"Every variant was checked first, row by row to {TOLERANCE:g} of the largest output.",
     ]
     if any(contender.plain is not setting.model for contender in setting.contenders):

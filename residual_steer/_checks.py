@@ -7,11 +7,20 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .errors import SteerError
 
-__all__ = ["check_choice", "check_flag", "check_integer", "check_model", "check_number", "check_options"]
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_model",
+    "check_number",
+    "check_options",
+    "is_exporting",
+]
 
 Choice = TypeVar("Choice")
 
@@ -101,6 +110,12 @@ def check_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     return model
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` traces; torch before 2.7 cannot tell it from compiling."""
+    known = getattr(torch.compiler, "is_exporting", None)
+    return torch.compiler.is_compiling() if known is None else bool(known())
 
 
 def _range(**bounds: float | None) -> str:

@@ -44,6 +44,7 @@ class Steering:
     handles: list[Handle] = field(default_factory=list)  # hooks on the model, and those that the family needs
     selected: Selected = field(default_factory=Selected)
     repeats: Repeats = field(default_factory=Repeats)
+    open: frozenset[str] = frozenset()  # the fields whose parameters were opened
     unchecked: bool = True  # whether no call in training mode was watched since the selection was made
     moving: Moving | None = None
 
@@ -163,6 +164,11 @@ class Steering:
 
     def _let_train(self, name: str, on: bool) -> None:
         """Open or close a field's parameters; the last of each module notices a backward pass after it was closed."""
+        spec = self.specs[name]
+        first = self.injectors[spec.site, next(iter(spec.ranks))].fields[name]
+        if not on and name not in self.open and not cast(HRes, first).up.weight.requires_grad:
+            return  # as most of the fields of many rows
+        self.open = self.open | {name} if on else self.open - {name}
         for module in self.fields(name).values():
             last = module.up.weight
             if last.requires_grad and not on and not has_hook(last, _Watch):
@@ -180,6 +186,7 @@ class Steering:
             if injector is not None and injector.discard(name):
                 del self.injectors[spec.site, index]
         self.wish.pop(name, None)
+        self.open -= {name}
         self.heads.close(name, _base_entries(model))
         self.select(model, self.mix)
 

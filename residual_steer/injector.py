@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ._calls import Selected, running, selection_of_backward
+from ._checks import is_exporting
 from ._frozen import Attachment
 from ._internals import version
 from .backbone import Backbone, compute_dtype, read_stream, replace_stream, write_stream
 from .errors import SteerError
 from .field import HRes
-from .routing import OFF, Blend, Mix, Route, Tables, misfit, route, row_factor
+from .routing import OFF, SIDE_BY_SIDE, Blend, Mix, Route, Tables, misfit, route, row_factor
 
 __all__ = ["Injector"]
 
@@ -48,6 +49,7 @@ class Injector(Attachment):
         self.mix, self.route = OFF, Route()
         self._every: Blend | None = None  # of all fields, once a mix has needed it
         self._ran: Route | None = None  # in the last forward pass that was no recomputation
+        self._place: Any = None  # of this module for compiled graphs, once many fields stand here
         self._entered: Tensor | None = None  # inside torch.compile alone
         self._trusted = False  # not to overwrite what enters
         self.train(host.training)
@@ -84,16 +86,21 @@ class Injector(Attachment):
 
     def select(self, mix: Mix, tables: Tables) -> Route:
         """Let those fields of `mix` act that stand here; points with the same fields share `tables`."""
-        if not self.fields:
+        fields = self.fields  # once: finding a module's attributes takes as long as all else here
+        if not fields:
             return self.route
-        acting = {name: cast(HRes, self.fields[name]) for name in mix.names if name in self.fields}
-        every = None
-        if not mix.by_name:
+        acting = {name: cast(HRes, fields[name]) for name in mix.names if name in fields}
+        every, many = None, not mix.by_name and len(fields) > SIDE_BY_SIDE
+        if many and self._place is None:
+            from ._one_graph import Place  # takes time to import
+
+            self._place = Place(self)
+        if not mix.by_name and not many:
             if self._every is None or not self._every.fits(acting):
                 self._every = Blend.of(self.held)
             every = self._every
-        like = cast(HRes, next(iter(self.fields.values()))).down.weight
-        self.mix, self.route = mix, route(mix, acting, every, tables, like)
+        like = cast(HRes, next(iter(fields.values()))).down.weight
+        self.mix, self.route = mix, route(mix, acting, every, tables, like, many=many)
         return self.route
 
     def _after(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -157,8 +164,21 @@ class Injector(Attachment):
         if torch.compiler.is_compiling():
             if route.every is not None:
                 return route.every.add_to(y, z, self.compute_dtype, self.fields)
+            if route.many and not torch.is_grad_enabled() and not is_exporting():
+                from ._one_graph import add_selected
+
+                added: Tensor = add_selected(y, z, self._place.number)
+                return added
         elif route.rows is not None:
             _check_rows(route.rows, y.shape[0])
+        return self._add_now(y, z, route)
+
+    def add_selected(self, y: Tensor, z: Tensor) -> Tensor:
+        """Return y with the fields added that act now: what a compiled graph calls where many stand."""
+        return self._add_now(y, z, self.route)
+
+    def _add_now(self, y: Tensor, z: Tensor, route: Route) -> Tensor:
+        """Add the fields of a route."""
         if route.some is not None:
             return route.some.add_to(y, z, self.compute_dtype, self.fields)
         if route.alone is None:

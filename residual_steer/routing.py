@@ -7,9 +7,10 @@ hidden units is multiplied by its field's coefficient in a table `(1 or rows, fi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_number
+from ._row_by_row import Run, add_runs, runs_of, saves_time
 from .errors import SteerError
 from .field import ACTIVATIONS, HRes, add_product
 
-__all__ = ["OFF", "Asked", "Blend", "Mix", "Route", "Tables", "misfit", "route", "row_factor"]
+__all__ = ["OFF", "SIDE_BY_SIDE", "Asked", "Blend", "Mix", "Route", "Tables", "misfit", "route", "row_factor"]
 
 Asked = str | Mapping[str, float] | Sequence[str | None] | None
 
@@ -67,10 +69,20 @@ class Mix:
         """The coefficients of each field that acts, one for every row of the table."""
         return dict(zip(self.names, zip(*self.table, strict=True), strict=True))
 
+    @cached_property
+    def by_row(self) -> list[str | None]:
+        """The field of each row of the table, where there is one at most."""
+        return [next((name for name, on in zip(self.names, row, strict=True) if on), None) for row in self.table]
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Where each field acts, row by row; empty where every row gets the same."""
+        return runs_of(self.by_row) if self.differs else ()
+
     def asked(self) -> Asked:
         """Return what `use` takes to select this mix again."""
         if self.rows is not None:
-            return [next((name for name, on in zip(self.names, row, strict=True) if on), None) for row in self.table]
+            return list(self.by_row)
         if self.by_name:
             return self.names[0] if self.names else None
         return dict(zip(self.names, self.table[0], strict=True))
@@ -85,6 +97,7 @@ class Mix:
 
 
 OFF = Mix()
+SIDE_BY_SIDE = 16  # as many fields at one point are computed together in a compiled graph
 
 
 def _known(name: object, known: Collection[str]) -> str:
@@ -107,6 +120,7 @@ def row_factor(rows: int, batch: int) -> int:
     return batch // rows
 
 
+_EMPTY = torch.empty(0, device="cpu")
 Tables = dict[Any, tuple[Tensor, Tensor]]  # those made for one selection: most points of a model hold the same fields
 
 
@@ -120,14 +134,15 @@ class Blend:
     runs: tuple[tuple[str, float, int], ...]  # activation, dropout and number of units of each run of like fields
     table: Tensor  # coefficients times λ, (1 or rows, fields)
     gates: Tensor  # the same for every hidden unit, (1 or rows, Σ rank)
+    rows: tuple[Run, ...] = ()  # which field acts on which rows, where they differ
 
     @classmethod
     def of(cls, fields: Mapping[str, HRes]) -> Blend:
         """Put fields side by side, without coefficients."""
-        chosen = dict(sorted(fields.items(), key=lambda item: (_kind(item[1]), item[0])))
-        runs = tuple((*kind, sum(field.rank for field in run)) for kind, run in groupby(chosen.values(), _kind))
-        ranks, kinds = zip(*((field.rank, _kind(field)) for field in chosen.values()), strict=True)
-        return cls(tuple(chosen), ranks, kinds, runs, table=torch.empty(0), gates=torch.empty(0))
+        chosen = sorted((_kind(field), name, field.rank) for name, field in fields.items())
+        runs = tuple((*kind, sum(rank for _, _, rank in run)) for kind, run in groupby(chosen, itemgetter(0)))
+        kinds, names, ranks = zip(*chosen, strict=True)
+        return cls(names, ranks, kinds, runs, table=_EMPTY, gates=_EMPTY)
 
     def fits(self, fields: Mapping[str, HRes]) -> bool:
         """Return whether some of the fields are still of the kind that they were of."""
@@ -145,7 +160,10 @@ class Blend:
             gates = table.repeat_interleave(torch.tensor(self.ranks, device="cpu"), 1)
             device = torch.device("cpu") if like.is_meta else like.device  # offloaded weights come when they are used
             tables[key] = table.to(device), gates.to(device)
-        return Blend(self.names, self.ranks, self.kinds, self.runs, *tables[key])
+        here = mix.runs
+        if len(acting) < len(mix.names):
+            here = tuple(run for run in here if run.name in acting)
+        return replace(self, table=tables[key][0], gates=tables[key][1], rows=here)
 
     def add_to(self, y: Tensor, z: Tensor, dtype: torch.dtype, fields: nn.ModuleDict) -> Tensor:
         """Return y + Σ_f c_f·λ_f·H_f(z) in y's own dtype, where the coefficients c may differ from row to row (eq. 1).
@@ -160,6 +178,9 @@ class Blend:
             SteerError: the batch does not fit the rows of the table.
         """
         chosen: list[HRes] = [fields[name] for name in self.names]  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and self.rows and saves_time(z, len(self.rows), self.ranks):
+            row_factor(len(self.table), len(y))
+            return add_runs(y, z, self.rows, len(self.table), dict(zip(self.names, chosen, strict=True)), dtype)
         table, gates = self.table.to(y.device), self.gates.to(y.device)
         if len(table) > 1:
             factor = row_factor(len(table), y.shape[0])
@@ -196,6 +217,7 @@ class Route(NamedTuple):
     alone: tuple[str, float] | None = None  # the one field that acts, on every row alike, and its coefficient
     some: Blend | None = None  # the fields that act, otherwise
     every: Blend | None = None  # all that stand there, for `torch.compile`: other weights and rows are the same graph
+    many: bool = False  # whether too many stand there for that
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -203,7 +225,9 @@ class Route(NamedTuple):
         return self.some.names if self.some else self.alone[:1] if self.alone else ()
 
 
-def route(mix: Mix, acting: Mapping[str, HRes], every: Blend | None, tables: Tables, like: Tensor) -> Route:
+def route(
+    mix: Mix, acting: Mapping[str, HRes], every: Blend | None, tables: Tables, like: Tensor, *, many: bool = False
+) -> Route:
     """Return what a mix asks of a point, where those fields of it act, and every one stands that may be computed."""
     alone, some = None, None
     if len(acting) == 1 and len(set(mix.columns[next(iter(acting))])) == 1:
@@ -211,7 +235,7 @@ def route(mix: Mix, acting: Mapping[str, HRes], every: Blend | None, tables: Tab
     elif acting:
         some = Blend.of(acting).weighed(mix, acting, tables, like)
     whole = None if every is None else every.weighed(mix, acting, tables, like)
-    return Route(bool(acting or whole), mix.rows, alone, some, whole)
+    return Route(bool(acting or whole or many), mix.rows, alone, some, whole, many)
 
 
 def _down(fields: Sequence[HRes], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

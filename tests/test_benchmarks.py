@@ -69,6 +69,8 @@ def test_many_fields_from_end_to_end(bench, tmp_path, capsys, backbone):
             assert min(variant["rounds"]) > 0
         assert variants["one field"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert set(record["use"]) == own
+    assert record["held"]["fields"] == 4
+    assert min(record["held"]["add_first"], record["held"]["add_last"]) > 0
     table = (tmp_path / f"many_fields-{backbone}-cpu.md").read_text()
     assert table in capsys.readouterr().out
     shown = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]

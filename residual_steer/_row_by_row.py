@@ -1,0 +1,164 @@
+"""Many fields in one batch, each multiplied with its own rows alone.
+
+Side by side, as one field of rank Σr, every row pays for every field. Here a row pays for its own, whatever else the
+batch holds: on a CPU one product after the other, without a copy of any weight; elsewhere all of them at once, as a
+batched product of weights that are gathered by row. It is the same sum, rounded otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .field import ACTIVATIONS, HRes
+
+__all__ = ["Run", "add_runs", "runs_of", "saves_time"]
+
+_PRODUCT = 2**18  # multiplications that take as long as a product of their own takes to begin; measured on a CPU
+
+
+class Run(NamedTuple):
+    """Consecutive units of a batch, rows or tokens, with the same field."""
+
+    start: int
+    stop: int
+    name: str
+
+
+def runs_of(names: Sequence[str | None]) -> tuple[Run, ...]:
+    """Return where each field acts, given which one does on every unit.
+
+    >>> runs_of(["law", "law", None, "art"])
+    (Run(start=0, stop=2, name='law'), Run(start=3, stop=4, name='art'))
+    """
+    found, start = [], 0
+    for name, units in groupby(names):
+        stop = start + sum(1 for _ in units)
+        if name is not None:
+            found.append(Run(start, stop, name))
+        start = stop
+    return tuple(found)
+
+
+def saves_time(z: Tensor, runs: int, ranks: Sequence[int]) -> bool:
+    """Return whether as many products are faster than one with all fields, whose width is Σr: the work that it spares.
+
+    The stream z is `(batch, …)`, its width in any dimension.
+    """
+    return z.numel() * (sum(ranks) - max(ranks)) > runs * _PRODUCT
+
+
+def add_runs(
+    y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, HRes], dtype: torch.dtype
+) -> Tensor:
+    """Return y + λ·H(z) in y's own dtype, with each unit's own field (eq. 1).
+
+    Args:
+        y: the stream that leaves, `(batch, length, width)` or `(batch, width, height, width)`.
+        z: the stream that entered, of the same shape.
+        runs: which field acts where, in ascending order, from unit 0 to `units`.
+        units: into how many equal parts the rows of the batch, or its tokens, fall.
+        fields: the fields, by name.
+        dtype: what the frozen block computes in.
+    """
+    first = fields[runs[0].name]
+    alike = _alike(runs, fields)
+    last = first.channels == -1 and y.is_contiguous()
+    if alike and last and y.device.type != "cpu":
+        return _gathered(y, z, runs, units, fields, dtype)
+    plain = alike and last and y.dtype == dtype == first.up.weight.dtype and not torch.is_autocast_enabled("cpu")
+    if plain and not torch.is_grad_enabled():
+        return _in_place(y, z, runs, units, fields)
+    return _one_by_one(y, z, runs, units, fields, dtype)
+
+
+def _alike(runs: Sequence[Run], fields: Mapping[str, HRes]) -> bool:
+    """Return whether fields have tensors of the same shapes and the same activation, and no dropout at present."""
+    kinds = set()
+    for name in {run.name for run in runs}:
+        field = fields[name]
+        down, up = field.down, field.up
+        if not field.plain or (field.dropout and field.training):
+            return False
+        kinds.add((field.rank, field.activation, down.bias is None, up.bias is None, up.weight.dtype))
+    return len(kinds) == 1
+
+
+def _one_by_one(
+    y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, HRes], dtype: torch.dtype
+) -> Tensor:
+    """Add any fields, one after the other, as each would be added alone."""
+    by_token = units > len(y)
+    shape = y.shape
+    if by_token:
+        y, z = y.flatten(0, 1), z.flatten(0, 1)
+    size, at, parts = len(y) // units, 0, []
+    for run in runs:
+        start, stop = run.start * size, run.stop * size
+        parts += [y[at:start], fields[run.name].add_to(y[start:stop], z[start:stop], dtype)]
+        at = stop
+    parts.append(y[at:])
+    return torch.cat([part for part in parts if len(part)] or [y]).view(shape)
+
+
+def _in_place(y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, HRes]) -> Tensor:
+    """Add fields that are alike by products that write straight into the result, without gradients."""
+    width, rank = y.shape[-1], fields[runs[0].name].rank
+    before, entered = y.view(-1, width), z.reshape(-1, z.shape[-1]).to(y.dtype)
+    left, hidden, size = torch.empty_like(before), entered.new_empty(len(before), rank), len(before) // units
+    parts, at = [(slice(run.start * size, run.stop * size), fields[run.name]) for run in runs], 0
+    for place, field in parts:
+        if place.start > at:
+            left[at : place.start], hidden[at : place.start] = before[at : place.start], 0
+        at = place.stop
+        down = field.down
+        bias = down.bias
+        if bias is None:
+            torch.mm(entered[place], down.weight.t(), out=hidden[place])
+        else:
+            torch.addmm(bias, entered[place], down.weight.t(), out=hidden[place])
+    left[at:], hidden[at:] = before[at:], 0
+    hidden = ACTIVATIONS[parts[0][1].activation](hidden)
+    for place, field in parts:
+        up = field.up
+        to, bias = left[place], up.bias
+        if bias is None:
+            torch.addmm(before[place], hidden[place], up.weight.t(), alpha=field.scale, out=to)
+        else:
+            torch.add(before[place], bias, alpha=field.scale, out=to)
+            to.addmm_(hidden[place], up.weight.t(), alpha=field.scale)
+    return left.view(y.shape)
+
+
+def _gathered(
+    y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, HRes], dtype: torch.dtype
+) -> Tensor:
+    """Add fields that are alike by two batched products of their weights, gathered by unit."""
+    own: list[HRes | None] = [None] * units
+    for run in runs:
+        own[run.start : run.stop] = [fields[run.name]] * (run.stop - run.start)
+    some = fields[runs[0].name]
+
+    def gather(part: str, kind: str) -> Tensor:
+        """Stack the weights or biases of all units, zeros where no field acts."""
+        none = torch.zeros_like(getattr(getattr(some, part), kind))
+        every = [none if field is None else getattr(getattr(field, part), kind) for field in own]
+        return torch.stack(every).to(dtype)
+
+    entered = z.reshape(units, -1, z.shape[-1]).to(dtype)
+    hidden = torch.bmm(entered, gather("down", "weight").transpose(1, 2))
+    if some.down.bias is not None:
+        hidden = hidden + gather("down", "bias").unsqueeze(1)
+    hidden = ACTIVATIONS[some.activation](hidden)
+    moved = torch.bmm(hidden, gather("up", "weight").transpose(1, 2))
+    if some.up.bias is not None:
+        moved = moved + gather("up", "bias").unsqueeze(1)
+    scales = [0.0 if field is None else field.scale for field in own]
+    if len({*scales} - {0.0}) > 1:
+        moved = moved * torch.tensor(scales, dtype=torch.float64, device="cpu").to(moved).view(-1, 1, 1)
+        return (y + moved.view(y.shape)).to(y.dtype)
+    return torch.add(y, moved.view(y.shape), alpha=some.scale).to(y.dtype)
