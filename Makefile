@@ -81,7 +81,7 @@ format: $(VENV)/installed  ## Put imports and layout in order
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 lock:  ## Resolve afresh and write constraints.txt
 	$(PYTHON) .ci/lock.py > constraints.new
@@ -112,4 +112,19 @@ $(VENV)/mamba-ssm: $(VENV)/installed
 	else \
 		MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) mamba-ssm; \
 	fi
+	@touch $@
+
+# The pages need torch and the rest no more: names are collected from the source, and notebooks carry their outputs.
+DOCS ?= .venv-docs
+.PHONY: docs gallery dist
+docs: $(DOCS)/installed  ## Build the documentation in site/; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+dist: $(DOCS)/installed  ## Build sdist and wheel in dist/ and check them; REPOSITORY=https://… makes the README's links absolute
+	$(DOCS)/bin/python .ci/dist.py $(REPOSITORY)
+gallery: $(VENV)/installed  ## Draw the pictures of the gallery again; a minute
+	$(BIN)/python docs/gallery.py
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python .ci/oldest.py docs > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
 	@touch $@

@@ -4,9 +4,11 @@
 development alone is left to the resolver, and so is every package in FREE; those in TIED are pinned even so.
 
     python .ci/oldest.py > oldest.txt
+    python .ci/oldest.py docs > docs.txt    # what an extra asks for, as it stands, without the library itself
 """
 
 import re
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -55,4 +57,6 @@ def _pin(text: str, free: Collection[str]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(pins(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    print("\n".join(extras[sys.argv[1]] if sys.argv[1:] else pins(project)))

@@ -12,7 +12,7 @@ from .pretrained import from_pretrained
 from .reference import reference
 from .registry import find_backbone, list_backbones, register_backbone
 from .steering import fields, freeze, parameters, steer, summary, thaw, unsteer, use
-from .storage import load, push, save
+from .storage import card, load, push, save
 from .training import fit
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "HRes",
     "SteerError",
     "baselines",
+    "card",
     "continual",
     "data",
     "diagnostics",

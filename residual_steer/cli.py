@@ -1,4 +1,4 @@
-"""The command `residual-steer`: look at a model, train a field from a recipe, measure it, and check an installation.
+"""The command `residual-steer`: look at a model, train a field, measure and export it, and check an installation.
 
 Every command is a few lines over the public calls.
 """
@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._files import write_whole
 from .backbone import Backbone
 from .errors import SteerError
+from .export import export
 from .recipe import KINDS, Recipe, changed, open_model
 from .registry import find_backbone
 from .steering import parameters, steer, unsteer
+from .storage import card
 
 __all__ = ["main"]
 
@@ -78,6 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_eval)
+
+    carded = add("card", help="write the card that `push` would put beside a trained field; the Hub is not asked")
+    carded.add_argument("field", help="a folder that `train` wrote")
+    carded.add_argument("--repo", default="owner/name", help="what it will be called on the Hub")
+    carded.set_defaults(run=_card)
+
+    exported = add("export", help="bake a trained field into a folder that transformers loads without this library")
+    exported.add_argument("field", help="a folder that `train` wrote")
+    exported.add_argument("out", help="the folder to write")
+    exported.set_defaults(run=_export)
 
     add("doctor", help="what is installed, what is missing, and what to do").set_defaults(run=_doctor)
     add("demo", help="make, steer, save and load a small model; a minute, no download").set_defaults(run=_demo)
@@ -144,6 +157,21 @@ def _eval(chosen: argparse.Namespace) -> None:
         return
     for name, values in found.items():
         print(f"{name:8} {_line(values)}")
+
+
+def _card(chosen: argparse.Namespace) -> None:
+    path = Path(chosen.field) / "README.md"
+    write_whole({path: card(_trained(chosen), chosen.repo).encode()})
+    print(f"wrote {path}")
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    print(f"wrote {export(_trained(chosen), chosen.out)}")
+
+
+def _trained(chosen: argparse.Namespace) -> nn.Module:
+    """Return the model under the field of a folder that `train` wrote."""
+    return Recipe.read(Path(chosen.field) / "recipe.yaml").read_field(chosen.field)
 
 
 def _line(values: Any) -> str:

@@ -167,6 +167,15 @@ class Recipe:
         write_whole({folder / "recipe.yaml": yaml.safe_dump(self.words(), sort_keys=False).encode()})
         return model, history
 
+    def read_field(self, folder: str | Path) -> nn.Module:
+        """Return the model under the field in a folder.
+
+        Raises:
+            SteerError: as `load`, or the data, which say how many classes there are, cannot be had.
+        """
+        torch.manual_seed(self.seed)
+        return load(self._open()[0], folder, arch=self.arch)
+
     def evaluate(self, folder: str | Path) -> dict[str, dict[str, float]]:
         """Measure the held-out data under the field in a folder, and under the frozen model.
 

@@ -1,4 +1,4 @@
-"""save, load and push: a field as two files, in a folder or on the Hugging Face Hub."""
+"""save, load, push and card: a field as two files, in a folder or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .registry import AUTO
 from .steering import begin, install
 from .trained_modules import master_dtype
 
-__all__ = ["load", "push", "save"]
+__all__ = ["card", "load", "push", "save"]
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # these load into one another
 
@@ -91,15 +91,23 @@ def push(
         SteerError: no such field, none selected, no name of a repository, or the Hub refuses or cannot be reached.
             Nothing was uploaded.
     """
-    base, state = steering_of(model)
-    described, tensors = _collect(base, state, state.name_of(name))
-    if not is_repo(repo):
-        raise SteerError(f"a repository on the Hub is named 'owner/name'; received {repo!r}.")
-    files = pack(described, tensors)
-    inner = base.get_submodule(state.backbone.path)
-    files["README.md"] = model_card(repo, base, inner, described, tensors, len(files[TENSORS])).encode()
+    described, files = _with_card(model, repo, name)
     message = message or f"Field {described['field']['name']}, stored by residual_steer"
     return upload(repo, files, message, private=private)
+
+
+def card(model: nn.Module, repo: str, name: str | None = None) -> str:
+    """Return the card that `push` puts beside a field: Markdown with the front matter that the Hub reads.
+
+    Args:
+        model: a steered model.
+        repo: "owner/name" on the Hub, for the lines that load it; the Hub is not asked.
+        name: which field; None is the selected one.
+
+    Raises:
+        SteerError: no such field, none selected, or no name of a repository.
+    """
+    return _with_card(model, repo, name)[1]["README.md"].decode()
 
 
 def load(
@@ -184,6 +192,18 @@ def _collect(base: nn.Module, state: Steering, name: str) -> tuple[dict[str, Any
             stacklevel=3,
         )
     return describe(spec, base, state.backbone), tensors
+
+
+def _with_card(model: nn.Module, repo: str, name: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a field's description, and its files with their card."""
+    base, state = steering_of(model)
+    described, tensors = _collect(base, state, state.name_of(name))
+    if not is_repo(repo):
+        raise SteerError(f"a repository on the Hub is named 'owner/name'; received {repo!r}.")
+    files = pack(described, tensors)
+    inner = base.get_submodule(state.backbone.path)
+    page = model_card(repo, base, inner, described, tensors, len(files[TENSORS]))
+    return described, {**files, "README.md": page.encode()}
 
 
 def _gather(base: nn.Module, state: Steering, name: str) -> dict[str, Tensor]:

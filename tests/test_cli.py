@@ -1,5 +1,6 @@
 """The command line: each command gives what the public calls give, and what is wrong is said in words."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -9,7 +10,15 @@ import tokenizers
 import torch
 import yaml
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, PreTrainedTokenizerFast, T5Config, ViTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    ViTConfig,
+)
 
 import residual_steer as rs
 from residual_steer.cli import main
@@ -99,6 +108,16 @@ def test_train_gives_the_bits_that_fit_gives(folder, recipe, tmp_path, capsys):
     assert found["steered"]["loss"] == pytest.approx(history.valid[-1]["loss"], rel=1e-6)
     assert found["frozen"]["loss"] != found["steered"]["loss"]
 
+    assert main(["card", str(tmp_path / "field"), "--repo", "me/river"]) == 0
+    assert (tmp_path / "field" / "README.md").read_text("utf-8") == rs.card(other, "me/river")
+    assert 'rs.load(model, "me/river")' in rs.card(other, "me/river")
+    assert main(["export", str(tmp_path / "field"), str(tmp_path / "baked")]) == 0
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", trust_remote_code=True)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(baked(ids).logits, other.eval()(ids).logits)
+    assert main(["card", str(tmp_path / "field"), "--repo", "river"]) == 1
+    assert "'owner/name'" in capsys.readouterr().err
+
 
 def test_train_takes_flags_alone(folder, tmp_path):
     flags = ["--model", str(folder / "gpt2"), "--text", str(folder / "text"), "--length", "16", "--steps", "1"]
@@ -182,4 +201,4 @@ def test_the_module_is_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "residual_steer", "--version"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "0.1.0"
+    assert done.stdout.strip() == importlib.metadata.version("residual-steer")

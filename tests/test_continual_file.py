@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import operator
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -43,6 +44,17 @@ def test_it_comes_back_and_goes_on(tmp_path):
     empty = NullSpace(model, 1.0)
     other.load_state_dict(empty.state_dict())
     assert_same(empty, other)
+
+
+def test_a_file_that_version_0_2_wrote_loads():
+    space = NullSpace(rs.steer(vit(), rank=1, layers=[2]), 1.0)
+    space.load(Path(__file__).parent / "data" / "null-space-0.2" / "null.safetensors")
+    assert space.tasks == 1
+    points = space.state_dict()["points"]
+    assert {key: tuple(point["basis"].shape) for key, point in points.items()} == {
+        "blocks.2.down": (33, 5),
+        "blocks.2.up": (2, 2),
+    }
 
 
 def test_a_state_is_a_copy():

@@ -1,6 +1,8 @@
 """The package as users get it: the wheel, its contents, and what an import of it loads."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -66,6 +68,21 @@ def test_the_source_distribution_holds_the_families(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"backbones/recurrent.py", "residual_steer/training/loop.py", "LICENSE", "README.md"} <= names
+
+
+def test_one_version_stands_everywhere():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
+def test_links_of_the_readme_work_on_pypi():
+    dist = runpy.run_path(str(ROOT / ".ci" / "dist.py"))
+    made = dist["absolute"]((ROOT / "README.md").read_text("utf-8"), "https://forge.example/me/it", "9.9")
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", made)
+    assert all(link.startswith("https://") for _, link in links)
+    assert {link.split("/")[5] for picture, link in links if picture} == {"raw"}
+    assert "https://forge.example/me/it/blob/v9.9/CLAIMS.md" in {link for _, link in links}
 
 
 def test_the_public_names_are_there():

@@ -1,6 +1,7 @@
 """A field in PEFT's files and in the library's own: what one writes, the other reads."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def test_a_field_made_in_peft_is_saved_natively(case, tmp_path):
     rs.load(whole, tmp_path / "native", "more")
     with rs.use(whole, "more"):
         assert torch.equal(run(case, whole), on)
+
+
+def test_an_adapter_that_version_0_2_wrote_loads():
+    """Every tensor runs from -1 to 1, of a field beside the second of two blocks."""
+    folder = Path(__file__).parent / "data" / "adapter-0.2"
+    one = rs.load(GPT2.build(), folder)
+    (field,) = rs.fields(one)
+    assert (dict(field.ranks), field.scale, field.site) == ({1: 2}, 0.5, "block")
+    for tensor in rs.parameters(one):
+        assert torch.equal(tensor, torch.linspace(-1, 1, tensor.numel()).reshape(tensor.shape))
+    assert torch.equal(run(GPT2, peft.PeftModel.from_pretrained(GPT2.build(), folder)), run(GPT2, one))
 
 
 def test_what_the_other_files_cannot_hold_is_refused(tmp_path):

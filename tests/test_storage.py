@@ -20,7 +20,16 @@ from torch import nn
 import residual_steer as rs
 from fields import IMAGES, refused, rewrite, save_one, shake, vit
 from residual_steer._controller import steering_of
-from residual_steer._format import DESCRIPTION, TENSORS, describe, digest, find_names, open_field, plain_key
+from residual_steer._format import (
+    _FORMAT_VERSION,
+    DESCRIPTION,
+    TENSORS,
+    describe,
+    digest,
+    find_names,
+    open_field,
+    plain_key,
+)
 from residual_steer.config import FieldConfig
 
 PACKAGE = Path(rs.__file__).parent
@@ -62,6 +71,11 @@ def test_a_field_that_version_0_1_wrote_loads():
     assert len(tensors) == 10
     for tensor in tensors.values():
         assert torch.equal(tensor, torch.linspace(-1, 1, tensor.numel()).reshape(tensor.shape))
+
+
+def test_every_version_of_the_format_has_a_field_that_must_load_for_ever():
+    kept = {json.loads((path / DESCRIPTION).read_text())["format_version"] for path in OLD.parent.glob("field-*")}
+    assert kept == set(range(1, _FORMAT_VERSION + 1)), "lay a field of the new version there, and load it above"
 
 
 def test_a_field_that_does_not_act_is_saved_with_its_own_head(saved, tmp_path):
