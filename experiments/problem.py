@@ -88,6 +88,7 @@ class Arm:
     # peak learning rates; a fair study gives every arm as many. Of equally good ones the first is chosen
     rates: tuple[float, ...]
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    change: Callable[[nn.Module], None] | None = None  # what else is done to the adapted model, known by its name
 
     def __post_init__(self) -> None:
         rates = tuple(self.rates)
@@ -121,7 +122,10 @@ def adapted(problem: Problem, arm: Arm, seed: int) -> nn.Module:
     """Return a fresh copy of a problem's backbone with a method applied, both made from `seed`."""
     model = problem.fresh(seed)
     torch.manual_seed(seed)
-    return baselines.apply(model, arm.method, train=problem.train_also, **arm.options)
+    model = baselines.apply(model, arm.method, train=problem.train_also, **arm.options)
+    if arm.change is not None:
+        arm.change(model)
+    return model
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
@@ -130,7 +134,9 @@ def trainable(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
-def match_budget(problem: Problem, method: str, option: str, budget: int, **options: Any) -> dict[str, Any]:
+def match_budget(
+    problem: Problem, method: str, option: str | Callable[[int], dict[str, Any]], budget: int, **options: Any
+) -> dict[str, Any]:
     """Choose a method's size so that it trains as close to `budget` parameters as can be.
 
     Every extra rank, or prompt token, costs the same number of parameters, so two counts give all others. Of two sizes
@@ -139,7 +145,8 @@ def match_budget(problem: Problem, method: str, option: str, budget: int, **opti
     Args:
         problem: the backbone.
         method: as `baselines.apply` takes it.
-        option: the name of the option that sets its size, such as `"rank"` or `"tokens"`.
+        option: the name of the option that sets its size, such as `"rank"` or `"tokens"`; or a function from a size to
+            the options that set it.
         budget: wanted number of trainable parameters, those of `problem.train_also` included.
         **options: the method's other options.
 
@@ -154,8 +161,11 @@ def match_budget(problem: Problem, method: str, option: str, budget: int, **opti
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise SteerError(f"`budget` is a positive number of parameters; received {budget!r}.")
 
+    def sized(size: int) -> dict[str, Any]:
+        return {**options, **(option(size) if callable(option) else {option: size})}
+
     def count(size: int) -> int:
-        arm = Arm(method, method, (1.0,), {**options, option: size})
+        arm = Arm(method, method, (1.0,), sized(size))
         return trainable(adapted(problem, arm, 0))[0]
 
     one, two = count(1), count(2)
@@ -166,7 +176,7 @@ def match_budget(problem: Problem, method: str, option: str, budget: int, **opti
     size = max(1, 1 + round((budget - one) / (two - one)))
     if size > 2:
         count(size)  # what refuses such a size does so here, and not after hours of a study
-    return {**options, option: size}
+    return sized(size)
 
 
 def digest(model: nn.Module) -> str:

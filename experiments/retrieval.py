@@ -53,7 +53,7 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 def build(name: str) -> nn.Module:
-    """Return an untrained GPT-2 or Mamba."""
+    """Return an untrained GPT-2, Mamba or Mamba-2."""
     import transformers
 
     torch.manual_seed(0)
@@ -62,14 +62,21 @@ def build(name: str) -> nn.Module:
         shape = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 2 * LENGTH + 64, **dropout}
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **SHAPE, **TOKENS))
     shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 16, "expand": 1}
+    if name == "Mamba-2":
+        shape |= {"num_heads": 4, "head_dim": WIDTH // 4, "n_groups": 1, "chunk_size": LENGTH}
+        return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**shape, **SHAPE, **TOKENS))
     return transformers.MambaForCausalLM(transformers.MambaConfig(**shape, **SHAPE, **TOKENS))
 
 
-STEPS = {"GPT-2": 1500, "Mamba": 3000}  # of the pre-training
-ADAPTING = {"GPT-2": 200, "Mamba": 80}  # steps of every method; one of the Mamba takes three times as long
+STEPS = {"GPT-2": 1500, "Mamba": 3000, "Mamba-2": 3000}  # of the pre-training
+ADAPTING = {
+    "GPT-2": 200,
+    "Mamba": 80,
+    "Mamba-2": 80,
+}  # steps of every method; one of the Mamba takes three times as long
 # Share of the repeated patterns in the pre-training that may hold any token. Without them no method, full fine-tuning
 # included, teaches this Mamba tokens that it has never seen; with them this GPT-2 recalls 96 % before it is adapted.
-MET = {"GPT-2": 0.0, "Mamba": 0.5}
+MET = {"GPT-2": 0.0, "Mamba": 0.5, "Mamba-2": 0.5}
 # Centres of the sweeps: what a first sweep chose, so that few of the best lie at an edge.
 RATES = {"lora": 9e-3, "prompt": 3e-2, "prefix": 3e-2, "linear": 1e-2}
 RATES_OF = {"GPT-2": {**RATES, "hres": 1e-2, "full": 2e-3}, "Mamba": {**RATES, "hres": 9e-2, "full": 6e-3}}
@@ -186,7 +193,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
     results: dict[str, list[Entry]] = {}
     tables, every, quality = [], [], {}
     sizes = FEW if options.quick else ROWS
-    for name in STEPS:
+    for name in RATES_OF:
         backbone, own = get_backbone(name, options.cache, options.quick)
         before = recall(backbone, rows(sizes, "test", 0, TARGET))
         quality[name] = {"source": own, "target before": before}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,7 @@ from residual_steer.training import progress as progress_bar
 from .ledger import Ledger
 from .problem import Arm, Problem, adapted, trainable
 
-__all__ = ["Entry", "Run", "every_run", "sweep"]
+__all__ = ["Entry", "Run", "every_run", "sweep", "widened"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,48 @@ def sweep(
         return [_compare(problem, arm, seeds, ledger, bar) for arm in arms]
 
 
+def widened(
+    problem: Problem,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    ledger: Ledger,
+    *,
+    finalists: Callable[[Sequence[Entry]], Iterable[str]],
+    times: int = 3,
+) -> list[Entry]:
+    """Compare methods as `sweep` does; a sweep whose best rate lies at an edge gets one more on that side.
+
+    So the best of every method has a worse one on both sides, and each gets what it needs by the same rule.
+
+    Args:
+        problem: what they are compared on.
+        arms: the methods.
+        seeds: as in `sweep`.
+        ledger: where finished runs are kept and found.
+        finalists: from what the first seed gave to the names of the arms that get the other seeds.
+        times: how many rates a sweep is given at most.
+
+    Raises:
+        SteerError: what `sweep` raises.
+    """
+    found = sweep(problem, arms, seeds[:1], ledger)
+    for _ in range(times):
+        if not any(entry.at_edge for entry in found):
+            break
+        found = sweep(problem, [_beyond(entry) if entry.at_edge else entry.arm for entry in found], seeds[:1], ledger)
+    last = set(finalists(found))
+    again = {e.arm.name: e for e in sweep(problem, [e.arm for e in found if e.arm.name in last], seeds, ledger)}
+    return [again.get(entry.arm.name, entry) for entry in found]
+
+
+def _beyond(entry: Entry) -> Arm:
+    """Return an arm with one more rate beyond the edge at which its best lies."""
+    rates = sorted(entry.arm.rates)
+    low = entry.rate == rates[0]
+    new = float(f"{rates[0] / 3 if low else rates[-1] * 3:.3g}")
+    return replace(entry.arm, rates=(new, *rates) if low else (*rates, new))
+
+
 def every_run(entries: Iterable[Entry]) -> list[Run]:
     """Return all runs of a study."""
     return [run for entry in entries for run in entry.every]
@@ -213,6 +255,7 @@ def _key(problem: Problem, arm: Arm, part: _Part, rate: float, seed: int) -> dic
         "train_also": problem.train_also,
         "method": arm.method,
         "options": dict(arm.options),
+        **({} if arm.change is None else {"change": arm.change.__name__}),
         "rate": rate,
         "seed": seed,
         "versions": {name: found for name, found in versions(["residual-steer"]).items() if name != "python"},

@@ -14,7 +14,7 @@ from .problem import Problem
 from .results import Axis, Column, Measured, Plot, Series, Table
 from .sweep import Entry
 
-__all__ = ["bars", "comparison", "gap", "measured", "records"]
+__all__ = ["bars", "comparison", "gap", "measured", "records", "sweeps"]
 
 
 def measured(entry: Entry, metric: str, *, scale: float = 1.0, merged: bool = False) -> Measured | None:
@@ -86,6 +86,18 @@ def comparison(
             value = measured(entry, column.key, scale=scale, merged=True)
             rows.append({"method": f"{entry.arm.name}, merged", column.key: value})
     return Table(title, columns, tuple(rows), tuple(_notes(problem, entries)))
+
+
+def sweeps(title: str, problem: Problem, entries: Sequence[Entry], column: Column, *, scale: float = 1.0) -> Table:
+    """Return a table of what every rate gave on validation data, with the first seed; arguments as in `comparison`."""
+    rates = sorted({run.rate for entry in entries for run in entry.trials})
+    columns = [Column(f"{rate:g}", f"{rate:g}", column.unit, digits=column.digits) for rate in rates]
+    rows = []
+    for entry in entries:
+        found = {f"{run.rate:g}": None if run.valid is None else scale * run.valid[column.key] for run in entry.trials}
+        rows.append({"method": entry.arm.name, **found})
+    notes = (f"Validation data, first seed: {column.label}. A dash in a sweep is a run that diverged.",)
+    return Table(title, (Column("method", "method"), *columns), tuple(rows), notes)
 
 
 def bars(

@@ -10,7 +10,7 @@ method              what trains                                                 
 `adaptformer`       a bottleneck beside the MLP, λ = 0.1 (arXiv 2205.13535)       `rank`, `scale`, `dropout`, `layers`
 `parallel-adapter`  the same, λ = 4, beside the mixer without MLP (2110.04366)    `rank`, `scale`, `dropout`, `layers`
 `lora`              low-rank updates of projections, by PEFT (2106.09685)         `rank`, `alpha`, `dropout`, `layers`,
-                                                                                  `targets`
+                                                                                  `targets`, `dora` (2402.09353)
 `prompt`            vectors before the embedded text (2104.08691)                 `length`
 `prefix`            keys and values in every attention layer (2101.00190)         `length`
 `vpt-shallow`       tokens in the stream, from the first block on (2203.12119)    `length`

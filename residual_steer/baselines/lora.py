@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from residual_steer._checks import check_integer, check_number
+from residual_steer._checks import check_flag, check_integer, check_number
 from residual_steer.errors import SteerError, UnsuitableError
 
 from ._attach import Part, Subject, Trained, is_linear, parts_of
@@ -31,11 +31,13 @@ def lora(
     dropout: float = 0.0,
     layers: Sequence[int] | None = None,
     targets: Sequence[str] | str | None = None,
+    dora: bool = False,
 ) -> Trained:
     """Add alpha/rank · B·A to the weight of linear layers, at first with B = 0; PEFT's keys for them differ."""
     check_integer("rank", rank, 1)
     alpha = float(rank) if alpha is None else check_number("alpha", alpha, above=0)
     check_number("dropout", dropout, at_least=0, below=1)
+    check_flag("dora", dora)
     parts = parts_of(subject, layers, is_linear)
     paths = _usual(subject, parts) if targets is None else _chosen(parts, targets)
     try:
@@ -47,6 +49,7 @@ def lora(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's hint says int; it divides
         lora_dropout=dropout,
+        use_dora=dora,
         target_modules="|".join(map(re.escape, paths)),  # matched as a whole, so that nothing else is
         fan_in_fan_out=any(not isinstance(model.get_submodule(path), nn.Linear) for path in paths),
     )

@@ -1,0 +1,276 @@
+"""Where does a field steer best? Every place of a block, alone and together, beside LoRA and DoRA, at equal budgets.
+
+    python -m experiments.placement
+
+Recall on a GPT-2, a Mamba and a Mamba-2, prose on a GPT-2 and a Mamba, digits on a ViT: the tasks of `retrieval` and
+`compare_methods`, whose small backbones are kept in ~/.cache/residual-steer; no network, no GPU. Each place is tried
+with the paper's start at zero (eq. 5), and one of them with the start of Houlsby et al. 2019 (arXiv 1902.00751) and
+with a learned scale for every channel (Adapter+, arXiv 2406.06820). Every sweep goes on until its best rate has a worse
+one on both sides, LoRA's too. The first seed goes everywhere, the others to the paper's place, the three best and the
+rivals. `--task` runs some of the tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import residual_steer as rs
+from residual_steer import HRes
+from residual_steer.backbone import Backbone
+
+from . import compare_methods, retrieval
+from .backbones import small_tasks
+from .harness import Experiment, Found, judged, parser_of, run
+from .ledger import Ledger
+from .problem import Arm, Problem, adapted, match_budget, rates_around, trainable
+from .results import Axis, Column, Verdict
+from .sweep import Entry, every_run, widened
+from .tables import bars, comparison, gap, records, sweeps
+
+EXPERIMENT = Experiment(
+    name="placement",
+    title="Where a field steers best",
+    about="Fields at every place of a block, alone and together, LoRA, DoRA and the head alone, on small frozen "
+    "backbones. All but the head train about as many parameters as H-Res of the given rank beside the block (eq. 1). "
+    "Every sweep goes on, up to three rates beyond its first, until its best rate has a worse one on both sides. The "
+    "best place is chosen on validation data, and compared with LoRA on test data. The first seed is run everywhere, "
+    "the others for the paper's place, the three places that are best on validation data, and what is no field.",
+)
+PAPER, RIVAL = "H-Res, block", "LoRA"
+SINGLE = ("block", "mixer", "mlp", "input")
+# from a size to the options of `steer`
+PLACES: dict[str, Callable[[int], dict[str, Any]]] = {
+    **{site: lambda size, site=site: {"site": site, "rank": size} for site in SINGLE},
+}
+
+
+@torch.no_grad()
+def houlsby(model: nn.Module) -> None:
+    """Let fields start near the identity and not at it: both projections of a small normal distribution."""
+    for field in fields_of(model):
+        for projection in (field.down, field.up):
+            nn.init.trunc_normal_(projection.weight, std=0.01, a=-0.02, b=0.02)
+
+
+def channel_scale(model: nn.Module) -> None:
+    """Let fields learn a factor for every channel that they write to, 1 at the start."""
+    for field in fields_of(model):
+        parametrize.register_parametrization(field.up, "weight", Channels(field.up.out_features))
+
+
+class Channels(nn.Module):
+    """Scale the rows of a weight, `(outputs, inputs)`."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(outputs, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the scaled weight."""
+        return self.factors * weight
+
+
+def fields_of(model: nn.Module) -> Iterable[HRes]:
+    """Return the fields of a model."""
+    return (module for module in model.modules() if isinstance(module, HRes))
+
+
+STARTS = {"Houlsby's start": houlsby, "scale by channel": channel_scale}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem, and how its places are compared."""
+
+    problem: Problem
+    column: Column  # of its metric
+    centres: Mapping[str, float]  # of the first sweeps: `hres`, `lora`, `linear`, `full`
+    scale: float = 1.0  # of the metric in tables
+    rank: int = 8  # of H-Res beside the block, whose parameters are everybody's budget
+    varied: tuple[str, ...] = ("input",)  # the places that are tried with other starts
+    layers: Sequence[int] | None = None  # the blocks that are adapted; None for all
+
+    @property
+    def name(self) -> str:
+        """The problem's."""
+        return self.problem.name
+
+
+def arms_of(task: Task, rates: int, places: Iterable[str], extra: Mapping[str, str] | None = None) -> list[Arm]:
+    """Return H-Res at the places that the backbone has, LoRA, DoRA and the head; `extra` methods by name."""
+    problem = task.problem
+    model = problem.fresh(0)
+    backbone, head = rs.find_backbone(model), "linear" in task.centres
+    limit: dict[str, Any] = {} if task.layers is None else {"layers": list(task.layers)}
+    first = Arm("", "hres", (1.0,), {"rank": task.rank, **limit})
+    budget = trainable(adapted(problem, first, 0))[0]
+    tried = {method: rates_around(centre, rates) for method, centre in task.centres.items()}
+    arms = []
+    for place in places:
+        if not offered(backbone, PLACES[place](1)["site"], task.layers):
+            continue
+        options = match_budget(problem, "hres", PLACES[place], budget, **limit)
+        arms.append(Arm(f"H-Res, {place}", "hres", tried["hres"], options))
+        if place in task.varied:
+            arms += [
+                replace(arms[-1], name=f"{arms[-1].name}, {name}", change=change) for name, change in STARTS.items()
+            ]
+    lora = match_budget(problem, "lora", "rank", budget, **limit)
+    arms += [Arm("LoRA", "lora", tried["lora"], lora)]
+    dora = match_budget(problem, "lora", "rank", budget, dora=True, **limit)
+    arms += [Arm("DoRA", "lora", tried["lora"], dora)]
+    if head:
+        arms.append(Arm("head alone", "linear", tried["linear"]))
+    arms += [Arm(name, method, tried[method]) for name, method in (extra or {}).items()]
+    return arms
+
+
+def chosen(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
+    """Return the arms of the given names, with the paper's place and LoRA, which everything is compared with."""
+    return [arm for arm in arms if not names or arm.name in (PAPER, RIVAL, *names)]
+
+
+def offered(backbone: Backbone, sites: str | Sequence[str], layers: Sequence[int] | None) -> bool:
+    """Return whether a backbone has such sites in every block that is adapted."""
+    blocks = range(len(backbone.blocks)) if layers is None else layers
+    found = (sites,) if isinstance(sites, str) else sites
+    return all(site in backbone.sites and backbone.point(index, site) is not None for site in found for index in blocks)
+
+
+def best_places(problem: Problem, entries: Sequence[Entry]) -> list[str]:
+    """Return the names of the fields that ran with most seeds, those first that are best on validation data."""
+
+    def worth(entry: Entry) -> float:
+        at = [problem.worth(run.valid) for run in entry.every if run.rate == entry.rate and run.valid is not None]
+        return statistics.fmean(at) if at else -math.inf
+
+    fields = [entry for entry in entries if entry.arm.method == "hres"]
+    most = max(len(entry.runs) for entry in fields)
+    return [entry.arm.name for entry in sorted(fields, key=worth, reverse=True) if len(entry.runs) == most]
+
+
+def finalists(problem: Problem, entries: Sequence[Entry]) -> list[str]:
+    """Return which arms all seeds are spent on: the paper's place, the three best, and what is no field."""
+    rivals = [entry.arm.name for entry in entries if entry.arm.method != "hres"]
+    return [*rivals, PAPER, *best_places(problem, entries)[:3]]
+
+
+def beside_lora(task: Task, entries: Sequence[Entry]) -> tuple[str, list[bool]]:
+    """Say how H-Res at the paper's place and at its best compares with LoRA; whether it is at least level there."""
+    place = best_places(task.problem, entries)[0]
+    sign = 1 if task.problem.better == "up" else -1
+    said, level = [], []
+    for name in dict.fromkeys((PAPER, place)):
+        found = gap(entries, name, RIVAL, task.problem.metric, scale=task.scale)
+        said.append(f"{name} minus LoRA: {found or 'a run diverged'}")
+        level.append(found is not None and sign * found.sign >= 0)
+    lora = next(entry for entry in entries if entry.arm.name == RIVAL)
+    edge = ", LoRA's rate at the edge of its sweep" if lora.at_edge else ""
+    return f"{task.name}, {'; '.join(said)}{edge}", level
+
+
+def recall_task(name: str, options: argparse.Namespace) -> Task:
+    """Return the recall of new associations."""
+    backbone, _ = retrieval.get_backbone(name, options.cache, options.quick)
+    sizes = retrieval.FEW if options.quick else retrieval.ROWS
+    problem = retrieval.problem_of(name, backbone, 4 if options.quick else retrieval.ADAPTING[name], sizes)
+    fields = 1e-2 if name == "GPT-2" else 9e-2
+    return Task(
+        replace(problem, name=f"recall, {name}"),
+        Column("recall", "queries answered", "%", "up", 1),
+        {"hres": fields, "lora": 3e-2, "linear": 1e-2},
+        scale=100,
+    )
+
+
+def small_task(name: str, options: argparse.Namespace) -> Task:
+    """Return prose for a small language model, digits for the small ViT."""
+    (task,) = small_tasks(options.cache, options.quick, [name])
+    problem = compare_methods.problem_of(task)
+    if options.quick:
+        problem = replace(problem, steps=4)
+    about = "prose" if task.kind == "text" else "digits"
+    digits = 3 if task.kind == "text" else 1
+    column = Column("metric", task.unit, "", "down" if task.kind == "text" else "up", digits)
+    return Task(replace(problem, name=f"{about}, {name}"), column, {"hres": 1e-2, "lora": 1e-2, "linear": 3e-2})
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
+    **{f"recall-{name}": lambda options, name=name: recall_task(name, options) for name in retrieval.STEPS},
+    **{f"small-{name}": lambda options, name=name: small_task(name, options) for name in ("GPT-2", "Mamba", "ViT")},
+}
+
+
+def found_on(
+    tasks: Iterable[Task], compare: Callable[[Task], list[Entry]], claims: Callable[..., list[Verdict]], title: str
+) -> Found:
+    """Compare on each task, and put it into tables, a picture and verdicts."""
+    results: dict[str, list[Entry]] = {}
+    tables, every, known, steps = [], [], [], {}
+    for task in tasks:
+        entries = results[task.name] = compare(task)
+        tables.append(comparison(task.name, task.problem, entries, task.column, scale=task.scale))
+        tables.append(sweeps(f"{task.name}: every rate", task.problem, entries, task.column, scale=task.scale))
+        every += records(task.problem, entries)
+        known.append(task)
+        steps[task.name] = task.problem.steps
+    units = sorted({f"{task.column.label} ({task.column.unit})" for task in known})
+    key = known[0].problem.metric
+    one = {task.name: results[task.name] for task in known if task.problem.metric == key}
+    return Found(
+        tables=tables,
+        plots=[bars(title, (Axis("task"), Axis(units[0])), one, key, scale=known[0].scale)],
+        verdicts=claims(known, results),
+        settings={"steps": steps},
+        records=every,
+        seconds=sum(run.seconds for entries in results.values() for run in every_run(entries)),
+    )
+
+
+def verdicts(tasks: Sequence[Task], results: Mapping[str, list[Entry]]) -> list[Verdict]:
+    """Judge claim 1 on recall: H-Res better than LoRA, at the paper's place and at the best one."""
+    said, won = [], []
+    for task in (task for task in tasks if task.problem.metric == "recall"):
+        text, _ = beside_lora(task, results[task.name])
+        said.append(text)
+        found = gap(results[task.name], best_places(task.problem, results[task.name])[0], RIVAL, "recall")
+        won.append(found is not None and found.sign == 1)
+    if not said:
+        return []
+    paper = "SQuAD validation loss 3.78 against 5.17 (LoRA)"
+    ours = f"Queries recalled (MQAR) in per cent, at equal budgets, every rate swept past its best. {'. '.join(said)}."
+    return [Verdict(1, judged(won), paper, ours, "python -m experiments.placement")]
+
+
+def study(options: argparse.Namespace, ledger: Ledger) -> Found:
+    """Compare the places on each task."""
+
+    def compare(task: Task) -> list[Entry]:
+        arms = chosen(arms_of(task, options.rates, PLACES), options.arm)
+        return widened(task.problem, arms, range(options.seeds), ledger, finalists=partial(finalists, task.problem))
+
+    tasks = (TASKS[name](options) for name in options.task)
+    return found_on(tasks, compare, verdicts, "Places")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; return the exit status."""
+    parser = parser_of(EXPERIMENT, cache=True)
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=tuple(TASKS), help="what is learnt")
+    parser.add_argument("--arm", nargs="+", help="rows of the table to run beside the paper's place and LoRA; all")
+    return run(EXPERIMENT, parser.parse_args(arguments), study)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
