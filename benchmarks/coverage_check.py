@@ -170,7 +170,7 @@ def _learns(model: nn.Module, batch: dict[str, Any]) -> None:
         optimizer.step()
     names = [
         f"{index}.{name}"
-        for index, field in steering_of(model)[1].fields("default").items()
+        for (_, index), field in steering_of(model)[1].fields("default").items()
         for name, parameter in field.named_parameters()
         if parameter.grad is None or not parameter.grad.isfinite().all() or not parameter.grad.any()
     ]

@@ -17,7 +17,7 @@ from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, r
 from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
 from ._internals import compile_with_hooks, has_hook, owned_tensors
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
-from .config import FieldConfig
+from .config import FieldConfig, Place
 from .errors import SteerError, some
 from .field import HRes
 from .injector import Injector
@@ -39,7 +39,7 @@ class Steering:
     specs: dict[str, FieldConfig] = field(default_factory=dict)  # the fields
     mix: Mix = OFF  # which of them act
     wish: dict[str, bool] = field(default_factory=dict)  # of fields that were thawed or frozen: whether they train
-    injectors: dict[tuple[str, int], Injector] = field(default_factory=dict)  # by site and block index
+    injectors: dict[Place, Injector] = field(default_factory=dict)
     heads: Heads = field(default_factory=Heads)
     handles: list[Handle] = field(default_factory=list)  # hooks on the model, and those that the family needs
     selected: Selected = field(default_factory=Selected)
@@ -79,10 +79,9 @@ class Steering:
         mix = mix or self.mix
         return name in mix.names and self.wish.get(name, mix.by_name)
 
-    def fields(self, name: str) -> dict[int, HRes]:
-        """Return the modules of one field by block index."""
-        spec = self.specs[name]
-        return {index: cast(HRes, self.injectors[spec.site, index].fields[name]) for index in spec.ranks}
+    def fields(self, name: str) -> dict[Place, HRes]:
+        """Return the modules of one field by site and block index."""
+        return {place: cast(HRes, self.injectors[place].fields[name]) for place in self.specs[name].places}
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of one field's modules."""
@@ -94,9 +93,10 @@ class Steering:
 
     def tensors(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """Return every tensor of a field itself: its own, by block, and those of the base that it trains, `train.…`."""
+        spec = self.specs[name]
         own = {
-            f"blocks.{index}.{key}": tensor
-            for index, module in self.fields(name).items()
+            f"{spec.point(place)}.{key}": tensor
+            for place, module in self.fields(name).items()
             for key, tensor in module.state_dict(keep_vars=True).items()
         }
         return own | {f"train.{key}": tensor for key, tensor in self.values(model, name).items()}
@@ -117,20 +117,19 @@ class Steering:
     def add(self, model: nn.Module, spec: FieldConfig) -> None:
         """Make the field of `spec` and select it; if that fails, all is as it was."""
         made, before = {}, self.mix
-        for index in spec.ranks:
-            block = self.backbone.blocks[index]
+        for place in spec.places:
+            block = self.backbone.blocks[place[1]]
             dtype = torch.promote_types(compute_dtype(block), torch.float32)
-            made[index] = spec.build(index, self.backbone, device=execution_device(block), dtype=dtype)
+            made[place] = spec.build(place, self.backbone, device=execution_device(block), dtype=dtype)
         self.select(model, OFF)  # so that what the field begins with, and what is kept as the base's, is the base's
         try:
             self.specs[spec.name] = spec
             if spec.train:
                 inside = {id(module) for block in self.backbone.blocks for _, module in base_modules(block)}
                 self.heads.open(spec.name, spec.train, _base_entries(model), inside)
-            for index, module in made.items():
-                place = (spec.site, index)
+            for place, module in made.items():
                 if place not in self.injectors:
-                    self.injectors[place] = Injector(self.backbone, index, spec.site)
+                    self.injectors[place] = Injector(self.backbone, place[1], place[0])
                 self.injectors[place].add(spec.name, module)
             self.select(model, Mix.parse(spec.name, self.specs))
         except BaseException:
@@ -164,8 +163,7 @@ class Steering:
 
     def _let_train(self, name: str, on: bool) -> None:
         """Open or close a field's parameters; the last of each module notices a backward pass after it was closed."""
-        spec = self.specs[name]
-        first = self.injectors[spec.site, next(iter(spec.ranks))].fields[name]
+        first = self.injectors[self.specs[name].places[0]].fields[name]
         if not on and name not in self.open and not cast(HRes, first).up.weight.requires_grad:
             return  # as most of the fields of many rows
         self.open = self.open | {name} if on else self.open - {name}
@@ -181,10 +179,10 @@ class Steering:
         """Take one of several fields away; a mix in which it acts ends."""
         self.select(model, OFF if name in self.mix.names else self.mix)
         spec = self.specs.pop(name)
-        for index in spec.ranks:
-            injector = self.injectors.get((spec.site, index))
+        for place in spec.places:
+            injector = self.injectors.get(place)
             if injector is not None and injector.discard(name):
-                del self.injectors[spec.site, index]
+                del self.injectors[place]
         self.wish.pop(name, None)
         self.open -= {name}
         self.heads.close(name, _base_entries(model))

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .config import FieldConfig
+from .config import FieldConfig, in_order
 from .errors import SteerError
 
 __all__ = ["DESCRIPTION", "TENSORS", "Stored", "describe", "differences", "digest", "find_names", "open_field", "pack"]
 
 TENSORS, DESCRIPTION = "steering.safetensors", "steering.json"
-_FORMAT, _FORMAT_VERSION = "residual_steer", 1
+_FORMAT, _FORMAT_VERSION = "residual_steer", 2
+_SITES = ("block", "mixer", "mlp", "input")  # a field at one of them is of version 1; others have ranks by site too
 _HEADER_KEY = "residual_steer"
 _LONGEST = 10_000_000  # bytes of a description
 _LIKE: dict[str, Any] = {  # an entry of each kind that a description needs
@@ -38,7 +39,10 @@ _LIKE: dict[str, Any] = {  # an entry of each kind that a description needs
     "format_version": 0,
     "library_version": "",
     "sha256": "",
-    "field": {**dataclasses.asdict(FieldConfig("", "", {})), "train": []},
+    "field": {
+        **{"name": "", "site": "", "ranks": {}, "activation": "", "train": []},
+        **{"scale": 0.0, "dropout": 0.0, "bias": True},
+    },
     "backbone": {"name": "", "class": "", "blocks": 0, "widths": [], "config": {}},
 }
 # Entries of a transformers config that say how a model is run, stored or labelled, not how it computes its stream.
@@ -101,12 +105,14 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
         config = _flat(dataclasses.asdict(its))
     return {
         "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
+        "format_version": _FORMAT_VERSION if _by_site(spec) else 1,
         "library_version": library,
         "field": {
-            **{key: _plain(value) for key, value in dataclasses.asdict(spec).items()},
-            "ranks": {str(index): _plain(rank) for index, rank in spec.ranks.items()},
+            **{key: _plain(value) for key, value in vars(spec).items() if key != "sites"},
+            "site": ", ".join(spec.sites),
+            "ranks": _words(spec.ranks),
             "train": list(spec.train),
+            **_by_site(spec),
         },
         "backbone": {
             "name": backbone.name,
@@ -117,6 +123,20 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
             "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         },
     }
+
+
+def _by_site(spec: FieldConfig) -> dict[str, Any]:
+    """Return what version 2 adds to the description of a field: its ranks site by site; nothing in version 1."""
+    old = len(spec.sites) == 1 and spec.site in _SITES
+    return {} if old else {"sites": {site: _words(ranks) for site, ranks in spec.sites.items()}}
+
+
+def _words(ranks: Mapping[int, int]) -> dict[str, Any]:
+    return {str(index): _plain(rank) for index, rank in ranks.items()}
+
+
+def _numbers(ranks: Mapping[str, int]) -> dict[int, int]:
+    return {int(index): ranks[index] for index in sorted(ranks, key=int)}
 
 
 def _plain(value: Any) -> Any:
@@ -232,8 +252,13 @@ def open_field(folder: Path) -> Stored:
         described = beside if inside is None else _decode(inside, TENSORS)
         edited = beside["sha256"] == described["sha256"] and _canonical(beside) != _canonical(described)
         field = described["field"]
-        ranks = {int(index): field["ranks"][index] for index in sorted(field["ranks"], key=int)}
-        spec = FieldConfig(**{**field, "ranks": ranks, "train": tuple(field["train"])})
+        sites = field.get("sites", {field["site"]: field["ranks"]})
+        more = {key: value for key, value in field.items() if key not in ("site", "ranks")}
+        sites = in_order({site: _numbers(ranks) for site, ranks in sites.items()})
+        spec = FieldConfig(**{**more, "sites": sites, "train": tuple(field["train"])})
+        differs = (", ".join(sites), _words(spec.ranks)) != (field["site"], _words(_numbers(field["ranks"])))
+    if differs:
+        raise SteerError(f"{folder / TENSORS} is damaged: the ranks of its field are not those of its sites together.")
     if edited:
         raise SteerError(f"{folder / DESCRIPTION} was changed after it was saved: it says other than {TENSORS}.")
     return Stored(spec, described, shapes, folder, file)
@@ -265,17 +290,21 @@ def _decode(text: str, source: str) -> dict[str, Any]:
 
     described: dict[str, Any] = json.loads(text, object_pairs_hook=once)
     _check_kinds(described, _LIKE, f"{source} needs")
-    if (described["format"], described["format_version"]) != (_FORMAT, _FORMAT_VERSION):
+    if described["format"] != _FORMAT or not 1 <= described["format_version"] <= _FORMAT_VERSION:
         raise ValueError(
             f"{source} is of format {described['format']!r:.80}, version {described['format_version']!r:.80}; this "
-            f"library reads {_FORMAT!r}, version {_FORMAT_VERSION}"
+            f"library reads {_FORMAT!r}, version 1 to {_FORMAT_VERSION}"
         )
     field, backbone = described["field"], described["backbone"]
     widths, ranks, train = backbone["widths"], field["ranks"], field["train"]
     if len(widths) != backbone["blocks"] or any(type(width) is not int or width < 1 for width in widths):
         raise ValueError(f"{source} has {widths!r:.80} as widths of {backbone['blocks']!r:.80} blocks")
-    if not ranks or not ranks.keys() <= {*map(str, range(len(widths)))} or {*map(type, ranks.values())} != {int}:
-        raise ValueError(f"{source} has {ranks!r:.80} as ranks of {len(widths)} blocks")
+    sites = field.get("sites", {"": {}})
+    if ("sites" in field) != (described["format_version"] == 2) or not isinstance(sites, dict):
+        raise ValueError(f"{source} has {sites!r:.80} as sites in version {described['format_version']}")
+    for each in (ranks, *(sites.values() if "sites" in field else ())):
+        if not each or not each.keys() <= {*map(str, range(len(widths)))} or {*map(type, each.values())} != {int}:
+            raise ValueError(f"{source} has {each!r:.80} as ranks of {len(widths)} blocks")
     if not all(isinstance(key, str) for key in train) or len(set(train)) < len(train):
         raise ValueError(f"{source} has {train!r:.80} as names of trained tensors")
     if not all(isinstance(value, (bool, int, float, str)) for value in backbone["config"].values()):

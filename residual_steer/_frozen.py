@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._internals import parts, version
+from ._internals import parts, run_after, version
 from .errors import SteerError, some
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types that matrix products are computed in
@@ -48,11 +48,23 @@ class Attachment(nn.Module):
         """The module of the base."""
         return self._host[0]
 
+    @property
+    def handles(self) -> Sequence[RemovableHandle]:
+        """Those of its hooks, the one that changes what leaves the host first."""
+        return self._handles
+
     def detach(self) -> None:
         """Take away the child and the hooks that were added to the host, and nothing else."""
         for handle in self._handles:
             handle.remove()
         delattr(self.host, self.key)
+
+
+def follow(block: nn.Module, handle: RemovableHandle) -> None:
+    """Let a hook of a block run right after the fields beside that block have added to what leaves it."""
+    beside = getattr(block, "steering_block", None)
+    if isinstance(beside, Attachment):
+        run_after(block, handle, beside.handles[0])
 
 
 def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -36,6 +36,15 @@ def has_hook(tensor: Tensor, kind: type) -> bool:
     return any(isinstance(hook, kind) for hook in hooks.values())
 
 
+def run_after(module: nn.Module, handle: Any, other: Any) -> None:
+    """Let a forward hook of a module run right after another one, given the handles of both."""
+    hooks: Any = module._forward_hooks
+    order = [number for number in hooks if number != handle.id]
+    order.insert(order.index(other.id) + 1, handle.id)
+    for number in order:
+        hooks.move_to_end(number)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module is `torch.compile`d, around it or in place."""
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None

@@ -11,25 +11,54 @@ Glossary, code to paper (arXiv 2606.24396):
 `field`        H, the zero-initialised bottleneck of eq. 2 (`residual_steer.field.HRes`)
 `scale`        λ of eq. 1
 `point`        a module beside which fields run
-`site`         which point of a block: `block` (eq. 1), `mixer` (lemma 2), `mlp`, or `input` (§4.2)
+`site`         which point of a block, and what fields read and add to there: the table below
 =============  ==================================================================================
+
+==================  ==================  ==================  =====================================
+site                read                added to            in the paper
+==================  ==================  ==================  =====================================
+`block`             enters the block    leaves the block    eq. 1
+`mixer`, `mlp`      enters that part    leaves that part    lemma 2 (`mixer`)
+`input`             enters the mixer    enters the mixer    the control input u(t) of §4.2
+`after`             leaves the block    leaves the block
+`mixer.q_proj`, …   enters that map     leaves that map
+==================  ==================  ==================  =====================================
+
+The last line is a linear map by its path inside the mixer or mlp (`Backbone.projections` lists them): H maps its inputs
+to its outputs. `after` reads what the fields at `block` have added to, and `mixer` what those at `input` have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ._frozen import COMPUTED, base_modules
+from ._frozen import COMPUTED, Attachment, base_modules
 from ._internals import offload_hooks
 from .errors import SteerError
 from .stream import dense, moved
 
-SITES = ("block", "mixer", "mlp", "input")
+
+class Site(NamedTuple):
+    """What fields at a site read, and what they add to: what `enters` or `leaves` a part of a block."""
+
+    part: str  # "block", "mixer" or "mlp"
+    reads: str = "enters"
+    moves: str = "leaves"
+    projection: str = ""  # path of a linear map in that part, in whose place it then is
+
+
+SITES = {
+    "block": Site("block"),
+    "mixer": Site("mixer"),
+    "mlp": Site("mlp"),
+    "input": Site("mixer", "enters", "enters"),
+    "after": Site("block", "leaves", "leaves"),
+}
 ATTRIBUTE = "_residual_steering"  # under which a steered model keeps what was done to it
 _PATH = "an attribute path or None"
 
@@ -117,6 +146,7 @@ class Backbone:
         name: the registered name (the registry fills it in).
         path: where in the model the backbone stands, "" for the model itself (the registry fills it in).
         origin: how it was found, where that was not by name.
+        site: the best place for a field in this family, one or several: where `steer` puts it unless it is given one.
 
     Raises:
         LayoutError: no blocks, a width below 1, one width or path too few or too many, or another `channels`.
@@ -135,6 +165,7 @@ class Backbone:
     name: str = ""
     path: str = ""
     origin: str = ""
+    site: str | Sequence[str] = "block"
 
     def __post_init__(self) -> None:
         if not len(self.blocks):
@@ -173,15 +204,32 @@ class Backbone:
 
     def point(self, index: int, site: str) -> nn.Module | None:
         """Return the module of block `index` beside which fields of `site` run, None where it has no such part."""
-        if site == "block":
+        part, _, _, inside = site_of(site)
+        if part == "block":
             return self.blocks[index]
-        path = self._each("mlp" if site == "mlp" else "mixer")[index]  # `input` is in front of the mixer
-        return None if path is None else _part(self.blocks[index], path)
+        path = self._each(part)[index]
+        host = None if path is None else _part(self.blocks[index], path)
+        return host if host is None or not inside else _linear_maps(host).get(inside)
+
+    def features(self, index: int, site: str) -> tuple[int, int]:
+        """Return how many features a field reads at a site of block `index`, and to how many it adds."""
+        point = self.point(index, site) if site_of(site).projection else None
+        return (self.widths[index],) * 2 if point is None else linear_sizes(point) or (0, 0)
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that at least one block has."""
+        """The sites that at least one block has, those at linear maps apart."""
         return tuple(s for s in SITES if any(self.point(i, s) is not None for i in range(len(self.blocks))))
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The sites at linear maps that at least one block has: `mixer.in_proj`, `mlp.c_fc`, …."""
+        found: dict[str, None] = {}
+        for part in ("mixer", "mlp"):
+            for index in range(len(self.blocks)):
+                host = self.point(index, part)
+                found |= dict.fromkeys(f"{part}.{path}" for path in (_linear_maps(host) if host is not None else ()))
+        return tuple(found)
 
     def __str__(self) -> str:
         """Describe the backbone as a short tree."""
@@ -226,6 +274,33 @@ def blocks_at(model: nn.Module, *paths: str) -> Sequence[nn.Module]:
 def parts(blocks: Sequence[nn.Module], *paths: str) -> tuple[str | None, ...]:
     """Return for every block the first of several attribute paths that it has: in a hybrid, `"mamba", "self_attn"`."""
     return tuple(next((path for path in paths if _part(block, path)), None) for block in blocks)
+
+
+def site_of(site: str) -> Site:
+    """Return what a site is, by its name: one of `SITES`, or `mixer.…` or `mlp.…` with the path of a linear map."""
+    part, _, path = site.partition(".")
+    return Site(part, projection=path) if path else SITES[site]
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return the features that a linear map takes and returns, quantised or transformers' `Conv1D` too; None else."""
+    its: Any = module
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(its.weight.shape[0]), int(its.weight.shape[1])
+    sizes = getattr(its, "in_features", None), getattr(its, "out_features", None)
+    return (sizes[0], sizes[1]) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
+
+
+def _linear_maps(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
+    """Return the linear maps inside a module by their paths, but for those in lists: experts see some tokens each."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        at = f"{path}.{name}" if path else name
+        if linear_sizes(child) is not None:
+            found[at] = child
+        elif not isinstance(child, (Attachment, nn.ModuleList, nn.ModuleDict)):
+            found |= _linear_maps(child, at)
+    return found
 
 
 def _part(block: nn.Module, path: str) -> nn.Module | None:

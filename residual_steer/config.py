@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import check_choice
-from .backbone import SITES, Backbone
+from ._checks import check_choice, check_integer
+from .backbone import SITES, Backbone, site_of
 from .errors import SteerError
 from .field import HRes
 
-__all__ = ["FieldConfig", "check_name", "check_ranks", "check_site", "match_train"]
+__all__ = ["FieldConfig", "Place", "check_name", "check_ranks", "check_sites", "in_order", "match_train"]
+
+Place = tuple[str, int]  # a site and the index of a block
+Rank = int | Mapping[int, int] | Mapping[str, int | Mapping[int, int]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,7 @@ class FieldConfig:
 
     Attributes:
         name: how users select it.
-        site: at which point of a block it runs.
-        ranks: block index to rank, for every steered block.
+        sites: site to block index to rank, for every point at which it runs.
         scale: λ.
         activation: σ.
         bias: whether its projections have biases.
@@ -35,24 +37,47 @@ class FieldConfig:
     """
 
     name: str
-    site: str
-    ranks: Mapping[int, int]
+    sites: Mapping[str, Mapping[int, int]]
     scale: float = 1.0
     activation: str = "gelu"
     bias: bool = True
     dropout: float = 0.0
     train: tuple[str, ...] = ()
 
-    def build(self, index: int, backbone: Backbone, **factory: Any) -> HRes:
-        """Make the field of block `index`; `factory` is the device and dtype of its parameters."""
+    @property
+    def site(self) -> str | tuple[str, ...]:
+        """Where it runs: a site, or several."""
+        return next(iter(self.sites)) if len(self.sites) == 1 else tuple(self.sites)
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """Block index to rank, that of all its sites together."""
+        blocks = sorted({index for ranks in self.sites.values() for index in ranks})
+        return {index: sum(ranks.get(index, 0) for ranks in self.sites.values()) for index in blocks}
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every site and block index at which it runs."""
+        return tuple((site, index) for site, ranks in self.sites.items() for index in ranks)
+
+    def point(self, place: Place) -> str:
+        """Return what a file calls a place: `blocks.3`, and `blocks.3.after` where there are several sites."""
+        site, index = place
+        return f"blocks.{index}" if len(self.sites) == 1 else f"blocks.{index}.{site}"
+
+    def build(self, place: Place, backbone: Backbone, **factory: Any) -> HRes:
+        """Make the field of a place; `factory` is the device and dtype of its parameters."""
+        site, index = place
+        width, out_width = backbone.features(index, site)
         return HRes(
-            backbone.widths[index],
-            self.ranks[index],
+            width,
+            self.sites[site][index],
+            out_width=out_width,
             scale=self.scale,
             activation=self.activation,
             bias=self.bias,
             dropout=self.dropout,
-            channels=backbone.channels,
+            channels=-1 if site_of(site).projection else backbone.channels,
             **factory,
         )
 
@@ -71,19 +96,69 @@ def check_name(name: str, taken: Iterable[str]) -> None:
         raise SteerError(f"the name {name!r} is in use; fields here: {', '.join(taken)}. Choose another `name`.")
 
 
-def check_site(site: str, backbone: Backbone) -> str:
-    """Return `site`.
+def check_sites(
+    site: str | Sequence[str] | None, rank: Rank, layers: Sequence[int] | None, backbone: Backbone
+) -> dict[str, dict[int, int]]:
+    """Return site to block index to rank, a rank that is given for several sites split over them.
 
     Raises:
-        SteerError: it is no site, or the backbone has no such part.
+        SteerError: what is no site of the backbone, or named twice; a table of ranks with other sites; a rank too small
+            to be split; or as `check_ranks`.
     """
+    site = backbone.site if site is None else site
+    if not isinstance(site, (str, Sequence)) or not len(site):
+        raise SteerError(f"`site` is one of {', '.join(SITES)}, or a list of several; received {site!r}.")
+    sites = [site] if isinstance(site, str) else list(site)
+    for each in sites:
+        _check_site(each, backbone)
+    if len(set(sites)) < len(sites):
+        raise SteerError(f"a site is named once; received {sites}.")
+    blocks = len(backbone.blocks)
+    by_site: Any = rank
+    if isinstance(rank, Mapping) and rank and all(isinstance(key, str) for key in rank):
+        if set(by_site) != set(sites):
+            raise SteerError(f"`rank` by site names every site, {', '.join(sites)}; received {dict(rank)}.")
+        return in_order({each: check_ranks(by_site[each], layers, blocks) for each in sites})
+    number, table = len(sites), check_ranks(rank, layers, blocks)
+    if number > 1:
+        for total in table.values():
+            check_integer("rank", total, number, meaning=f"1 or more for each of {number} sites")
+    return in_order(
+        {
+            each: {i: r if number == 1 else _share(r, number, n) for i, r in table.items()}
+            for n, each in enumerate(sites)
+        }
+    )
+
+
+def _share(rank: int, number: int, place: int) -> int:
+    """Return the part of a rank that falls to one of several sites: one more at the first ones if it is uneven."""
+    return rank // number + (place < rank % number)
+
+
+def in_order(sites: Mapping[str, dict[int, int]]) -> dict[str, dict[int, int]]:
+    """Return sites in the order of the table, in which a field's parameters stand, wherever it was read from."""
+    every = list(SITES)
+    return dict(sorted(sites.items(), key=lambda one: (every.index(one[0]) if one[0] in SITES else len(every), one[0])))
+
+
+def _check_site(site: str, backbone: Backbone) -> None:
+    """Raise if a site is none, or one that no block of the backbone has."""
+    if isinstance(site, str) and "." in site:
+        part = site.partition(".")[0]
+        there = [each for each in backbone.projections if part not in ("mixer", "mlp") or each.startswith(f"{part}.")]
+        if site not in there:
+            raise SteerError(
+                f"a site with a dot is a linear map inside a mixer or mlp; those of backbone {backbone.name!r} are "
+                f"{', '.join(there) or 'none'}; received {site!r}. Experts, which see some tokens each, are none."
+            )
+        return
     check_choice("site", site, SITES)
     if site not in backbone.sites:
         raise SteerError(f"backbone {backbone.name!r} has the sites {', '.join(backbone.sites)}; received {site!r}.")
-    return site
 
 
-def check_ranks(rank: int | Mapping[int, int], layers: Sequence[int] | None, blocks: int) -> dict[int, int]:
+def check_ranks(rank: int | Mapping[Any, Any], layers: Sequence[int] | None, blocks: int) -> dict[int, int]:
     """Return block index to rank, in the order of the stream.
 
     Raises:

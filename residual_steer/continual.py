@@ -11,6 +11,7 @@ to every [h, 1] leaves H(z), and so the stream enters the next block as it did.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -44,7 +45,8 @@ _ORTHONORMAL = 1e-6  # how far UᵀU may be from the identity
 class NullSpace:
     """The directions in which a field can still learn without changing what it does on the tasks seen so far.
 
-    A field has two projections at every steered block, `blocks.3.down` and `blocks.3.up`. What enters each, [z, 1] and
+    A field has two projections at every point, `blocks.3.down` and `blocks.3.up` (with several sites, the site comes
+    before the last dot: `blocks.3.after.up`). What enters each, [z, 1] and
     [σ(W_down·z + b_down), 1], spans directions that later updates must leave alone. They are found task by task: those
     that hold `energy` of that task's energy, what earlier tasks keep counted in, so that a task with many tokens does
     not swamp one with few. What trains along with the field (`steer(..., train=...)`), such as a head, is not
@@ -109,18 +111,23 @@ class NullSpace:
                 f"the field {self.name!r} is observed where it acts on every row; now acting: {state.mix}. Select it "
                 f"with residual_steer.use(model, {self.name!r})."
             )
-        linears, site, fields = self._linears(), state.specs[self.name].site, state.fields(self.name)
+        linears, spec, fields = self._linears(), state.specs[self.name], state.fields(self.name)
         moments = {key: SecondMoment(linear) for key, linear in linears.items()}
         with undisturbed(base):
             for batch in batches(base, loader):
-                with record(state.backbone, fields, site=site) as seen:
+                with contextlib.ExitStack() as stack:
+                    seen = {
+                        site: stack.enter_context(record(state.backbone, ranks, site=site))
+                        for site, ranks in spec.sites.items()
+                    }
                     batch.run(base)
-                for index, call in ((index, call) for index, calls in seen.calls.items() for call in calls):
-                    field, dtype = fields[index], state.injectors[site, index].compute_dtype
-                    x = tokens_of(call.entered, field.channels, None if padding else batch).to(dtype)
-                    for side, features in (("down", x), ("up", field.hidden(x, dtype))):
-                        require_finite(f"what enters blocks.{index}.{side}", features)
-                        moments[f"blocks.{index}.{side}"].add(features)
+                for place, field in fields.items():
+                    dtype, point = state.injectors[place].compute_dtype, spec.point(place)
+                    for call in seen[place[0]].calls.get(place[1], ()):
+                        x = tokens_of(call.entered, field.channels, None if padding else batch).to(dtype)
+                        for side, features in (("down", x), ("up", field.hidden(x, dtype))):
+                            require_finite(f"what enters {point}.{side}", features)
+                            moments[f"{point}.{side}"].add(features)
         unseen = [key for key, moment in moments.items() if not moment.count]
         if unseen:
             raise SteerError(
@@ -248,7 +255,7 @@ class NullSpace:
     def _where(self) -> dict[str, Any]:
         """Return what a state has to agree with."""
         _, state = self._steering()
-        site = state.specs[self.name].site
+        site = ", ".join(state.specs[self.name].sites)
         return {"format": _FORMAT, "backbone": state.backbone.name, "site": site, "energy": self.energy}
 
     def _steering(self) -> tuple[nn.Module, Steering]:
@@ -264,9 +271,10 @@ class NullSpace:
     def _linears(self) -> dict[str, Projection]:
         """Return the projections of the field by the names of their points."""
         _, state = steering_of(self._model)
+        fields = state.fields(state.name_of(self.name))
         return {
-            f"blocks.{index}.{side}": linear
-            for index, field in state.fields(self.name).items()
+            f"{state.specs[self.name].point(place)}.{side}": linear
+            for place, field in fields.items()
             for side, linear in (("down", field.down), ("up", field.up))
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._controller import Steering, steering_of
 from ._files import as_path
-from .backbone import read_stream, write_stream
+from .backbone import read_stream, site_of, write_stream
 from .errors import SteerError
 from .injector import Injector
 from .trained_modules import Switch
@@ -46,8 +46,8 @@ def export(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        SteerError: nothing is selected, or rows; the model is none of transformers, or has no automatic class; or its
-            family reads the stream in a way of its own.
+        SteerError: nothing is selected, or rows; a field runs at a linear map; the model is none of transformers, or
+            has no automatic class; or its family reads the stream in a way of its own.
     """
     root, state = steering_of(model)
     transformers = _library(root)
@@ -120,10 +120,16 @@ def _points(
     paths = {id(module): path for path, module in root.named_modules(remove_duplicate=False)}
     points: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    for injector in state.injectors.values():
+    # what acts last at a block is hooked first
+    for injector in sorted(state.injectors.values(), key=lambda one: one.site != "after"):
         fields = {name: field for name, field in injector.held.items() if name in weights}
         if not fields:
             continue
+        if site_of(injector.site).projection:
+            raise SteerError(
+                f"`export` has no place for a field at a linear map, {injector.site!r}, since nothing there would "
+                "see whether it is called: `save` the field instead."
+            )
         for place, field in enumerate(fields.values()):
             values = {f"steering.{len(points)}.{place}.{key}": value for key, value in field.state_dict().items()}
             tensors |= {key: value.to(injector.compute_dtype) for key, value in values.items()}

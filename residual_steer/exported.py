@@ -1,7 +1,8 @@
 """A model with steering fields baked in (H-Res, arXiv 2606.24396), written by residual_steer, which it does not need.
 
 For every point, `config.steering` has the module, the site, and the fields that are added: M(z) + Σ α·H(z) with
-H(z) = W_up·σ(W_down·z + b_down) + b_up; at the site `input` the module receives x + Σ α·H(x).
+H(z) = W_up·σ(W_down·z + b_down) + b_up; at the site `input` the module receives x + Σ α·H(x), at the site `after` z is
+what the module returns.
 """
 
 from functools import partial
@@ -63,10 +64,11 @@ class Point(nn.ModuleList):
 
     def after(self, host, args, kwargs, output):
         """Let a module return M(z) + Σ α·H(z)."""
-        z = _stream(args, kwargs)
-        if isinstance(output, torch.Tensor):
-            return self.add(output, z)
-        rest = (self.add(output[0], z), *output[1:])
+        y = output if isinstance(output, torch.Tensor) else output[0]
+        new = self.add(y, y if self.site == "after" else _stream(args, kwargs))
+        if output is y:
+            return new
+        rest = (new, *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
 
@@ -82,7 +84,7 @@ class Steered(Base):
             if point.site == "input":
                 host.register_forward_pre_hook(point.before, with_kwargs=True)
             else:
-                host.register_forward_hook(point.after, with_kwargs=True, prepend=True)
+                host.register_forward_hook(point.after, with_kwargs=True, prepend=True)  # `after` comes first in config
 
 
 def _stream(args, kwargs):

@@ -104,16 +104,18 @@ class HRes(nn.Module):
     """The vector field H(z) = W_up · σ(W_down · z + b_down) + b_up, with W_up = 0 and b_up = 0 at the start (eq. 2, 5).
 
     It has `2·rank·width` weights and, with biases, `rank + width` more: 1,096 at width 64 and rank 8, which with a
-    linear head for two classes gives the 1,226 of the paper's Table 2.
+    linear head for two classes gives the 1,226 of the paper's Table 2. At a linear map from `width` to `out_width`
+    features it maps as that does, with `rank·(width + out_width)` weights and `rank + out_width` biases.
 
     Args:
-        width: d, the features of the stream.
+        width: d, the features of the stream, or of what enters a linear map.
         rank: r, the width of the bottleneck, from 1 to `width`.
         scale: λ of eq. 1, used by `add_to`.
         activation: σ; one of `ACTIVATIONS`.
         bias: whether both projections have biases.
         dropout: probability with which a hidden unit is dropped in training mode.
         channels: which dimension of the stream is the width, -1 or 1.
+        out_width: the features of H(z); None is `width`.
         device: where the parameters are made.
         dtype: their type. Keep fp32 beside a bf16 backbone: updates smaller than bf16 resolves are not lost.
 
@@ -135,11 +137,13 @@ class HRes(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         channels: int = -1,
+        out_width: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.width = width = check_integer("width", width, 1)
+        self.out_width = width if out_width is None else check_integer("out_width", out_width, 1)
         self.rank = rank = check_integer("rank", rank, 1, width, meaning="the width")
         self.scale = check_number("scale", scale)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
@@ -147,7 +151,7 @@ class HRes(nn.Module):
         self.channels = check_choice("channels", channels, (-1, 1))
         check_flag("bias", bias)
         self.down = Projection(width, rank, bias=bias, zero=False, device=device, dtype=dtype)
-        self.up = Projection(rank, width, bias=bias, zero=True, device=device, dtype=dtype)
+        self.up = Projection(rank, self.out_width, bias=bias, zero=True, device=device, dtype=dtype)
 
     def reset(self) -> None:
         """Return to the start: W_down as in `torch.nn.Linear`, everything else zero (eq. 5)."""
@@ -175,7 +179,7 @@ class HRes(nn.Module):
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return H(z), of z's shape and in the weights' dtype."""
+        """Return H(z), of z's shape but for `out_width`, and in the weights' dtype."""
         z = z.movedim(self.channels, -1)
         steered: Tensor = self.up(self.hidden(z))
         return steered.movedim(-1, self.channels)
@@ -184,8 +188,8 @@ class HRes(nn.Module):
         """Return y + weight·λ·H(z) in y's own dtype, computing H in `dtype` (eq. 1).
 
         Args:
-            y: the stream that leaves, `(batch, length, width)` or `(batch, width, height, width)`.
-            z: the stream that entered, of the same shape.
+            y: what is added to, `(batch, length, out_width)`, or `(batch, width, height, width)` in a ConvNet.
+            z: what the field reads, `(batch, length, width)`, or of the same shape.
             dtype: what the frozen block computes in.
             weight: the field's coefficient in a mix.
         """

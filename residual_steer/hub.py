@@ -137,7 +137,9 @@ def model_card(
         "base model": f"[{base}](https://huggingface.co/{base})" if base else "not recorded",
         "site": f"`{field['site']}`",
         "steered blocks": ", ".join(field["ranks"]),
-        "rank": ", ".join(map(str, sorted(set(field["ranks"].values())))),
+        "rank": _ranks(field["ranks"])
+        if "sites" not in field
+        else "; ".join(f"{site}: {_ranks(ranks)}" for site, ranks in field["sites"].items()),
         "scale": f"{field['scale']:g}",
         "activation": field["activation"],
         "trained base tensors": ", ".join(trained) or "none",
@@ -172,6 +174,10 @@ model = {made}
 rs.load(model, "{repo}")
 ```
 """
+
+
+def _ranks(by_block: Mapping[str, int]) -> str:
+    return ", ".join(map(str, sorted(set(by_block.values()))))
 
 
 def _base_model(model: nn.Module) -> str | None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ._calls import Selected, running, selection_of_backward
 from ._checks import is_exporting
-from ._frozen import Attachment
+from ._frozen import Attachment, follow
 from ._internals import version
-from .backbone import Backbone, compute_dtype, read_stream, replace_stream, write_stream
+from .backbone import Backbone, compute_dtype, read_stream, replace_stream, site_of, write_stream
 from .errors import SteerError
 from .field import HRes
 from .routing import OFF, SIDE_BY_SIDE, Blend, Mix, Route, Tables, misfit, route, row_factor
 
-__all__ = ["Injector"]
+__all__ = ["Injector", "key_of"]
 
 
 class Injector(Attachment):
@@ -33,17 +33,19 @@ class Injector(Attachment):
     Args:
         backbone: says how the stream is read and written where the point is a whole block.
         index: which block.
-        site: `"block"`, `"mixer"`, `"mlp"` or `"input"`.
+        site: one of the table in `residual_steer.backbone`.
     """
 
     def __init__(self, backbone: Backbone, index: int, site: str) -> None:
+        part, reads, moves, projection = site_of(site)
         host = backbone.point(index, site)
         if host is None:
             raise SteerError(f"block {index} has no {site!r}.")
-        super().__init__(host, f"steering_{site}")
+        super().__init__(host, key_of(site))
         self.site, self.index = site, index
-        self.read = backbone.read if site == "block" else read_stream
-        self.write = backbone.write if site == "block" else write_stream
+        whole = part == "block"
+        self.read, self.write = (backbone.read, backbone.write) if whole else (read_stream, write_stream)
+        self.left = backbone.left
         self.fields = nn.ModuleDict()
         self.compute_dtype = compute_dtype(host)  # what the fields compute in: what the frozen block does
         self.mix, self.route = OFF, Route()
@@ -52,14 +54,23 @@ class Injector(Attachment):
         self._place: Any = None  # of this module for compiled graphs, once many fields stand here
         self._entered: Tensor | None = None  # inside torch.compile alone
         self._trusted = False  # not to overwrite what enters
+        self._met: bool | None = None  # inside torch.compile alone: whether a linear map that has to be called was
         self.train(host.training)
-        if site == "input":
+        if moves == "enters":
             self._handles = [host.register_forward_pre_hook(self._before, with_kwargs=True)]
+            return
+        # First in line: transformers captures hidden states with hooks of its own, and must see the steered stream.
+        hook = self._behind if reads == "leaves" else self._through if projection else self._after
+        self._handles = [host.register_forward_hook(hook, with_kwargs=True, prepend=True)]
+        if projection:
+            block = backbone.blocks[index]
+            self._handles.append(block.register_forward_pre_hook(self._expect))
+            self._handles.append(block.register_forward_hook(self._require))
+        elif reads == "leaves":
+            follow(host, self._handles[0])
         else:
-            # First in line: transformers captures hidden states with hooks of its own, and must see the steered stream.
-            after = host.register_forward_hook(self._after, with_kwargs=True, prepend=True)
-            before = host.register_forward_pre_hook(self._keep if backbone.inplace else self._watch, with_kwargs=True)
-            self._handles = [after, before]
+            before = self._keep if backbone.inplace else self._watch
+            self._handles.append(host.register_forward_pre_hook(before, with_kwargs=True))
 
     def forward(self, z: Any) -> Any:
         """Return what comes in: a host that calls all its children, an `nn.Sequential`, calls this too."""
@@ -110,6 +121,39 @@ class Injector(Attachment):
             return output
         z = self._leave(host)
         return self.write(output, partial(self._add, z=self.read(args, kwargs) if z is None else z, route=route))
+
+    def _behind(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Return z' + λ·H(z'), where z' is what leaves the block, with what fields beside the block added."""
+        route = self._route_now()
+        return self.write(output, partial(self._add, z=self.left(output), route=route)) if route.on else output
+
+    def _through(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """P(x) + λ·H(x) of a linear map P, which was called."""
+        if torch.compiler.is_compiling():
+            self._met = True
+        else:
+            running.entered.pop(id(self), None)
+            self._met = None if self._met is None else True
+        return self._after(host, args, kwargs, output)
+
+    def _expect(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note that a block begins, which has to call the linear map."""
+        if torch.compiler.is_compiling():
+            self._met = False if self.route.on else None
+        elif self.route.on:
+            running.entered[id(self)] = None
+
+    def _require(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Raise if the block did not call the linear map: a field there would change nothing, without a word."""
+        # where torch.compile takes a part of the hooks, each part has its own notes
+        waits = not torch.compiler.is_compiling() and running.entered.pop(id(self), self) is None
+        met, self._met = self._met, None
+        if met is False or (waits and met is None):
+            raise SteerError(
+                f"a field at {self.site!r} would do nothing: this {type(block).__name__} ran without calling that "
+                f"{type(self.host).__name__}, whose weight a fused kernel or the mixer itself reads. Switch the fused "
+                f"path off, or steer another site: 'input', 'after', {self.site.partition('.')[0]!r} or 'block'."
+            )
 
     def _before(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """M(x + λ·H(x)): the control input u(t) of §4.2."""
@@ -239,6 +283,11 @@ class Injector(Attachment):
     def extra_repr(self) -> str:
         """Name the site and what acts."""
         return f"site={self.site}, acting={self.mix}"
+
+
+def key_of(site: str) -> str:
+    """Return under which name the fields of a site stand in their module."""
+    return f"steering_{site.replace('.', '_')}"
 
 
 def _check_rows(rows: int, batch: int) -> None:

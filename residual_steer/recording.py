@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone, read_stream
+from ._frozen import follow
+from .backbone import Backbone, read_stream, site_of
 
 __all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
 
@@ -122,12 +123,14 @@ def record(
     Args:
         where: a model, its backbone, or modules by any key.
         blocks: which blocks; None is all. Those without a part for the site are passed over.
-        site: at the whole block, or at its mixer or mlp; `"input"` is what enters the mixer before fields add to it.
+        site: at the whole block, its mixer or mlp, or a linear map; `"input"` is what enters the mixer before fields
+            add to it; at `"after"` what enters is what the fields there read, and leaves the block.
         alone: whether what leaves is recorded as the module returns it, before fields add to it.
     """
     seen = Recording()
     read: Callable[..., Tensor] = read_stream
     leave: Callable[[Any], Tensor] = _first
+    behind = False  # whether what enters has left the block
     if isinstance(where, Mapping):
         points: dict[Any, nn.Module | None] = dict(where)
         inplace = False
@@ -137,19 +140,28 @@ def record(
         backbone = find_backbone(where) if isinstance(where, nn.Module) else where
         points = {i: backbone.point(i, site) for i in (range(len(backbone.blocks)) if blocks is None else blocks)}
         inplace = backbone.inplace  # the block writes into what enters, and the next one into what leaves
-        if site == "block":
+        place = site_of(site)
+        behind = place.reads == "leaves"
+        if place.part == "block":
             read, leave = backbone.read, backbone.left
     with contextlib.ExitStack() as stack:
         for key, module in points.items():
             if module is not None:
-                enter, left = _noting(seen, key, read, leave, inplace)
-                stack.enter_context(watch([module], enter, first=alone or site == "input"))
-                stack.enter_context(watch([module], after=left, first=alone))
+                enter, left, reach = _noting(seen, key, read, leave, inplace)
+                if not behind:
+                    stack.enter_context(watch([module], enter, first=alone or site == "input"))
+                    stack.enter_context(watch([module], after=left, first=alone))
+                    continue
+                for hook, first in ((left, alone), (reach, True)):
+                    handle = module.register_forward_hook(hook, with_kwargs=True, prepend=first)
+                    stack.callback(handle.remove)
+                    if first:
+                        follow(module, handle)
         yield seen
 
 
-def _noting(seen: Recording, key: Any, read: Any, leave: Any, inplace: bool) -> tuple[Any, Any]:
-    """Return the hooks that note what enters and what leaves a module."""
+def _noting(seen: Recording, key: Any, read: Any, leave: Any, inplace: bool) -> tuple[Any, Any, Any]:
+    """Return the hooks that note what enters and what leaves a module, and what leaves it as what enters."""
     entered: list[Tensor] = []  # in calls that have not returned
 
     def kept(z: Tensor) -> Tensor:
@@ -161,7 +173,10 @@ def _noting(seen: Recording, key: Any, read: Any, leave: Any, inplace: bool) -> 
     def left(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         seen.calls[key] = [*seen.calls.pop(key, []), Call(entered.pop(), kept(leave(output)))]
 
-    return enter, left
+    def reach(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        entered.append(kept(leave(output)))
+
+    return enter, left, reach
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

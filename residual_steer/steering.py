@@ -16,7 +16,7 @@ from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steeri
 from ._frozen import base_modules
 from ._internals import is_compiled
 from .backbone import Backbone, execution_device
-from .config import FieldConfig, check_name, check_ranks, check_site, match_train
+from .config import FieldConfig, Rank, check_name, check_sites, match_train
 from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone, own_backbone, same_blocks
@@ -61,10 +61,10 @@ def steer(
     model: Model,
     arch: str | Backbone | None = None,
     *,
-    rank: int | Mapping[int, int] = 32,
+    rank: Rank = 32,
     scale: float = 1.0,
     layers: Sequence[int] | None = None,
-    site: str = "block",
+    site: str | Sequence[str] | None = None,
     activation: str = "gelu",
     bias: bool = True,
     dropout: float = 0.0,
@@ -77,16 +77,27 @@ def steer(
     model's output stays the same to the last bit. Another call with another `name` adds a field, selects it, and
     freezes the others.
 
+    =======================  ===============================================================================
+    site                     what becomes of what
+    =======================  ===============================================================================
+    "block"                  a whole block M returns M(z) + λ·H(z) (eq. 1)
+    "mixer", "mlp"           its attention or SSM, or its feed-forward, does (lemma 2)
+    "input"                  the mixer receives x + λ·H(x), the control input of §4.2
+    "after"                  z', which leaves the block, becomes z' + λ·H(z')
+    "mixer.q_proj",          a linear map P inside the mixer or mlp, by its path there, returns
+    "mixer.in_proj", …       P(x) + λ·H(x); `find_backbone(model).projections` lists them
+    =======================  ===============================================================================
+
     Args:
         model: a model of any size around one backbone; it is changed in place.
         arch: a registered backbone's name (`residual_steer.list_backbones()` lists them), "auto" to have the stream of
             any model found and proved, or a Backbone: one made by hand, or what `find_backbone(model, example=batch)`
             returned. None looks for a registered one, and falls back on "auto".
-        rank: r, for all blocks, or `{block index: rank}`, which then says which blocks are steered.
+        rank: r, for all blocks, or `{block index: rank}`, which then says which blocks are steered. Several sites share
+            it, the first ones taking what is left over; `{site: rank}`, with either of the two, says it site by site.
         scale: λ.
         layers: indices of the blocks to steer, negative ones from the end; None is all of them.
-        site: `"block"` beside the whole block (eq. 1), `"mixer"` beside its attention or SSM, `"mlp"` beside its
-            feed-forward, or `"input"`: what the mixer receives becomes x + λ·H(x), the control input of §4.2.
+        site: one of the table, or several: `["input", "after"]`; None is what is best for the family, `Backbone.site`.
         activation: σ: gelu, gelu_tanh, relu, silu, tanh or identity.
         bias: whether both projections have biases, as the paper's parameter counts imply.
         dropout: of the field's hidden units, in training mode.
@@ -106,8 +117,7 @@ def steer(
     check_name(name, state.specs)
     spec = FieldConfig(
         name=name,
-        site=check_site(site, state.backbone),
-        ranks=check_ranks(rank, layers, len(state.backbone.blocks)),
+        sites=check_sites(site, rank, layers, state.backbone),
         scale=scale,
         activation=activation,
         bias=bias,
@@ -120,20 +130,22 @@ def steer(
 
 def install(model: nn.Module, state: Steering, spec: FieldConfig) -> None:
     """Check the field of `spec` against the model, then add it; raise if it does not fit, and change nothing."""
-    blocks, points = state.backbone.blocks, {}
-    for index in spec.ranks:
-        spec.build(index, state.backbone, device="meta")  # refuses what HRes refuses, before anything is changed
-        points[index] = state.backbone.point(index, spec.site)
-        if points[index] is None:
-            there = [i for i in range(len(blocks)) if state.backbone.point(i, spec.site) is not None]
+    blocks = state.backbone.blocks
+    for site, ranks in spec.sites.items():
+        points = {index: state.backbone.point(index, site) for index in ranks}
+        for index, point in points.items():
+            if point is None:
+                there = [i for i in range(len(blocks)) if state.backbone.point(i, site) is not None]
+                more = f", or a rank for each: rank={{{site!r}: {{block: rank}}, …}}" if len(spec.sites) > 1 else ""
+                raise SteerError(
+                    f"site {site!r} is not there in block {index} ({type(blocks[index]).__name__}), only in "
+                    f"layers={there}: name these or some of them{more}, or choose another site."
+                )
+            spec.build((site, index), state.backbone, device="meta")  # refuses what HRes refuses, before any change
+        if len({id(point) for point in points.values()}) < len(points):
             raise SteerError(
-                f"site {spec.site!r} is not there in block {index} ({type(blocks[index]).__name__}), only in "
-                f"layers={there}: name these or some of them, or choose another site."
+                f"some blocks share one module at site {site!r}: steer another site, or name one of them in `layers`."
             )
-    if len({id(point) for point in points.values()}) < len(points):
-        raise SteerError(
-            f"some blocks share one module at site {spec.site!r}: steer another site, or name one of them in `layers`."
-        )
     tensors = base_tensors(model) if spec.train else {}
     away = [key for key in spec.train if tensors[key].is_meta]
     if away and all(execution_device(blocks[index]).type != "meta" for index in spec.ranks):
@@ -275,7 +287,7 @@ def begin(model: nn.Module, arch: str | Backbone | None = None) -> tuple[nn.Modu
 
 @dataclass(frozen=True, kw_only=True)
 class FieldInfo(FieldConfig):
-    """One field of a model: as it was asked for (`name`, `site`, `ranks`, `scale`, …), and what it does at present.
+    """One field of a model: as it was asked for (`name`, `sites`, `scale`, …), and what it does at present.
 
     Attributes:
         parameters: number of its own parameters.
@@ -296,7 +308,7 @@ class FieldInfo(FieldConfig):
 
     @property
     def rank(self) -> int | tuple[int, ...]:
-        """The rank; one for every steered block where they differ."""
+        """The rank, that of all sites together; one for every steered block where they differ."""
         ranks = tuple(self.ranks[index] for index in self.layers)
         return ranks[0] if len(set(ranks)) == 1 else ranks
 
@@ -308,11 +320,10 @@ class FieldInfo(FieldConfig):
 
     def __str__(self) -> str:
         """Describe it in one line."""
-        ranks = sorted(set(self.ranks.values()))
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        places = [_place(site, ranks) for site, ranks in self.sites.items()]
         opened = f", with {', '.join(self.train)}" if self.train else ""
         return (
-            f"{self.name}: rank {rank} beside the {self.site} of {_ranges(self.layers)}, scale {self.scale:g}, "
+            f"{self.name}: {' and '.join(places)}, scale {self.scale:g}, "
             f"{self.parameters:,} parameters{opened} ({self.state})"
         )
 
@@ -414,6 +425,13 @@ def fields(model: nn.Module) -> Fields:
         )
         for name, spec in state.specs.items()
     )
+
+
+def _place(site: str, by_block: Mapping[int, int]) -> str:
+    """Write where and with what rank a field runs: `rank 4 beside the mixer of blocks 0–3`."""
+    ranks = sorted(set(by_block.values()))
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f"rank {rank} {'after' if site == 'after' else f'beside the {site} of'} {_ranges(sorted(by_block))}"
 
 
 def _ranges(indices: Sequence[int]) -> str:

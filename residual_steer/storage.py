@@ -19,7 +19,7 @@ from ._files import as_path, make_folder, write_whole
 from ._format import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
 from ._internals import offload_hooks
 from .backbone import Backbone, compute_dtype, execution_device
-from .config import FieldConfig, check_name, check_site
+from .config import FieldConfig, check_name, check_sites
 from .errors import SteerError, some
 from .hub import fetch, is_repo, model_card, upload
 from .registry import AUTO
@@ -156,7 +156,7 @@ def load(
             f"the field was trained on {_shape(there)}; this model has {_shape(here)}. "
             "A field fits a backbone of its own kind, with as many blocks of the same widths."
         )
-    check_site(spec.site, state.backbone)
+    check_sites([*spec.sites], spec.sites, None, state.backbone)
     if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
         raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
     spec, wanted = _needs(base_model, state, spec)
@@ -253,10 +253,10 @@ def _needs(model: nn.Module, state: Steering, spec: FieldConfig) -> tuple[FieldC
         tensor = base[key]
         dtype = master_dtype(tensor.dtype) if isinstance(tensor, nn.Parameter) else tensor.dtype
         wanted[f"train.{key}"] = tensor.to("meta", dtype)
-    for index in spec.ranks:
-        dtype = torch.promote_types(compute_dtype(state.backbone.blocks[index]), torch.float32)
-        field = spec.build(index, state.backbone, device="meta", dtype=dtype)
-        wanted |= {f"blocks.{index}.{key}": value for key, value in field.state_dict().items()}
+    for place in spec.places:
+        dtype = torch.promote_types(compute_dtype(state.backbone.blocks[place[1]]), torch.float32)
+        field = spec.build(place, state.backbone, device="meta", dtype=dtype)
+        wanted |= {f"{spec.point(place)}.{key}": value for key, value in field.state_dict().items()}
     return spec, wanted
 
 

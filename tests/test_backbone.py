@@ -97,7 +97,7 @@ def test_widths_and_points():
     assert backbone.point(0, "mixer") is backbone.point(0, "input") is block["attn"]["inner"]
     assert backbone.point(0, "mlp") is None, "an Identity is no feed-forward"
     assert backbone.point(1, "mixer") is None
-    assert backbone.sites == ("block", "mixer", "input")
+    assert backbone.sites == ("block", "mixer", "input", "after")
 
 
 def hybrid():
@@ -114,7 +114,7 @@ def test_a_path_per_block_where_they_differ():
     assert backbone.point(0, "mixer") is blocks[0]["mamba"]
     assert backbone.point(1, "input") is blocks[1]["attn"]
     assert [backbone.point(i, "mlp") is None for i in range(4)] == [True, True, True, False]
-    assert backbone.sites == ("block", "mixer", "mlp", "input")
+    assert backbone.sites == ("block", "mixer", "mlp", "input", "after")
     assert str(backbone).endswith("(mixer: .mamba, .attn; mlp: .mlp)")
     assert parts([nn.ModuleDict({"mlp": nn.Identity()})], "mlp") == (None,), "an Identity is no part"
 
@@ -135,14 +135,14 @@ def test_it_prints_as_a_short_tree():
         "toy at encoder",
         "├─ blocks: 2 × Linear",
         "├─ width:  4",
-        "└─ sites:  block",
+        "└─ sites:  block, after",
     ]
     changing = rs.Backbone(blocks=[nn.Sequential(nn.ReLU()), nn.ReLU()], width=(4, 8), mixer="0", channels=1)
     assert str(changing).splitlines() == [
         "unregistered at the model itself",
         "├─ blocks: 2 × Sequential, ReLU",
         "├─ width:  4 … 8 (channels first)",
-        "└─ sites:  block, mixer, input  (mixer: .0)",
+        "└─ sites:  block, mixer, input, after  (mixer: .0)",
     ]
 
 

@@ -26,8 +26,8 @@ class Wrapper(nn.Module):
 def test_points_are_those_that_are_written_out(case):
     model = case.build()
     backbone = rs.find_backbone(model)
-    assert set(backbone.sites) == set(case.points)
-    for site, paths in case.points.items():
+    assert set(backbone.sites) == {*case.points, "after"}
+    for site, paths in {**case.points, "after": case.points["block"]}.items():
         for index, path in enumerate(paths):
             assert backbone.point(index, site) is (None if path is None else model.get_submodule(path))
     assert len(backbone.blocks) == len(case.points["block"])

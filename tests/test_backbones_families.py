@@ -89,7 +89,10 @@ def test_alberts_field_learns_from_every_use():
 @pytest.mark.parametrize(
     ("name", "site", "message"),
     [
-        *((name, "mlp", "has the sites block, mixer, input; received 'mlp'") for name in ("opt", "bert", "bart")),
+        *(
+            (name, "mlp", "has the sites block, mixer, input, after; received 'mlp'")
+            for name in ("opt", "bert", "bart")
+        ),
         ("nemotron-h", "mixer", r"'mixer' .* block 1 \(NemotronHBlock\), only in layers=\[0, 2\]"),
         ("nemotron-h", "mlp", r"site 'mlp' is not there in block 0 .*, only in layers=\[1\]"),
     ],

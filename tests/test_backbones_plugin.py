@@ -43,4 +43,4 @@ def test_an_installed_package_is_steered_whoever_is_imported_first(first):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:3] == ["whole at 0", "├─ blocks: 2 × Layer", "├─ width:  8"]
-    assert done.stdout.splitlines()[3] == "└─ sites:  block, mixer, mlp, input  (mixer: .mix; mlp: .mlp)"
+    assert done.stdout.splitlines()[3] == "└─ sites:  block, mixer, mlp, input, after  (mixer: .mix; mlp: .mlp)"

@@ -113,7 +113,7 @@ def test_what_is_streamed_is_what_enters():
         outputs(model, batch)
     for hook in hooks:
         hook.remove()
-    for index, field in state.fields("default").items():
+    for (_, index), field in state.fields("default").items():
         z = torch.cat(entered[index])
         for side, x in (("down", z), ("up", field.hidden(z).detach())):
             x = np.concatenate([x.double().numpy(), np.ones((24, 1))], axis=1)

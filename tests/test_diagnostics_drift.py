@@ -61,7 +61,7 @@ def test_a_closed_form_with_other_data():
     backbone = Backbone(blocks=list(model), width=3)
     steer(model, backbone, rank=3, layers=[0], scale=2.0, activation="identity", bias=False)
     with torch.no_grad():
-        field = model._residual_steering.fields("default")[0]
+        field = model._residual_steering.fields("default")["block", 0]
         field.down.weight.copy_(torch.eye(3))
         field.up.weight.copy_(torch.diag(torch.tensor([0.5, 0.5, 0.0])))
     task = [torch.tensor([[[1.0, 2.0, 0.0]], [[0.0, 0.0, 0.0]]])]  # the token at 0 has no ratio

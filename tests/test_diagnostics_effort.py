@@ -38,7 +38,7 @@ def reference(case, model, site):
     read = case.enter if site == "block" else first_tensor
     leave = case.leave if site == "block" else lambda out: out if torch.is_tensor(out) else out[0]
     found, channels = {}, state.backbone.channels
-    for index, field in state.fields("default").items():
+    for (_, index), field in state.fields("default").items():
         host, calls = state.backbone.point(index, site), []
         handle = host.register_forward_pre_hook(
             lambda m, a, k, calls=calls: calls.append((a, k)), with_kwargs=True, prepend=True
@@ -108,7 +108,7 @@ def fixed(*vectors, rank=1, **options):
     """Return blocks that add vectors, steered, and their fields."""
     model = nn.Sequential(*map(Fixed, vectors))
     steer(model, Backbone(blocks=list(model), width=len(vectors[0])), rank=rank, **options)
-    return model, model._residual_steering.fields("default")
+    return model, [*model._residual_steering.fields("default").values()]
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def test_it_prints_where_it_came_from():
         "auto at inner",
         "├─ blocks: 3 × Block",
         f"├─ width:  {WIDTH}",
-        "├─ sites:  block, mlp  (mlp: .mlp)",
+        "├─ sites:  block, mlp, after  (mlp: .mlp)",
         "└─ origin: auto: proved on a probe of (2, 7)",
     ]
 

@@ -21,6 +21,7 @@ from residual_steer._internals import (
     owned_tensors,
     parts,
     renew_children,
+    run_after,
     saves_adapters_alone,
     twin,
     version,
@@ -48,6 +49,17 @@ def test_version_counts_changes_in_place():
     before = version(x)
     x.add_(1)
     assert version(x) == before + 1
+
+
+def test_a_forward_hook_runs_right_after_another():
+    module, seen = nn.Linear(1, 1), []
+    handles = [module.register_forward_hook(lambda *_, n=n: seen.append(n)) for n in range(4)]
+    run_after(module, handles[0], handles[2])
+    module(torch.zeros(1))
+    assert seen == [1, 2, 0, 3]
+    assert list(module._forward_hooks) == [handles[n].id for n in seen]
+    handles[0].remove()
+    assert len(module._forward_hooks) == 3
 
 
 def test_compiled_call_impl_and_optimized_modules_are_compiled():

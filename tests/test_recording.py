@@ -56,7 +56,7 @@ def test_undisturbed_gives_modes_randomness_and_gradients_back_also_after_an_err
 
 def field_of(model, site):
     state = model._residual_steering
-    return state.backbone.point(0, site), state.fields("default")[0]
+    return state.backbone.point(0, site), state.fields("default")[site, 0]
 
 
 @pytest.mark.parametrize("site", ["block", "mixer", "mlp", "input"])

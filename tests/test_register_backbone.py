@@ -96,7 +96,7 @@ def test_it_runs_from_end_to_end(registered, capsys):
     registered.main(["--steps", "3"])
     out = capsys.readouterr().out
     assert "blocks: 3 × Block" in out
-    assert "sites:  block, mixer, input  (mixer: .s4d)" in out
+    assert "sites:  block, mixer, input, after  (mixer: .s4d)" in out
     counts = [int(line.split()[-4].replace(",", "")) for line in out.splitlines() if "parameters trained" in line]
     model = registered.S4DClassifier()
     head = sum(p.numel() for p in model.head.parameters())

@@ -46,7 +46,7 @@ def refused(model, message, **arguments):
         ({"layers": []}, r"`layers` is a non-empty list of block indices, or None for all; received \[\]"),
         ({"layers": 3.5}, r"`layers` is a non-empty list.*received 3\.5"),
         ({"layers": [True]}, r"received True"),
-        ({"site": "attention"}, r"`site` is one of block, mixer, mlp, input; received 'attention'"),
+        ({"site": "attention"}, r"`site` is one of block, mixer, mlp, input, after; received 'attention'"),
         ({"site": []}, r"`site` is one of"),
         ({"activation": "swish"}, r"`activation` is one of gelu, .*; received 'swish'"),
         ({"activation": []}, r"`activation` is one of"),
@@ -91,7 +91,7 @@ def compiled_in_place():
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (MAMBA.build, {"site": "mlp"}, r"backbone 'mamba' has the sites block, mixer, input; received 'mlp'"),
+        (MAMBA.build, {"site": "mlp"}, r"backbone 'mamba' has the sites block, mixer, input, after; received 'mlp'"),
         (GPT2.build, {"arch": "vit"}, r"no known backbone in transformers.*GPT2LMHeadModel: .* for those of vit "),
         (lambda: nn.Linear(4, 4), {}, r"no known backbone in torch.*Linear.*register_backbone\('mine'"),
         (

@@ -343,7 +343,7 @@ DAMAGE = {
     },
     "infinite": (tensor(BIAS, torch.full((32,), INF)), f"{BIAS} holds NaN or infinite numbers"),
     "too large": (tensor(BIAS, torch.full((32,), 1e39, dtype=torch.float64)), "numbers too large for torch.float32"),
-    "a newer format": (described("format_version", 2), "version 2; this library"),
+    "a newer format": (described("format_version", 3), "version 3; this library"),
     "another format": (described("format", "peft"), "of format 'peft'"),
     "a bool for a number": (described("field.scale", True), "float at 'field.scale'; found True"),
     "an infinite scale": (described("field.scale", INF), "`scale` is a finite number"),

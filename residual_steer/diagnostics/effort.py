@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from residual_steer._batches import batches, require_finite, tokens_of
 from residual_steer._controller import steering_of
+from residual_steer.backbone import site_of
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
 from residual_steer.recording import record, undisturbed
@@ -35,6 +37,7 @@ class LayerEffort:
         share: of the mean of (‖λH(z)‖ / ‖z‖)², summed over blocks, which falls to this one; None where H is 0 in all.
         bottleneck: the rank r of the field.
         tokens: over how many tokens.
+        site: where in the block it runs.
     """
 
     layer: int
@@ -44,6 +47,7 @@ class LayerEffort:
     share: float | None
     bottleneck: int
     tokens: int
+    site: str = "block"
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,13 @@ class ControlEffort:
 
     Attributes:
         name: of the field.
-        site: where it runs.
+        site: where it runs; a tuple of several.
         scale: λ.
-        layers: one for every steered block.
+        layers: one for every steered block, site by site.
     """
 
     name: str
-    site: str
+    site: str | tuple[str, ...]
     scale: float
     layers: tuple[LayerEffort, ...]
 
@@ -72,6 +76,8 @@ class ControlEffort:
             "rank": "effective rank",
             "bottleneck": "rank",
         }
+        if isinstance(self.site, tuple):
+            heads = {"site": "site", **heads}
         columns = {key: (head, [getattr(one, key) for one in self.layers]) for key, head in heads.items()}
         columns["share"] = heads["share"], [None if one.share is None else 100 * one.share for one in self.layers]
         padding = "padding is left out, except in an encoder-decoder"
@@ -80,18 +86,25 @@ class ControlEffort:
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Draw the effort against the block."""
-        at, effort = zip(*((one.layer, one.effort) for one in self.layers), strict=True)
         title, label = f"Control effort of {self.name!r}", "mean ‖λH(z)‖ / ‖z‖"
-        return lines(ax, title, "block", label, {self.name: effort}, at=at)
+        blocks = sorted({one.layer for one in self.layers})
+        found = {(one.site, one.layer): one.effort for one in self.layers}
+        several = isinstance(self.site, tuple)
+        drawn = {
+            f"{self.name}, {site}" if several else self.name: [found.get((site, block)) for block in blocks]
+            for site in dict.fromkeys(one.site for one in self.layers)
+        }
+        return lines(ax, title, "block", label, drawn, at=blocks)
 
 
 def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None = None) -> ControlEffort:
     """Measure how hard a field steers, at every block that it steers.
 
     Besides the effort ‖λH(z)‖ / ‖z‖ of eq. 1, it says how H(z) stands to what the frozen module itself does at the
-    token, M(z) − z of a block and M(z) of a mixer or mlp; for the site `input`, u is what the mixer returns. The
-    effective rank is that of Roy and Vetterli 2007: exp of the entropy of the eigenvalues of E[H Hᵀ], not centred,
-    divided by their sum. H is computed in fp64 from the stream as the model has it.
+    token, M(z) − z of a block, also where the field reads what left it, M(z) of a mixer or mlp, and P(x) of a linear
+    map; for the site `input`, u is what the mixer returns. The effective rank is that of Roy and Vetterli 2007: exp of
+    the entropy of the eigenvalues of E[H Hᵀ], not centred, divided by their sum. H is computed in fp64 from the stream
+    as the model has it.
 
     The field `name`, or the one that acts, is measured alone, with weight 1, whatever mix is selected; that comes back
     after. Tokens at which z is 0 are left out of the effort.
@@ -101,33 +114,42 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
     """
     model, state = steering_of(model)  # without wrappers
     name = state.name_of(name)
-    spec, fields, backbone = state.specs[name], dict(sorted(state.fields(name).items())), state.backbone
-    sums = {index: Sums() for index in fields}
+    spec, backbone, fields = state.specs[name], state.backbone, state.fields(name)
+    places = [(site, index) for site, ranks in spec.sites.items() for index in sorted(ranks)]
+    sums = {place: Sums() for place in places}
     with undisturbed(model), use(model, name):
         for batch in batches(model, loader):
-            with record(backbone, fields, site=spec.site, alone=True) as seen:
+            with contextlib.ExitStack() as stack:
+                seen = {
+                    site: stack.enter_context(record(backbone, ranks, site=site, alone=True))
+                    for site, ranks in spec.sites.items()
+                }
+                whole = stack.enter_context(record(backbone, spec.sites.get("after", ()), alone=True))
                 batch.run(model)
-            for index, calls in seen.calls.items():
-                for call in calls:
-                    own = call.left - call.entered if spec.site == "block" else call.left
-                    tokens = (tokens_of(part, backbone.channels, batch) for part in (call.entered, own))
-                    _add(sums[index], fields[index], *map(exact, tokens))
-    unused = [index for index, found in sums.items() if not found]
+            for site, index in places:
+                field, calls = fields[site, index], seen[site].calls.get(index, [])
+                outer = whole.calls[index] if site == "after" else calls
+                for call, one in zip(calls, outer, strict=True):
+                    own = one.left - one.entered if site_of(site).part == "block" else call.left
+                    tokens = (tokens_of(part, field.channels, batch) for part in (call.entered, own))
+                    _add(sums[site, index], field, *map(exact, tokens))
+    unused = [f"{index} ({site})" for (site, index), found in sums.items() if not found]
     if unused:
-        raise SteerError(f"the model ran without calling what field {name!r} steers at the blocks {unused}.")
-    squares = {index: float(found["squared"] / found["kept"].clamp_min(1)) for index, found in sums.items()}
+        raise SteerError(f"the model ran without calling what field {name!r} steers at the blocks {', '.join(unused)}.")
+    squares = {place: float(found["squared"] / found["kept"].clamp_min(1)) for place, found in sums.items()}
     total = sum(squares.values())
     layers = tuple(
         LayerEffort(
-            layer=index,
+            layer=place[1],
             effort=float(found["effort"] / found["kept"].clamp_min(1)),
             cosine=float(found["cosines"] / found["pointed"]) if found["pointed"] else None,
-            rank=_effective_rank(fields[index], found["hidden"]),
-            share=squares[index] / total if total else None,
-            bottleneck=fields[index].rank,
+            rank=_effective_rank(fields[place], found["hidden"]),
+            share=squares[place] / total if total else None,
+            bottleneck=fields[place].rank,
             tokens=int(found["tokens"]),
+            site=place[0],
         )
-        for index, found in sums.items()
+        for place, found in sums.items()
     )
     return ControlEffort(name, spec.site, spec.scale, layers)
 

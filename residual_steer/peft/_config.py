@@ -42,10 +42,11 @@ class HResConfig(PeftConfig):
     The options are those of `residual_steer.steer`. PEFT's `bias` means something else, so it is `field_bias` here.
 
     Args:
-        rank: r, or `{block index: rank}`, which then says which blocks are steered.
+        rank: r, or `{block index: rank}`, which then says which blocks are steered; by site, `{site: either}`.
         scale: λ.
         layers: indices of the blocks to steer, negative ones from the end; None is all of them.
-        site: "block", "mixer", "mlp" or "input".
+        site: a site of `residual_steer.steer`, or a list of several; None is what is best for the family, and is filled
+            in when the adapter is made.
         activation: σ: gelu, gelu_tanh, relu, silu, tanh or identity.
         field_bias: whether both projections have biases.
         dropout: of the field's hidden units, in training mode.
@@ -58,10 +59,10 @@ class HResConfig(PeftConfig):
         SteerError: an option that a file could not hold.
     """
 
-    rank: int | dict[int, int] = 32
+    rank: int | dict[Any, Any] = 32
     scale: float = 1.0
     layers: list[int] | None = None
-    site: str = "block"
+    site: str | list[str] | None = None
     activation: str = "gelu"
     field_bias: bool = True
     dropout: float = 0.0
@@ -75,7 +76,9 @@ class HResConfig(PeftConfig):
         self.here: dict[str, Any] | None = None  # of the model that the config was last used with; no option
         self.peft_type = extend(PeftType, NAME)
         if isinstance(self.rank, dict):
-            self.rank = {int(index): rank for index, rank in self.rank.items()}  # JSON made words of the numbers
+            self.rank = _numbered(self.rank)
+        if self.site is not None and not isinstance(self.site, str):
+            self.site = list(self.site)
         if self.layers is not None:
             self.layers = list(self.layers)
         if self.arch is not None and not isinstance(self.arch, str):
@@ -96,6 +99,14 @@ class HResConfig(PeftConfig):
         text = card(Path(save_directory))
         if text is not None:
             (Path(save_directory) / "README.md").write_text(text, "utf-8")
+
+
+def _numbered(ranks: dict[Any, Any]) -> dict[Any, Any]:
+    """Return ranks by block or by site with the numbers of blocks, of which JSON made words."""
+    return {
+        int(key) if str(key).lstrip("-").isdecimal() else key: _numbered(rank) if isinstance(rank, dict) else rank
+        for key, rank in ranks.items()
+    }
 
 
 def card(folder: Path) -> str | None:

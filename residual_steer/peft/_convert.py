@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from residual_steer._controller import Steering, base_tensors, steering_of
 from residual_steer._format import describe
 from residual_steer.backbone import Backbone
-from residual_steer.config import FieldConfig, check_ranks
+from residual_steer.config import FieldConfig, Place, check_sites
 from residual_steer.errors import SteerError, some
+from residual_steer.injector import key_of
 from residual_steer.steering import begin
 
 from ._config import HResConfig, card, check_backbone, place
@@ -26,7 +27,7 @@ from ._config import HResConfig, card, check_backbone, place
 __all__ = ["Adapter", "open_adapter", "pack_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"(.*)\.steering_\w+\.fields\.hres_(down|up)\.(\w+)")
+_KEY = re.compile(r"(.*\.steering_\w+)\.fields\.hres_(down|up)\.(\w+)")
 _PLACE = "base_model.model."
 
 
@@ -67,11 +68,11 @@ def pack_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], fol
     """
     base, state = steering_of(model)
     spec, kind = state.specs[name], type(base)
-    uniform = len(set(spec.ranks.values())) == 1 and len(spec.ranks) == len(state.backbone.blocks)
+    by_site = {site: _rank(ranks, len(state.backbone.blocks)) for site, ranks in spec.sites.items()}
     config = HResConfig(
-        rank=next(iter(spec.ranks.values())) if uniform else dict(spec.ranks),
+        rank=by_site if len(by_site) > 1 else next(iter(by_site.values())),
         scale=spec.scale,
-        site=spec.site,
+        site=spec.site if isinstance(spec.site, str) else list(spec.site),
         activation=spec.activation,
         field_bias=spec.bias,
         dropout=spec.dropout,
@@ -82,14 +83,14 @@ def pack_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], fol
         auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__},
     )
     config.here = place(state.backbone)
-    points = {index: path for path, index in _points(base, state, spec.site).items()}
+    points = {spec.point(place): path for path, place in _points(base, state, spec).items()}
     stored = {}
     for key, tensor in tensors.items():
-        part, _, rest = key.partition(".")
-        if part == "blocks":
-            index, side, what = rest.split(".")
-            rest = f"{points[int(index)]}.steering_{spec.site}.fields.hres_{side}.{what}"
-        stored[_PLACE + rest] = tensor
+        inner = key.removeprefix("train.")
+        if inner == key:
+            point, side, what = key.rsplit(".", 2)
+            inner = f"{points[point]}.fields.hres_{side}.{what}"
+        stored[_PLACE + inner] = tensor
     files = {
         WEIGHTS: safetensors.torch.save(stored, {"format": "pt"}),
         CONFIG: json.dumps(config.to_dict(), indent=2, sort_keys=True).encode(),
@@ -113,20 +114,22 @@ def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) ->
         raise SteerError(f"{folder} holds an adapter of {config.peft_type}, which is no field. Load it with PEFT.")
     base, state = begin(model, arch or config.arch)
     check_backbone(config, state.backbone)
-    points = _points(base, state, config.site)
+    sites = check_sites(config.site, config.rank, config.layers, state.backbone)
+    spec = FieldConfig("default", sites)
+    points = _points(base, state, spec)
     named = {}
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
         plain = (found.group(1) if found else key).removeprefix(_PLACE)
-        named[f"blocks.{points.get(plain, plain)}.{found.group(2)}.{found.group(3)}" if found else f"train.{plain}"] = (
-            tensor
-        )
+        if found:
+            point = spec.point(points[plain]) if plain in points else f"blocks.{plain}"
+            named[f"{point}.{found.group(2)}.{found.group(3)}"] = tensor
+        else:
+            named[f"train.{plain}"] = tensor
     order = list(base_tensors(base))
     train = [key.removeprefix("train.") for key in named if key.startswith("train.")]
-    spec = FieldConfig(
-        name="default",
-        site=config.site,
-        ranks=check_ranks(config.rank, config.layers, len(state.backbone.blocks)),
+    spec = replace(
+        spec,
         scale=config.scale,
         activation=config.activation,
         bias=config.field_bias,
@@ -137,11 +140,19 @@ def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) ->
     return Adapter(spec, describe(spec, base, state.backbone), shapes, named, config.arch)
 
 
-def _points(base: nn.Module, state: Steering, site: str) -> dict[str, int]:
-    """Return the block of each point of a site, by the point's path in the model."""
-    points = [state.backbone.point(index, site) for index in range(len(state.backbone.blocks))]
-    blocks = {id(point): index for index, point in enumerate(points) if point is not None}
-    return {path: blocks[id(module)] for path, module in base.named_modules() if id(module) in blocks}
+def _rank(by_block: Mapping[int, int], blocks: int) -> int | dict[int, int]:
+    """Return ranks as one number, where all blocks have it."""
+    alike = len(set(by_block.values())) == 1 and len(by_block) == blocks
+    return next(iter(by_block.values())) if alike else dict(by_block)
+
+
+def _points(base: nn.Module, state: Steering, spec: FieldConfig) -> dict[str, Place]:
+    """Return each place at a field's sites, by the path in the model of what would hold it there."""
+    paths = {id(module): path for path, module in base.named_modules()}
+    every = {(site, index) for site in spec.sites for index in range(len(state.backbone.blocks))}
+    places = [*(every - {*spec.places}), *spec.places]  # blocks may share a module, which is then that of the field
+    points = {(site, index): state.backbone.point(index, site) for site, index in places}
+    return {f"{paths[id(point)]}.{key_of(place[0])}": place for place, point in points.items() if point is not None}
 
 
 def _whole_modules(base: nn.Module, spec: FieldConfig) -> list[str]:

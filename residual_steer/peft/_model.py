@@ -116,6 +116,8 @@ class HResModel(BaseTuner):
                     name=adapter_name,
                 )
             try:
+                site = steering_of(model)[1].specs[adapter_name].site
+                config.site = site if isinstance(site, str) else list(site)  # not that of another release
                 check_backbone(config, steering_of(model)[1].backbone)
                 _check_modules_to_save(model, config)
             except SteerError:
@@ -187,7 +189,7 @@ class HResModel(BaseTuner):
             raise SteerError(f"this model has {what}; its adapters: {', '.join(self.peft_config)}.")
         parts = [field for name in adapters for field in fields(self.model) if field.name == name]
         for what in ("site", "activation", "dropout"):
-            found = {getattr(part, what) for part in parts}
+            found = {str(getattr(part, what)) for part in parts}
             if len(found) > 1:
                 raise SteerError(
                     f"fields that differ in {what} are no one field: {sorted(found)}. Select them side by side "
@@ -195,11 +197,14 @@ class HResModel(BaseTuner):
                 )
         if any(self._config(name).modules_to_save for name in adapters):
             raise SteerError("fields with `modules_to_save` cannot be summed: a base module takes one field's tensors.")
-        blocks = sorted({index for part in parts for index in part.layers})
-        ranks = {index: sum(part.ranks.get(index, 0) for part in parts) for index in blocks}
+        ranks: dict[str, dict[int, int]] = {site: {} for site in parts[0].sites}
+        for site, index, rank in (
+            (site, index, rank) for part in parts for site, by in part.sites.items() for index, rank in by.items()
+        ):
+            ranks[site][index] = ranks[site].get(index, 0) + rank
         self.peft_config[adapter_name] = replace(
             self._config(adapters[0]),
-            rank=ranks,
+            rank=ranks if len(ranks) > 1 else next(iter(ranks.values())),
             scale=1.0,
             layers=None,
             field_bias=any(part.bias for part in parts),

@@ -1,0 +1,325 @@
+"""The sites beside those of the contract: `after`, linear maps inside a mixer or mlp, and several for one field."""
+
+import copy
+import dataclasses
+import json
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+import residual_steer as rs
+from cases import CASES, RANK, TABLE, closed_form, first_output, first_tensor, randomise
+from fields import refused, shake
+from residual_steer._controller import steering_of
+from residual_steer.config import check_sites
+from test_contract import close, recorded
+
+SCALE = 0.7
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# one of each kind: tensors and tuples, a pair whose sum is the stream, channels first, two stacks, a hybrid, a scan
+SOME = ["gpt2", "hf-vit", "mamba", "mamba_ssm-2", "t5", "jamba"]
+some_cases = pytest.mark.parametrize("case", [TABLE[name] for name in SOME], ids=SOME)
+
+
+def called(case):
+    """Return which projections every block calls in its own run, among those of each part of a block, and which not."""
+    model, seen = case.build(), set()
+    backbone = rs.find_backbone(model)
+    modules = {(s, i): backbone.point(i, s) for s in backbone.projections for i in range(len(backbone.blocks))}
+    for module in {m for m in modules.values() if m is not None}:
+        module.register_forward_hook(lambda module, *_: seen.add(module))
+    case.run(model)
+    silent = {site for (site, _), module in modules.items() if module is not None and module not in seen}
+    return [site for site in backbone.projections if site not in silent], silent
+
+
+def ranks(case, model):
+    """Return the ranks of a field after all blocks, at the first linear map of each part, and in front of the mixer."""
+    backbone = rs.find_backbone(model)
+    through, _ = called(case)
+    firsts = [next((s for s in through if s.startswith(part)), None) for part in ("mixer", "mlp")]
+    sites = ["after", *(["input"] if "input" in backbone.sites else ["block"]), *filter(None, firsts)]
+    table = {}
+    for site in sites:
+        points = {i: backbone.point(i, site) for i in range(len(backbone.blocks))}
+        unique = {id(point): i for i, point in reversed(points.items()) if point is not None}
+        wide = {i: min(RANK, *backbone.features(i, site)) for i in sorted(unique.values())}
+        table[site] = {i: rank for i, rank in wide.items() if rank > 0}
+    return table
+
+
+def steered(case, training=False, **more):
+    """Return a model with one random field at several sites."""
+    model = case.build().train(training)
+    table = ranks(case, model)
+    return randomise(rs.steer(model, rank=table, site=[*table], scale=SCALE, **more))
+
+
+@every_case
+def test_a_field_at_every_other_site_keeps_the_contract(case, tmp_path):
+    expected, frozen = case.run(case.build()), case.build()
+    fresh = rs.steer(case.build(), rank=ranks(case, frozen), site=[*ranks(case, frozen)], train=case.head)
+    assert torch.equal(case.run(fresh), expected)
+
+    model = steered(case, train=case.head)
+    rs.steer(model, rank=RANK, site="after", scale=SCALE, name="law")
+    shake(model, "law")
+    blocks, twins = (each.blocks for each in (rs.find_backbone(model), rs.find_backbone(frozen)))
+    with torch.no_grad(), recorded(blocks) as calls:
+        case.run(model)
+    for index, (twin, call) in enumerate(zip(twins, calls, strict=True)):
+        before = case.leave(twin(*call["entered"][0], **call["entered"][1]))
+        field = steering_of(model)[1].fields("law")["after", index]
+        close(case.leave(call["left"]), before.double() + SCALE * closed_form(field, before))
+    rs.unsteer(model, "law")
+    rs.use(model, "default")
+
+    spec, fields = rs.fields(model)[0], steering_of(model)[1].fields("default")
+    assert spec.parameters == sum(p.numel() for field in fields.values() for p in field.parameters())
+    backbone, plain = rs.find_backbone(model), rs.find_backbone(frozen)
+    places = list(fields)
+    with torch.no_grad(), recorded([backbone.point(i, site) for site, i in places]) as calls:
+        actual = case.run(model)
+    for (site, index), call in zip(places, calls, strict=True):
+        twin = plain.point(index, site)
+        if site in ("after", "block"):  # what leaves has passed more fields than one
+            continue
+        field = fields[site, index]
+        args, kwargs = call["entered"]
+        z = first_tensor(args, kwargs)
+        before, after = z, first_tensor(*call["reached"])
+        if site != "input":
+            before, after = first_output(twin(*args, **kwargs)), first_output(call["left"])
+        close(after, before.double() + SCALE * closed_form(field, z))
+
+    learn = rs.parameters(model.train())
+    case.loss(model).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for field in fields.values() for p in field.parameters())
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(p) for p in learn}
+
+    rs.save(model.eval(), tmp_path / "field")
+    with torch.no_grad():
+        assert torch.equal(case.run(rs.load(case.build(), tmp_path / "field")), actual)
+        with rs.use(model, None):
+            assert torch.equal(case.run(model), expected)
+        keys = list(rs.unsteer(model).state_dict())
+    assert torch.equal(case.run(model), expected)
+    assert keys == list(frozen.state_dict())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mamba_ssm-1", "t5"])
+@torch.no_grad()
+def test_what_enters_the_next_block_moved_by_the_field_of_what_left(name):
+    case = TABLE[name]
+    frozen, model = case.build(), shake(rs.steer(case.build(), rank=2, site="after", layers=[0], scale=SCALE))
+    seen = []
+    for each in (frozen, model):
+        with recorded(rs.find_backbone(each).blocks[1:2]) as calls:
+            case.run(each)
+        seen.append(case.enter(*calls[0]["entered"]))
+    field = steering_of(model)[1].fields("default")["after", 0]
+    close(seen[1], seen[0].double() + SCALE * closed_form(field, seen[0]))
+
+
+def test_what_is_after_a_block_acts_on_what_is_beside_it_in_whatever_order_they_came():
+    case = TABLE["gpt2"]
+    expected = []
+    for order in (["block", "after"], ["after", "block"], None):
+        model = case.build()
+        if order is None:
+            rs.steer(model, rank={"block": 3, "after": 2}, site=["block", "after"])
+        captured = model(**case.inputs(model), output_hidden_states=True)
+        for site in order or ():
+            rs.steer(model, rank={"block": 3, "after": 2}[site], site=site, name=site)
+        for site in ("block", "after"):
+            fields = steering_of(model)[1].fields(site if order else "default")
+            generator = torch.Generator().manual_seed(len(site))
+            with torch.no_grad():
+                for p in (p for place, field in fields.items() if place[0] == site for p in field.parameters()):
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        if order:
+            rs.use(model, dict.fromkeys(order, 1.0))
+        for twin in (model, copy.deepcopy(model)):
+            with torch.no_grad(), recorded([twin.transformer.h[0]]) as calls:
+                found = twin(**case.inputs(model), output_hidden_states=True)
+            z = first_tensor(*calls[0]["entered"])
+            block = twin.transformer.h[0]
+            (beside,), (behind,) = block.steering_block.fields.values(), block.steering_after.fields.values()
+            frozen = case.build().transformer.h[0](*calls[0]["entered"][0], **calls[0]["entered"][1])
+            left = first_output(frozen).double() + closed_form(beside, z)
+            close(found.hidden_states[1], left + closed_form(behind, left))
+            assert not torch.equal(found.hidden_states[1], captured.hidden_states[1])
+            expected.append(found.logits)
+    assert all(torch.equal(one, expected[0]) or torch.allclose(one, expected[0], atol=1e-6) for one in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [("mamba_ssm-1", "mixer.in_proj"), ("mamba_ssm-1", "mixer.dt_proj"), ("mamba", "mixer.dt_proj")],
+)
+def test_a_linear_map_that_is_not_called_is_an_error_and_no_silence(name, site):
+    case = TABLE[name]
+    model = rs.steer(case.build(), rank=1, site=site)
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(rs.SteerError, match=rf"field at '{site}' would do nothing.*'input', 'after', 'mixer'"):
+            case.run(each)
+    with rs.use(model, None):
+        assert torch.equal(case.run(model), case.run(case.build()))
+    rs.unsteer(model)
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in case.modules(model, "block"))
+
+
+class Attending(nn.Module):
+    """A block around torch's own attention, which reads the weight of its `out_proj`."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.fc(self.attn(x, x, x)[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torch_attention_is_refused_at_its_projection_and_steered_as_a_whole(compiled):
+    model = nn.Sequential(Attending(), Attending()).eval()
+    backbone = rs.Backbone(blocks=list(model), width=8, mixer="attn", mlp="fc")
+    assert backbone.projections == ("mixer.out_proj",)
+    rs.steer(model, backbone, rank=2, site="mixer.out_proj")
+    run = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(rs.SteerError, match="would do nothing"):
+        run(torch.randn(2, 3, 8))
+    with pytest.raises(
+        rs.SteerError, match=r"inside a mixer or mlp; those of backbone 'custom' are mixer.out_proj; rec"
+    ):
+        rs.steer(model, rank=2, site="mixer.in_proj", name="law")
+    rs.steer(rs.unsteer(model), backbone, rank=2, site="mixer")(torch.randn(2, 3, 8))
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 2), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+
+def test_experts_see_some_tokens_each_and_are_no_site():
+    model = nn.Sequential(nn.ModuleDict({"mlp": Expert()}))
+    backbone = rs.Backbone(blocks=list(model), width=8, mlp="mlp")
+    assert backbone.projections == ("mlp.gate",)
+    with pytest.raises(rs.SteerError, match=r"are mlp.gate; received 'mlp.experts.0'. Experts"):
+        rs.steer(model, backbone, site="mlp.experts.0")
+
+
+@settings(max_examples=50, deadline=None)
+@given(rank=st.integers(1, 40), number=st.integers(1, 5))
+def test_a_rank_is_split_into_what_sums_to_it(rank, number):
+    backbone = rs.Backbone(
+        blocks=[nn.ModuleDict({"m": nn.Linear(4, 4), "f": nn.Linear(4, 4)})], width=4, mixer="m", mlp="f"
+    )
+    sites = list(reversed(backbone.sites))[:number]
+    if rank < number:
+        with pytest.raises(rs.SteerError, match=rf"`rank` is an integer of at least {number}, 1 or more for each of"):
+            check_sites(sites, rank, None, backbone)
+        return
+    found = check_sites(sites, rank, None, backbone)
+    assert sum(ranks[0] for ranks in found.values()) == rank
+    assert max(r[0] for r in found.values()) - min(r[0] for r in found.values()) <= 1
+    assert [found[site][0] for site in sites] == sorted((ranks[0] for ranks in found.values()), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (5, {"input": {0: 3, 1: 3}, "after": {0: 2, 1: 2}}),
+        ({-1: 4}, {"input": {1: 2}, "after": {1: 2}}),
+        ({"input": 4, "after": 1}, {"input": {0: 4, 1: 4}, "after": {0: 1, 1: 1}}),
+        ({"input": 5, "after": {-1: 5}}, {"input": {0: 5, 1: 5}, "after": {1: 5}}),
+    ],
+)
+def test_ranks_are_given_together_by_block_or_by_site(rank, expected, tmp_path):
+    model = shake(rs.steer(TABLE["gpt2"].build(), rank=rank, site=["input", "after"]))
+    (info,) = rs.fields(model)
+    assert (info.sites, info.site) == (expected, ("input", "after"))
+    assert info.ranks == {
+        i: sum(r.get(i, 0) for r in expected.values()) for i in sorted({*expected["input"], *expected["after"]})
+    }
+    rs.save(model, tmp_path / "one")
+    again = rs.load(TABLE["gpt2"].build(), tmp_path / "one")
+    assert rs.fields(again)[0] == info
+    assert all(map(torch.equal, rs.parameters(again), rs.parameters(model)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"site": []}, "`site` is one of .*, or a list of several; received"),
+        ({"site": ["input", "input"]}, "a site is named once"),
+        ({"site": ["input", "nowhere"]}, "`site` is one of .*received 'nowhere'"),
+        ({"site": 3}, "`site` is one of .*, or a list of several; received 3"),
+        ({"site": ["input", "after"], "rank": 1}, "at least 2, 1 or more for each of 2 sites; received 1"),
+        ({"site": ["input", "after"], "rank": {"input": 2}}, "`rank` by site names every site, input, after; received"),
+        ({"site": ["input", "after"], "rank": {"input": 2, "after": {7: 2}}}, "a layer is an integer from -2 to 1"),
+        ({"site": ["input", "after"], "rank": {"input": 2, "after": 99}}, "`rank` is an integer from 1 to 16"),
+        ({"site": "mlp.c_attn"}, "are mlp.c_fc, mlp.c_proj; received 'mlp.c_attn'"),
+        ({"site": "block.attn"}, "are mixer.c_attn, mixer.c_proj, mlp.c_fc, mlp.c_proj; received 'block.attn'"),
+    ],
+)
+def test_a_site_or_rank_that_is_none_is_refused_and_nothing_changes(arguments, message):
+    model = TABLE["gpt2"].build()
+    with refused(model, message):
+        rs.steer(model, **arguments)
+
+
+@torch.no_grad()
+def test_one_field_at_several_sites_is_several_fields_side_by_side():
+    case, sites = TABLE["gpt2"], ["input", "mlp.c_fc", "after"]
+    one, many = case.build(), case.build()
+    shake(rs.steer(one, rank=7, site=sites, scale=SCALE))
+    own = steering_of(one)[1].fields("default")
+    for site in sites:
+        rs.steer(many, rank=own[site, 0].rank, site=site, name=site.replace(".", "-"), scale=SCALE)
+        for place, field in steering_of(many)[1].fields(site.replace(".", "-")).items():
+            field.load_state_dict(own[place].state_dict())
+    rs.use(many, dict.fromkeys([field.name for field in rs.fields(many)], 1.0))
+    assert torch.equal(case.run(one), case.run(many))
+
+
+@torch.no_grad()
+def test_a_model_says_where_its_family_is_best_steered():
+    case = TABLE["gpt2"]
+    model = case.build()
+    backbone = dataclasses.replace(rs.find_backbone(model), site=("input", "after"))
+    rs.steer(model, backbone, rank=6)
+    assert rs.fields(model)[0].sites == {"input": {0: 3, 1: 3}, "after": {0: 3, 1: 3}}
+    rs.steer(model, rank=6, name="law", site="mlp")
+    assert rs.fields(model)["law"].site == "mlp"
+
+
+def test_an_older_release_reads_which_format_a_field_at_new_sites_has(tmp_path):
+    for site, version in (("block", 1), ("input", 1), ("after", 2), ("mlp.c_fc", 2), (["mixer", "mlp"], 2)):
+        rs.save(shake(rs.steer(TABLE["gpt2"].build(), rank=4, site=site)), tmp_path / "field")
+        described = json.loads((tmp_path / "field" / "steering.json").read_text("utf-8"))
+        assert described["format_version"] == version
+        assert ("sites" in described["field"]) == (version == 2)
+        # what release 0.1 looked at before the version, so that it says which version it reads
+        assert isinstance(described["field"]["site"], str)
+        assert all(type(rank) is int for rank in described["field"]["ranks"].values())
+
+
+@some_cases
+@torch.no_grad()
+def test_rows_run_under_several_sites(case):
+    model = steered(case)
+    rs.steer(model, rank=2, site="after", name="law")
+    shake(model, "law")
+    alone = []
+    for name in ("default", "law"):
+        with rs.use(model, name):
+            alone.append(case.run(model))
+    with rs.use(model, ["default", "law"]):
+        both = case.run(model)
+    half = len(both) // 2
+    close(both, torch.cat([alone[0][:half], alone[1][half:]]))
