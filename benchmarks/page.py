@@ -19,6 +19,7 @@ import startup
 from aims import against_lora, aims_of, closer
 from charts import Axis, Measured, Plot, Series, draw, svg, words
 from environment import hardware, read_json
+from gpu.summary import write_page
 from options import RESULTS
 from output import exit_status, markdown
 from residual_steer import SteerError
@@ -103,6 +104,7 @@ def write(results: Path, page: Path) -> None:
     for place in (page.parent, results / "pictures"):
         make_folder(place)
     write_whole({page: text.encode(), **pictures})
+    write_page(page, results / "gpu")  # what `make gpu` found stays
     print(f"{page} is made of {len(records)} files")
 
 

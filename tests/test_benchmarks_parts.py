@@ -268,12 +268,23 @@ def test_the_page_holds_every_row_and_says_what_was_not_run(script, folder, tmp_
     assert not (tmp_path / "page.md").exists()
 
 
-def test_numbers_of_a_gpu_have_a_section_of_their_own(script, folder):
+def test_numbers_of_a_gpu_have_a_section_of_their_own(script, folder, tmp_path):
     page = script("page")
     record = {**read(folder, "cost-gpt2-cpu"), "machine": {"gpu": "a card"}}
     parts = page.gpu({"cost-gpt2-cuda-bf16-compiled": record}, None)
     assert "### cost-gpt2-cuda-bf16-compiled: a card" in parts
     assert page.NO_GPU not in parts
+    for name, kept in (("cost-gpt2-cpu", False), ("cost-gpt2-cuda", True)):  # beside what `make gpu` left there
+        results = tmp_path / name
+        (results / "gpu" / "a-card").mkdir(parents=True)
+        about = {**read(folder, "cost-gpt2-cpu"), "machine": {"gpu": "a card"}}
+        (results / f"{name}.json").write_text(json.dumps(about))
+        (results / "gpu" / "a-card" / "many.json").write_text(json.dumps({**about, "quick": False, "status": "done"}))
+        assert page.main(["--results", str(results), "--page", str(results / "page.md")]) == 0
+        shown = (results / "page.md").read_text()
+        assert "### a card\n" in shown
+        assert page.NO_GPU not in shown
+        assert ("### cost-gpt2-cuda: a card\n" in shown) == kept
 
 
 def test_a_part_that_fails_is_named_and_the_page_is_written(script, folder, tmp_path, monkeypatch, capfd):

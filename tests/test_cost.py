@@ -1,5 +1,6 @@
 """What steering costs by count, which no clock disturbs: held against closed forms, on every backbone alike."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -214,3 +215,22 @@ def test_the_benchmark_runs_from_end_to_end(cost, tmp_path, capsys):
     assert "- prompt tuning: " in printed
     assert cost.main(["--rank", "0"]) == 1
     assert "1 or more" in capsys.readouterr().err
+
+
+def test_a_peer_that_no_gradient_reaches_is_named_and_the_others_are_measured(cost, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    from gpu import costs
+    from gpu.part import Job
+
+    def with_spare_layer(tiny, changes):
+        model = subject.shape.make(tiny, changes)
+        model.spare = torch.nn.Linear(4, 4)  # never called, as mamba_ssm calls no projection
+        return model
+
+    subject = costs.SUBJECTS["gpt2"]
+    shape = dataclasses.replace(subject.shape, make=with_spare_layer)
+    monkeypatch.setitem(costs.SUBJECTS, "gpt2", dataclasses.replace(subject, shape=shape, targets=("spare",)))
+    found = costs.Costs(Job(["gpt2"], tmp_path / "costs.json", "cpu", True, None), "gpt2")
+    found.measure(False)
+    assert {"floor", "H-Res, block"} == set(found.times["step, eager"])
+    assert "does not require grad" in found.refused["LoRA, usual targets, step, eager"]

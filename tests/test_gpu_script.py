@@ -1,6 +1,6 @@
 """The script for a card, rehearsed on the CPU: cut off, resumed, and run without an installation of this package."""
 
-import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("timm")
-pytest.importorskip("peft")
+if missing := [name for name in ("transformers", "timm", "peft") if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"no {', '.join(missing)} here", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -41,10 +40,10 @@ def folder(tmp_path_factory):
     """What the script leaves that was killed in the middle, and then went on."""
     folder = tmp_path_factory.mktemp("gpu")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    few = command(folder, "--only", "contract", "training")
+    few = command(folder, "--only", "marked", "many")
     first = subprocess.Popen(few, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
-    while not (folder / "contract.json").exists() or read(folder / "contract.json")["status"] != "done":
+    while not (folder / "marked.json").exists() or read(folder / "marked.json")["status"] != "done":
         assert first.poll() is None, "the script ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -53,10 +52,10 @@ def folder(tmp_path_factory):
     while any(str(folder) in line and "gpu." in line for line in running()):  # what it had started ends by itself
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    before = (folder / "contract.json").read_bytes()
+    before = (folder / "marked.json").read_bytes()
     done = subprocess.run(command(folder, "--resume"), env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert (folder / "contract.json").read_bytes() == before
+    assert (folder / "marked.json").read_bytes() == before
     return folder
 
 
@@ -120,24 +119,6 @@ def test_a_card_gets_a_section_of_the_page_and_a_rehearsal_none(modules, folder,
         assert "| gpt2: step, eager ÷ floor" in shown
 
 
-def test_a_peer_that_no_gradient_reaches_is_named_and_the_others_are_measured(modules, monkeypatch, tmp_path):
-    from gpu import costs
-    from gpu.part import Job
-
-    def with_spare_layer(tiny, changes):
-        model = subject.shape.make(tiny, changes)
-        model.spare = torch.nn.Linear(4, 4)  # never called, as mamba_ssm calls no projection
-        return model
-
-    subject = costs.SUBJECTS["gpt2"]
-    shape = dataclasses.replace(subject.shape, make=with_spare_layer)
-    monkeypatch.setitem(costs.SUBJECTS, "gpt2", dataclasses.replace(subject, shape=shape, targets=("spare",)))
-    found = costs.Costs(Job(["gpt2"], tmp_path / "costs.json", "cpu", True, None), "gpt2")
-    found.measure(False)
-    assert {"floor", "H-Res, block"} == set(found.times["step, eager"])
-    assert "does not require grad" in found.refused["LoRA, usual targets, step, eager"]
-
-
 def test_without_a_card_the_reason_is_written_down(modules, tmp_path):
     from gpu import machine
     from gpu.part import Job
@@ -147,6 +128,88 @@ def test_without_a_card_the_reason_is_written_down(modules, tmp_path):
     with pytest.raises(RuntimeError, match="sees no GPU"):
         machine.work(Job([], tmp_path / "machine.json", "cuda", False, None))
     assert read(tmp_path / "machine.json")["machine"]["gpu"] is None
+
+
+PLAN = """
+import json, pathlib, sys, time
+name, given = sys.argv[0].split("/")[-1][:-3], sys.argv[1:]
+out = pathlib.Path(given[given.index("--out") + 1])
+turn = pathlib.Path(given[given.index("--turn") + 1]) if "--turn" in given else None
+def save(status, **found):
+    out.write_text(json.dumps({"status": status, "began": began, **found}))
+began = time.time()
+if name == "slow":
+    save("unfinished")
+    time.sleep(60)
+if turn:
+    turn.with_suffix(".ready").touch()
+    while not turn.exists():
+        time.sleep(0.01)
+save("done", turned=time.time(), wrong=["one thing"] if name == "odd" else [], argv=given)
+"""
+
+
+@pytest.fixture
+def plan(modules, monkeypatch, tmp_path):
+    """Run the script over parts that need nothing but Python; return the status and their JSON files."""
+    from gpu import runner
+
+    package = tmp_path / "benchmarks" / "gpu"
+    for folder in (package, tmp_path / "residual_steer", tmp_path / "backbones"):
+        folder.mkdir(parents=True)
+    for name in ("__init__", "machine", "summary", "slow", "odd", "early", "well"):
+        (package / f"{name}.py").write_text("" if name == "__init__" else PLAN)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "COSTS", [])
+
+    def run(parts, *more):
+        monkeypatch.setattr(runner, "CHECKS", [runner.Part(*part) for part in parts])
+        status = runner.main(["--out", str(tmp_path / "out"), "--only", *(part[0] for part in parts), *more])
+        return status, {path.stem: read(path) for path in (tmp_path / "out").glob("*.json")}
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_part_that_takes_too_long_leaves_what_it_had_and_the_others_are_run(plan, capsys):
+    status, found = plan([("slow", 0.5), ("odd", 9), ("early", 9, "", (), True), ("well", 9)])
+    assert status == 1
+    assert {name: record["status"] for name, record in found.items()} == {
+        **{"machine": "done", "slow": "unfinished", "odd": "done", "early": "done", "well": "done", "summary": "done"}
+    }
+    assert found["early"]["began"] < found["odd"]["began"] < found["early"]["turned"] < found["well"]["began"]
+    shown = capsys.readouterr().out
+    assert "slow: not done, status -15" in shown
+    assert "odd: done, 1 wrong" in shown
+    assert "4 parts were run; not well: slow, odd\n" in shown
+
+    status, again = plan([("slow", 0.5), ("well", 9)], "--resume")
+    assert status == 1  # only what is not done is run again
+    assert again["slow"]["began"] > found["slow"]["began"]
+    assert again["well"] == found["well"]
+
+
+def test_what_an_earlier_run_found_is_not_shown_as_this_ones(plan, tmp_path):
+    status, found = plan([("well", 9)])
+    assert status == 0
+    (tmp_path / "benchmarks" / "gpu" / "well.py").write_text("import sys; sys.exit(3)")
+    status, found = plan([("well", 9)])
+    assert status == 1
+    assert "well" not in found
+
+
+def test_the_end_is_kept_for_the_summary(plan, capsys):
+    began = time.monotonic()
+    status, found = plan([("slow", 99), ("well", 9)], "--minutes", "0.45")
+    assert time.monotonic() - began < 27
+    assert (status, found["slow"]["status"], found["summary"]["status"]) == (1, "unfinished", "done")
+    assert "well: no time left" in capsys.readouterr().out
+
+
+def test_a_part_that_there_is_not_is_refused(plan):
+    with pytest.raises(SystemExit, match=r"--only takes well, many; received wel"):
+        plan([("well", 9)], "--only", "wel")
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(modules, tmp_path):

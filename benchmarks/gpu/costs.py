@@ -27,7 +27,8 @@ from .models import SUBJECTS
 from .part import Job, run_part, why
 
 RANK, ROWS, PROMPT, IN_BF16 = 32, (1, 16, 64), 128, "LoRA, adapters in bf16"
-ROUNDS, SECONDS = (5, 25), 4  # of a column: between so many rounds, about so long
+REHEARSED = ("gpt2", "llama", "mamba", "vit")
+ROUNDS, SECONDS = (5, 25), 3  # of a column: between so many rounds, about so long
 REPEATS = {"graph": 20, "step": 1, "prefill": 1, "decode": 3}  # calls of one measurement
 Make = Callable[[str], Variant]
 
@@ -212,7 +213,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def work(job: Job) -> None:
     """Prepare every backbone, wait for the turn, and measure."""
     compile_apart()
-    prepared = [Costs(job, name) for name in job.subjects]  # all before one is compiled: a new class undoes that
+    # all before one is compiled: a new class undoes that
+    prepared = [Costs(job, name) for name in job.subjects or REHEARSED]
     for costs in prepared:
         costs.count()
     for costs in prepared[:1] if job.quick else prepared:

@@ -59,7 +59,7 @@ def tried(package: str, wheels: Path, site: Path, environment: dict[str, str]) -
         try:
             command = [sys.executable, "-m", "pip", "install", *options, str(file)]
             subprocess.run(command, check=True, env={**os.environ, **environment})
-            command = [sys.executable, "-c", f"import torch, {PACKAGES[package]}"]
+            command = [sys.executable, "-c", f"import torch, {PACKAGES[package]}, {package}"]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
             return {**found, file.name: time.perf_counter() - started}
         except subprocess.CalledProcessError as error:  # a wheel for another release: the archive is next

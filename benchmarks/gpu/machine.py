@@ -11,7 +11,8 @@ import torch
 
 from .part import Job, run_part
 
-NEEDED, USEFUL = ("transformers", "timm", "peft", "accelerate"), ("pytest", "xdist", "hypothesis", "mambapy", "triton")
+NEEDED = ("transformers", "accelerate")
+USEFUL = ("timm", "peft", "pytest", "xdist", "hypothesis", "mambapy", "triton")  # who lacks one, loses what needs it
 
 
 def work(job: Job) -> None:
@@ -25,7 +26,8 @@ def work(job: Job) -> None:
         card = {"name": about.name, "memory": about.total_memory, "multiprocessors": about.multi_processor_count}
         job.save(card={**card, "capability": f"{about.major}.{about.minor}", "cuda": torch.version.cuda})
     if lacking := [name for name in missing if name in NEEDED]:
-        raise RuntimeError(f"{', '.join(lacking)} missing here; lay the wheels into a folder, and name it by --wheels")
+        how = "pip install --no-index --no-deps --target FOLDER WHEELS, and PYTHONPATH=FOLDER before this command"
+        raise RuntimeError(f"{', '.join(lacking)} missing here: {how}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ def work(job: Job) -> None:
     def run(call: Any, more: dict[str, Any], _: Any) -> None:
         call(input_ids=inputs, use_cache=False, logits_to_keep=1, **more)
 
-    def taken() -> int:
-        return torch.cuda.memory_allocated() if job.cuda else 0
+    def taken() -> tuple[float, int]:
+        if job.cuda:
+            torch.cuda.synchronize()  # what was asked for is there
+        return time.perf_counter(), torch.cuda.memory_allocated() if job.cuda else 0
 
     peers: list[Variant] = []
     try:
@@ -45,11 +47,12 @@ def work(job: Job) -> None:
     job.save(shape=subject.shape.about, batch=[rows, length], rank=rank)
     until = time.perf_counter() + PATIENCE
     for number in held:
-        before, started = taken(), time.perf_counter()
+        started, before = taken()
         while len(names) < number and time.perf_counter() < until:
             names.append(f"f{len(names)}")
             rs.steer(model, rank=rank, name=names[-1])
-        took = {"seconds to add": time.perf_counter() - started, "bytes added": taken() - before}
+        ended, after = taken()
+        took = {"seconds to add": ended - started, "bytes added": after - before}
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "steering_" in name:  # zeros could be multiplied faster

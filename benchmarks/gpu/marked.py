@@ -40,16 +40,17 @@ def work(job: Job) -> None:
     sources = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"DEVICES|mark\.gpu", p.read_text())]
     only = ["-k", " or ".join(job.subjects)] if job.subjects else []
     if job.quick:
-        sources, only = [ROOT / "tests" / "test_benchmarks_counters.py"], []  # quick; on a CPU none is marked
+        sources, only = [ROOT / "tests" / "test_checks.py"], []  # quick; on a CPU none is marked
     # a warning of a newer or an older library is no failure here
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu.marked", "-p", "no:cacheprovider", "-W", "default"]
     # the package as it is imported here, before that of the root, which is bare where nothing is installed
     command += ["-c", str(ROOT / "pyproject.toml"), "-o", f"pythonpath={Path(rs.__file__).parents[1]} {ROOT}"]
     command += [*(["-m", "gpu"] * job.cuda), *only, *map(str, sources)]
     if importlib.util.find_spec("xdist") is not None and job.cuda:
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+        command += ["-p", "xdist.plugin", "-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # of a run around
-    with subprocess.Popen(command, env={**inherited, LOG: str(log)}) as process:
+    own = {LOG: str(log), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nor what else the machine brings
+    with subprocess.Popen(command, env={**inherited, **own}) as process:
         while True:
             try:
                 status = process.wait(timeout=5)

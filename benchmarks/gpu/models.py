@@ -105,12 +105,13 @@ def small(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32, qu
     gpt2 = {"n_embd": width, "n_layer": blocks, "n_head": heads, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     picture = {"image_size": 32, "patch_size": 8, "num_labels": 5, "hidden_dropout_prob": 0.0}
     head = {"head_dim": width // 4, "num_heads": 8, "n_groups": 1, "chunk_size": 8, "state_size": 16}
-    config, model = {
-        "gpt2": (t.GPT2Config(**text, **gpt2), t.GPT2LMHeadModel),
-        "llama": (t.LlamaConfig(**text, **attention), t.LlamaForCausalLM),
-        "vit": (t.ViTConfig(**picture, **attention), t.ViTForImageClassification),
-        "mamba": (t.MambaConfig(**text, **size), t.MambaForCausalLM),
-        "mamba2": (t.Mamba2Config(**text, **size, **head), t.Mamba2ForCausalLM),
+    name, config = {
+        "gpt2": ("GPT2Config GPT2LMHeadModel", {**text, **gpt2}),
+        "llama": ("LlamaConfig LlamaForCausalLM", {**text, **attention}),
+        "vit": ("ViTConfig ViTForImageClassification", {**picture, **attention}),
+        "mamba": ("MambaConfig MambaForCausalLM", {**text, **size}),
+        "mamba2": ("Mamba2Config Mamba2ForCausalLM", {**text, **size, **head}),
     }[kind]
+    names = name.split()  # by name, so that only one family is imported
     torch.manual_seed(0)
-    return model(config).to(device, dtype).eval().requires_grad_(False)
+    return getattr(t, names[1])(getattr(t, names[0])(**config)).to(device, dtype).eval().requires_grad_(False)

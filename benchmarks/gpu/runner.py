@@ -17,11 +17,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).parents[2]
 READY = 20  # seconds that a part which prepares itself ahead is waited for, once it is its turn
+LAST = 20  # seconds that are kept for the summary
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fp32 is fp32, and products repeat
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 QUIET["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each part
@@ -52,7 +54,6 @@ class Part:
 
 CHECKS = [Part("contract", 80, exact=True), Part("training", 60, exact=True), Part("marked", 70, exact=True)]
 COSTS = [Part(f"costs-{name}", 50, "costs", (name,), ahead=True) for name in ("gpt2", "llama", "mamba", "vit")]
-REHEARSED = [Part("costs", 50, subjects=("gpt2", "llama", "mamba", "vit"), ahead=True)]  # in one process, to save time
 KERNELS = [
     Part("contract-kernels", 50, "contract", ("mamba", "mamba2"), exact=True, kernels=True),
     Part("marked-kernels", 60, "marked", ("mamba",), exact=True, kernels=True),
@@ -61,13 +62,13 @@ KERNELS = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is not done yet; the status is 1 if a part failed or is unfinished."""
+    """Run the parts; the status is 1 if one failed, is unfinished, or found something wrong."""
     parser = argparse.ArgumentParser(description="What holds on a CUDA device, in nine minutes.")
     parser.add_argument("--out", type=Path, help="folder of the results; by default one named after the card")
     parser.add_argument("--device", default="cuda", help="as PyTorch names it")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a rehearsal, no result")
     parser.add_argument("--resume", action="store_true", help="go on: leave out what is done")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels, and of archives of the kernels to be built")
+    parser.add_argument("--wheels", type=Path, help="folder of the kernels' wheels, or of archives to build")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--only", nargs="+", help="names of parts")
     options = parser.parse_args(arguments)
@@ -98,28 +99,40 @@ class Run:
         """Run the parts, then sum them up."""
         self.folder.mkdir(parents=True, exist_ok=True)
         link(self.links / "residual_steer")
+        left = self.left()
         if not self.run(Part("machine", 60)):
             return 1
-        parts = [*CHECKS, *(REHEARSED if self.options.quick else COSTS), Part("many", 60)]
-        if self.options.wheels:
-            subjects = (str(self.options.wheels.resolve()), str(self.site))
-            parts += [Part("kernels", 300, subjects=subjects, ahead=True), *(KERNELS if not self.options.quick else [])]
-        left = [part for part in parts if not self.options.only or part.name in self.options.only]
-        if self.options.resume:
-            left = [part for part in left if not self.is_done(part) or part.name == "kernels"]
         for part in left:
             if part.ahead:
                 self.start(part)
         failed = [part.name for part in left if not self.run(part)]
-        self.run(Part("summary", 60, subjects=(str(self.folder),)))
+        failed += [] if self.run(Part("summary", LAST, subjects=(str(self.folder),))) else ["summary"]
         print(f"{len(left)} parts were run; not well: {', '.join(failed) or 'none'}", flush=True)
         return int(bool(failed))
 
-    def is_done(self, part: Part) -> bool:
-        """Return whether a part's JSON file says that it came to its end."""
+    def left(self) -> list[Part]:
+        """Return the parts that are to be run; end where a name is no part's."""
+        parts = [*CHECKS, *([Part("costs", 50)] if self.options.quick else COSTS), Part("many", 60)]
+        if self.options.wheels:
+            subjects = (str(self.options.wheels.resolve()), str(self.site))
+            parts += [Part("kernels", 300, subjects=subjects, ahead=True), *(KERNELS if not self.options.quick else [])]
+        names = [part.name for part in parts]
+        if unknown := [name for name in self.options.only or () if name not in names]:
+            sys.exit(f"--only takes {', '.join(names)}; received {', '.join(unknown)}")
+        left = [part for part in parts if not self.options.only or part.name in self.options.only]
+        if self.options.resume:
+            left = [part for part in left if part.name == "kernels" or self.record(part).get("status") != "done"]
+        if self.options.quick:  # one process runs them: to import libraries takes longer than what is rehearsed
+            rehearsed = tuple(part.name for part in left if part.name != "kernels")
+            left = [part for part in left if part.name == "kernels"]
+            left[:0] = [Part("rehearsal", 200, subjects=rehearsed, ahead=True)] * bool(rehearsed)
+        return left
+
+    def record(self, part: Part) -> dict[str, Any]:
+        """Return what stands in a part's JSON file; nothing where there is none."""
         with contextlib.suppress(OSError, ValueError):
-            return bool(json.loads((self.folder / f"{part.name}.json").read_text())["status"] == "done")
-        return False
+            return dict(json.loads((self.folder / f"{part.name}.json").read_text()))
+        return {}
 
     def start(self, part: Part) -> None:
         """Start a part, as the first process of a group of its own; from the root it would import the bare package."""
@@ -127,6 +140,7 @@ class Run:
         paths = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **QUIET, **(EXACT if part.exact else {}), "PYTHONPATH": paths}
         out = self.folder / f"{part.name}.json"
+        out.unlink(missing_ok=True)  # or a part that ends before it writes would show what an earlier run found
         command = [sys.executable, "-m", f"gpu.{part.module or part.name}", *part.subjects, "--out", str(out)]
         command += ["--device", self.options.device, *(["--quick"] * self.options.quick)]
         command += ["--turn", str(self.scratch / f"{part.name}.turn")] if part.ahead else []
@@ -136,30 +150,33 @@ class Run:
             )
 
     def run(self, part: Part) -> bool:
-        """Give a part its turn, and end it when its time or that of all is up; return whether it ended well."""
-        began, left = time.monotonic(), self.deadline - time.monotonic()
-        if left < 5 and part.name != "summary":
+        """Give a part its turn, end it when its time or that of all is up; return whether it found nothing wrong."""
+        began = time.monotonic()
+        until = self.deadline if part.name == "summary" else self.deadline - LAST
+        left = max(until - began, LAST if part.name == "summary" else 0)
+        if left < 5:
             print(f"{part.name}: no time left", flush=True)
             return False
         if part.name not in self.running:
             self.start(part)
         process, turn = self.running[part.name], self.scratch / f"{part.name}.turn"
-        limit = max(5 * part.seconds if self.options.quick else min(part.seconds, left), 20)  # a rehearsal is no race
         if part.ahead and part.name != "kernels":
             (self.scratch / "any.turn").touch()  # from now on nobody prepares
-            until = time.monotonic() + (limit if self.options.quick else READY)
-            while process.poll() is None and not turn.with_suffix(".ready").exists() and time.monotonic() < until:
+            patience = began + (5 * part.seconds if self.options.quick else min(READY, left))
+            while process.poll() is None and not turn.with_suffix(".ready").exists() and time.monotonic() < patience:
                 time.sleep(0.1)
             turn.touch()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=limit)
+            left -= time.monotonic() - began
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a rehearsal is no race
+            process.wait(timeout=5 * part.seconds if self.options.quick else max(min(part.seconds, left), 0))
         end(self.running.pop(part.name))
-        done = process.returncode == 0 and self.is_done(part)
-        word = "done" if done else f"not done, status {process.returncode}"
+        record = self.record(part)
+        done, wrong = process.returncode == 0 and record.get("status") == "done", record.get("wrong", [])
+        word = f"done{f', {len(wrong)} wrong' * bool(wrong)}" if done else f"not done, status {process.returncode}"
         print(f"{part.name}: {word}, {time.monotonic() - began:.0f} seconds", flush=True)
         if part.name == "summary" or not done:
             print((self.folder / f"{part.name}.log").read_text(errors="replace")[-6000:], flush=True)
-        return done
+        return done and not wrong
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

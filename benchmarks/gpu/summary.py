@@ -80,13 +80,13 @@ def section(records: Mapping[str, Any]) -> str:
 
 
 def write_page(page: Path, results: Path) -> bool:
-    """Put the results of all cards into a page's section; where there are none, or rehearsals, it stays as it is."""
+    """Put the results of all cards before the tables of costs in a page's section; rehearsals leave it as it is."""
     found = [read(folder) for folder in sorted(results.glob("*")) if folder.is_dir()]
     parts = [section(records) for records in found if records and not any(one["quick"] for one in records.values())]
     if parts:
         text = "\n\n".join(["## On a GPU", "Made by `make gpu` from `benchmarks/results/gpu`.", *parts]) + "\n"
         old = page.read_text()
-        new, there = re.subn(r"^## On a GPU\n.*?(?=^## |\Z)", lambda _: f"{text}\n", old, flags=re.M | re.S)
+        new, there = re.subn(r"^## On a GPU\n.*?(?=^## |^### cost-|\Z)", lambda _: f"{text}\n", old, flags=re.M | re.S)
         page.write_text((new if there else f"{old}\n{text}").rstrip() + "\n")
     return bool(parts)
 
