@@ -1,12 +1,16 @@
 """A run of `fit` with all that a resume has to get right: dropout, shuffling, augmentation, a head, running statistics.
 
-Usage: fit_run.py FOLDER STEPS
+Usage: fit_run.py FOLDER STEPS; without these it reads such lines, and for each prints the number of a process that runs
+it, and how that ended.
 """
 
+import random
 import sys
 import time
 
+import numpy as np
 import torch
+from forks import ended, fork
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -82,5 +86,16 @@ def main(folder: str, steps: int) -> None:
     rs.save(model, f"{folder}/final")
 
 
+def apart(folder: str, steps: str) -> None:
+    random.seed()  # as in a process that has nothing of this one
+    np.random.seed()
+    main(folder, int(steps))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) > 1:
+        main(sys.argv[1], int(sys.argv[2]))
+    for line in sys.stdin if len(sys.argv) == 1 else ():
+        child = fork(apart, *line.split())
+        print(child, flush=True)
+        print(ended(child), flush=True)
