@@ -251,7 +251,7 @@ class Steering:
         if shut:
             warnings.warn(
                 f"the field {', '.join(shut)} is selected and does not train: somebody closed its parameters since, as "
-                "`get_peft_model` does. Select it again with `use`, or `freeze` it.",
+                "`get_peft_model` and `prepare_model_for_kbit_training` do. Select it again by `use`, or `freeze` it.",
                 stacklevel=4,
             )
         owners = {id(module) for module, _, _ in self.frozen.statistics}

@@ -20,6 +20,7 @@ from .errors import SteerError, some
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types that matrix products are computed in
 _ADAPTERS = ("peft", "adapters", "pyreft", "pyvene")  # packages whose modules bring parameters of their own
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _log = logging.getLogger("residual_steer")
 
@@ -153,5 +154,5 @@ class Moving:
 
 
 def plain_name(name: str) -> str:
-    """Drop what `torch.compile` puts into the name of a tensor of a compiled part: `_orig_mod.`."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
+    """Drop what `torch.compile` and FSDP1 put into the name of a tensor of a part that they wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) if "_" in name else name

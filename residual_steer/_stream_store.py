@@ -85,6 +85,10 @@ class StreamStore:
         tensors = safetensors.torch.load(content)
         return [tensors[str(i)] for i in range(len(tensors))]
 
+    def find(self, key: bytes) -> list[Tensor] | None:
+        """Return a row if it is here."""
+        return self.get(key) if key in self else None
+
     def flush(self) -> None:
         """Put everything that was added on the disk."""
         with self._writing():

@@ -89,9 +89,9 @@ class Projection(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projection:
         """Start when `to_empty` brings the parameters from the meta device to a real one."""
-        before = self.weight.is_meta
+        weight = getattr(self, "weight", None)  # FSDP1 takes it away between two calls
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before and not self.weight.is_meta:
+        if weight is not None and weight.is_meta and not self.weight.is_meta:
             self.reset_parameters()
         return self
 

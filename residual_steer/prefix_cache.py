@@ -10,7 +10,7 @@ import contextlib
 import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone
 from .training.options import FitOptions, cache_makers
+from .training.processes import Processes
 from .training.undisturbed import apart
 
 GIB = 2**30
@@ -40,12 +41,13 @@ class PrefixCache:
     """
 
     def __init__(
-        self, model: nn.Module, train: Any, run: Callable[[Any], Tensor], options: FitOptions, precision: str
+        self, model: nn.Module, train: Any, run: Callable[[Any], Tensor], options: FitOptions, processes: Processes
     ) -> None:
         if any(is_compiled(module) for module in model.modules()):
             raise SteerError("`cache_prefix` stands in for blocks, which a compiled model does not ask any more.")
         refuse_augmentation(train)
-        self._model, self._train, self._run, self._options, self._precision = model, train, run, options, precision
+        self._model, self._train, self._run, self._options = model, train, run, options
+        self._processes, self._precision = processes, processes.precision
         self._backbone = find_backbone(model)
         blocks = self._backbone.blocks
         training = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
@@ -61,6 +63,7 @@ class PrefixCache:
         self._below = 0  # how many tensors are kept of those below it
         self._spec: TreeSpec | None = None
         self._store: StreamStore | None = None
+        self._lent: Mapping[bytes, list[Tensor]] = {}  # rows of this batch that other processes keep
         self._hands_above = self._proved = False
         self.hits = self.misses = self._epochs = 0
 
@@ -69,7 +72,8 @@ class PrefixCache:
         """Run a batch through the cache: its frozen blocks are handed through if all its rows are known."""
         keys = digests(batch)
         store = self._begin(batch) if self._store is None else self._store
-        if all(key in store for key in keys):
+        self._lent = self._processes.lend([key for key in keys if key not in store], store.find)
+        if self._processes.every(all(key in store or key in self._lent for key in keys)):
             self.hits += 1
             if not self._proved:
                 self._prove(batch, keys)
@@ -119,14 +123,16 @@ class PrefixCache:
                 f"dropout below block {self.depth}{self._dropouts()}, in the model's config or by its `p = 0`."
             )
         limit, number = int(self._options.cache_limit * GIB), number_of_rows(self._train)
+        room = limit * self._processes.number
         each = _bytes_of_row(leaves)
-        if number is not None and number * each > limit:
+        if number is not None and number * each > room:
             raise SteerError(
                 f"the streams of {number:,} rows, {each:,} bytes each, would take {number * each / GIB:.2g} GiB, and "
                 f"`cache_limit` is {self._options.cache_limit:g}. Raise it, or steer fewer or lower blocks."
             )
         self._below, kept = len(leaves), one
-        if number and self.depth not in random and self._is_constant(above, rows, limit // number - each):
+        holds = number and self.depth not in random and self._is_constant(above, rows, room // number - each)
+        if self._processes.every(bool(holds)):
             self._hands_above, kept = True, {**one, self.depth: above[0]}
         else:
             self._above = None
@@ -134,6 +140,7 @@ class PrefixCache:
         place, folder = self._options.cache_prefix, None
         if not isinstance(place, bool):
             folder = Path(place) / prefix_key(self._model, self._frozen, self._above, self._precision)
+            folder = folder / f"process-{self._processes.index}" if self._processes.index else folder
         self._store = StreamStore(folder, limit)
         return self._store
 
@@ -189,7 +196,8 @@ class PrefixCache:
         if self._hands_above:
             with contextlib.suppress(Exception):  # whatever the model did with what the block did not compute
                 actual = measured()
-            self._hands_above = matches(actual) and _equal(kept[below:], fresh[below:], precision)
+            holds = matches(actual) and _equal(kept[below:], fresh[below:], precision)
+            self._hands_above = self._processes.every(holds)
         if not self._hands_above:  # the first steered block is computed from now on
             actual = measured()
         if not matches(actual):
@@ -251,7 +259,8 @@ class PrefixCache:
     def _stored(self, keys: Sequence[bytes]) -> list[Tensor]:
         """Return what is kept of these rows, as one batch, on the model's device."""
         device = next(self._model.parameters()).device
-        rows = [] if self._store is None else [self._store.get(key) for key in keys]
+        store = self._store
+        rows = [] if store is None else [self._lent[key] if key in self._lent else store.get(key) for key in keys]
         return [torch.stack(parts).to(device) for parts in zip(*rows, strict=True)]
 
     def _copied(self, output: Any) -> Any:

@@ -22,11 +22,12 @@ from ._controller import Steering, attachments, steering_of
 from ._files import as_path
 from ._frozen import plain_name
 from ._internals import saves_adapters_alone
+from ._shards import is_sharded
 from .backbone import Handle
 from .errors import SteerError
 from .injector import Injector
 from .steering import use
-from .storage import load, save
+from .storage import load, save, store
 from .trained_modules import Switch
 
 __all__ = ["from_pretrained"]
@@ -120,12 +121,17 @@ class _Saving:
             return type(module).save_pretrained(module, save_directory, is_main_process, state_dict, *args, **kwargs)
         root, state = steering_of(self._root)
         folder = as_path(os.fspath(save_directory))
+        given = None if state_dict is None else _gathered(module, state_dict)
         for name in state.specs:
-            save(root, folder / _FOLDER / name, name)
+            if given is None:
+                save(root, folder / _FOLDER / name, name)
+            elif is_main_process:  # which may be alone here: Trainer gathers on all before
+                store(root, folder / _FOLDER / name, name, given)
         tensors = _base(root, state, module, module.state_dict() if state_dict is None else state_dict)
         device = next((tensor.device for tensor in tensors.values()), None)
         for name in state.specs:
-            tensors |= {f"{_ENTRY}.{name}.{key}": value.detach() for key, value in state.tensors(root, name).items()}
+            for key, value in state.tensors(root, name).items():
+                tensors[f"{_ENTRY}.{name}.{key}"] = (given or {}).get(id(value), value).detach()
         tensors[_NOTE] = torch.ones(1, device=device)
         config = module.config
         setattr(config, _ENTRY, {"fields": list(state.specs), "selected": state.mix.asked()})
@@ -133,6 +139,13 @@ class _Saving:
             return type(module).save_pretrained(module, save_directory, is_main_process, tensors, *args, **kwargs)
         finally:
             delattr(config, _ENTRY)
+
+
+def _gathered(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[int, Tensor] | None:
+    """Return the tensors of a gathered state dict by the ids of the shards in place; None if there are none."""
+    placed = module.state_dict(keep_vars=True)
+    found = {id(value): tensors[key] for key, value in placed.items() if is_sharded(value) and key in tensors}
+    return found or None
 
 
 def _base(root: nn.Module, state: Steering, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

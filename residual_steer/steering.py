@@ -15,6 +15,7 @@ from ._checks import check_model
 from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steering_of
 from ._frozen import base_modules
 from ._internals import is_compiled
+from ._shards import align
 from .backbone import Backbone, execution_device
 from .config import FieldConfig, Rank, check_name, check_sites, match_train
 from .errors import SteerError
@@ -75,7 +76,7 @@ def steer(
 
     At every steered block the stream that leaves becomes M(z) + λ·H(z). H starts at zero: until it is trained, the
     model's output stays the same to the last bit. Another call with another `name` adds a field, selects it, and
-    freezes the others.
+    freezes the others. Where torch.distributed has a process group, every process calls this, and they begin alike.
 
     =======================  ===============================================================================
     site                     what becomes of what
@@ -125,6 +126,7 @@ def steer(
         train=match_train(base_tensors(base), train),
     )
     install(base, state, spec)
+    align(state.parameters(name))
     return model
 
 

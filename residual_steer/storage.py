@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from ._controller import Steering, base_tensors, steered_part, steering_of
 from ._files import as_path, make_folder, write_whole
 from ._format import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
 from ._internals import offload_hooks
+from ._shards import flat_units, gather, is_sharded, like, once, several
 from .backbone import Backbone, compute_dtype, execution_device
 from .config import FieldConfig, check_name, check_sites
 from .errors import SteerError, some
@@ -31,16 +32,18 @@ __all__ = ["as_type", "card", "load", "match_tensors", "push", "save"]
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # these load into one another
 
 Model = TypeVar("Model", bound=nn.Module)
+Returned = TypeVar("Returned")
 
 
 def save(model: nn.Module, folder: str | Path, name: str | None = None, *, format: str = "native") -> Path:
     """Save a field, and the base tensors trained with it; return the folder.
 
-    Sharded tensors (FSDP2) are gathered: every process calls `save`, and the first one writes. What trains and belongs
-    to no field is not stored, and a warning names it.
+    Sharded tensors are gathered (FSDP2, FSDP1 with `use_orig_params`, ZeRO-3, tensor parallelism), and no more of the
+    base than stands beside them: every process calls `save`, the first one writes, and all return when it is done. What
+    trains and belongs to no field is not stored, and a warning names it.
 
     Args:
-        model: a steered model.
+        model: a steered model, as FSDP1 wrapped it.
         folder: where `steering.safetensors` and `steering.json` go; made if it is not there.
         name: which field; None is the selected one.
         format: "native", or "peft" for the files of an adapter, which PEFT and `load` read.
@@ -58,10 +61,10 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, *, forma
             f"the field {name!r} trains {some(beside)} along in PEFT's wrappers, which PEFT saves. "
             "Call `save_pretrained` of the PEFT model."
         )
-    described, tensors = _collect(base, state, name)
+    described, tensors = _collect(model, name)
     folder = as_path(folder)
-    sharded = any(hasattr(tensor, "full_tensor") for tensor in state.tensors(base, name).values())
-    if not sharded or torch.distributed.get_rank() == 0:
+
+    def write() -> None:
         if format == "peft":
             from .peft._convert import pack_adapter
 
@@ -70,7 +73,16 @@ def save(model: nn.Module, folder: str | Path, name: str | None = None, *, forma
             files = pack(described, tensors)
         make_folder(folder)
         write_whole({folder / file: content for file, content in files.items()})
+
+    _by_one(model, name, write)
     return folder
+
+
+def store(model: nn.Module, folder: Path, name: str, given: Mapping[int, Tensor]) -> None:
+    """Save a field by one process alone, with the tensors that were gathered already, by the ids of those in place."""
+    described, tensors = _collect(model, name, given)
+    make_folder(folder)
+    write_whole({folder / file: content for file, content in pack(described, tensors).items()})
 
 
 def push(
@@ -93,7 +105,7 @@ def push(
     """
     described, files = _with_card(model, repo, name)
     message = message or f"Field {described['field']['name']}, stored by residual_steer"
-    return upload(repo, files, message, private=private)
+    return _by_one(model, described["field"]["name"], lambda: upload(repo, files, message, private=private))
 
 
 def card(model: nn.Module, repo: str, name: str | None = None) -> str:
@@ -173,13 +185,16 @@ def load(
     install(base_model, state, spec)
     with torch.no_grad():
         for key, tensor in state.tensors(base_model, spec.name).items():
-            tensor.copy_(values[key])
+            tensor.copy_(like(values[key], tensor))
     return model
 
 
-def _collect(base: nn.Module, state: Steering, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _collect(
+    model: nn.Module, name: str, given: Mapping[int, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what `load` takes: a field's description and tensors, none missing, of another shape or not finite."""
-    spec, tensors = state.specs[name], _gather(base, state, name)
+    base, state = steering_of(model)
+    spec, tensors = state.specs[name], _gather(model, name, given)
     _, wanted = _needs(base, state, spec)
     match_tensors(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
@@ -197,7 +212,7 @@ def _collect(base: nn.Module, state: Steering, name: str) -> tuple[dict[str, Any
 def _with_card(model: nn.Module, repo: str, name: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return a field's description, and its files with their card."""
     base, state = steering_of(model)
-    described, tensors = _collect(base, state, state.name_of(name))
+    described, tensors = _collect(model, state.name_of(name))
     if not is_repo(repo):
         raise SteerError(f"a repository on the Hub is named 'owner/name'; received {repo!r}.")
     files = pack(described, tensors)
@@ -206,23 +221,32 @@ def _with_card(model: nn.Module, repo: str, name: str | None) -> tuple[dict[str,
     return described, {**files, "README.md": page.encode()}
 
 
-def _gather(base: nn.Module, state: Steering, name: str) -> dict[str, Tensor]:
+def _gather(model: nn.Module, name: str, given: Mapping[int, Tensor] | None) -> dict[str, Tensor]:
     """Return copies on the CPU of all tensors of a field: sharded ones whole, offloaded ones brought back."""
-    tensors = {}
+    base, state = steering_of(model)
     with contextlib.ExitStack() as stack:
         for module in (part for field in state.fields(name).values() for part in (field.down, field.up)):
             if offload_hooks(module):
                 from accelerate.utils import align_module_device
 
                 stack.enter_context(align_module_device(module, execution_device="cpu"))
-        for key, tensor in state.tensors(base, name).items():
-            value = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if value.is_meta:
-                raise SteerError(
-                    f"tensor {key} has no value: it is on the meta device. Materialise the model, then save."
-                )
-            tensors[key] = value.detach().cpu().contiguous().clone()
-    return tensors
+        if given is None:
+            tensors = gather(model, lambda: state.tensors(base, name))
+        else:
+            tensors = {key: given.get(id(tensor), tensor) for key, tensor in state.tensors(base, name).items()}
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise SteerError(f"tensor {key} has no value: it is on the meta device. Materialise the model, then save.")
+        if is_sharded(tensor):
+            raise SteerError(f"tensor {key} is sharded, and not among those that were gathered. Call `save`.")
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _by_one(model: nn.Module, name: str, act: Callable[[], Returned]) -> Returned:
+    """Act by the first process where a field is sharded over several, and everywhere else by each."""
+    base, state = steering_of(model)
+    sharded = any(is_sharded(tensor) for tensor in state.tensors(base, name).values()) or bool(flat_units(model))
+    return once(act) if sharded and several() else act()
 
 
 def _find(folder: str | Path, revision: str | None) -> Path:

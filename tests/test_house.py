@@ -27,7 +27,7 @@ PRIVATE = {
     "_internals.py": True,
     "discovery/graph.py": True,
     "_controller.py": {"_orig_mod"},
-    "_frozen.py": {"_orig_mod"},
+    "_frozen.py": {"_orig_mod", "_fsdp_wrapped_module"},
     "exported.py": {"_dynamo"},
     "field.py": {
         "_apply",

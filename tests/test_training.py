@@ -277,7 +277,7 @@ def test_a_run_leaves_accelerate_as_it_was(monkeypatch):
 
 
 def test_training_knows_nothing_of_steering():
-    """Whatever it imports of this library is its own, or about arguments, errors, files and progress."""
+    """Whatever it imports of this library is its own, or about arguments, errors, files, shards and progress."""
     folder = Path(rs.training.__file__).parent
     found = set()
     for path in folder.glob("*.py"):
@@ -290,7 +290,7 @@ def test_training_knows_nothing_of_steering():
     own = {
         name for name in found if name.startswith("residual_steer") and not name.startswith("residual_steer.training")
     }
-    assert own <= {f"residual_steer.{name}" for name in ("_batches", "_checks", "_files", "errors")}
+    assert own <= {f"residual_steer.{name}" for name in ("_batches", "_checks", "_files", "_shards", "errors")}
 
 
 def test_a_log_that_is_no_terminal_gets_few_lines(monkeypatch):

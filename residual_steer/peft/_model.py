@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 
 from residual_steer._controller import steering_of
+from residual_steer._shards import alone
 from residual_steer.errors import SteerError
 from residual_steer.injector import Injector
 from residual_steer.steering import fields, freeze, steer, unsteer, use
@@ -102,7 +103,8 @@ class HResModel(BaseTuner):
                 adapter_name=adapter_name,
                 activate_adapter=active,
             )
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext(), _kept(model, steered):
+            empty = init_empty_weights() if low_cpu_mem_usage else nullcontext()
+            with empty, _kept(model, steered), alone(config.backbone is not None):
                 steer(
                     model,
                     config.arch,

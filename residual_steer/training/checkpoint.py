@@ -20,7 +20,7 @@ from residual_steer.errors import SteerError
 
 from .processes import Processes
 
-_SHARED, _OWN = ("step", "identity", "model", "optimizer", "scaler", "protect"), ("random", "stream")
+_SHARED, _OWN = ("step", "identity", "weights", "scaler", "protect"), ("random", "stream", "weights")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -46,7 +46,7 @@ def write(folder: Path, step: int, shared: Any, own: Any, processes: Processes) 
 
     def fill() -> None:
         make_folder(aside)
-        _write_tree(aside / f"process-{processes.index}", own)
+        _write_tree(aside / f"process-{processes.rank}", own)
         if processes.main:
             _write_tree(aside / "shared", shared)
             sync_folder(aside)

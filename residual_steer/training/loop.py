@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from residual_steer._batches import to_device
 from residual_steer._checks import check_integer, check_model, check_number
 from residual_steer._files import as_path, make_folder
+from residual_steer._shards import is_sharded, like, whole
 from residual_steer.errors import DivergedError, SteerError
 
 from . import checkpoint, undisturbed
@@ -25,7 +26,7 @@ from .data_order import BatchStream, Share
 from .history import History, Journal, progress
 from .losses import IGNORE, Loss, MeanLoss, counting, measure
 from .options import FitOptions, cache_makers
-from .processes import Processes, like, whole
+from .processes import Processes
 
 # What a run may be resumed with another value of: it does not change the weights.
 _FREE = {"cache_limit", "cache_prefix", "checkpoint_every", "eval_every", "log_every", "progress", "resume", "trackers"}
@@ -167,11 +168,12 @@ class _Run:
         seed, share = options.seed, Share(train, processes.index, processes.number)
         if seed is None:
             with undisturbed.apart():  # one order of the data for all processes: that which the first one draws
-                seed = int(processes.sum(torch.randint(2**24, ()) * processes.main))
+                seed = processes.first(int(torch.randint(2**24, ())))
         self.stream = BatchStream(share, seed, shuffles=options.seed is not None)
         self.closing.callback(self.stream.close)
         self.cache: Any = self._make_cache(train) if options.cache_prefix is not False else None
-        self._seed(device_specific=True)  # dropout differs between processes, the data order does not
+        # dropout differs between processes that have other rows, the data order does not
+        self._seed(device_specific=processes.number > 1)
 
     def _find_buffers(self) -> dict[str, Tensor]:
         """Return the stored buffers of modules that train, such as the running statistics of a head's BatchNorm."""
@@ -183,12 +185,11 @@ class _Run:
         return found
 
     def _make_cache(self, train: Any) -> Any:
-        if self.processes.number > 1:
+        if any(map(is_sharded, self.model.parameters())) or self.processes.flat:
             raise SteerError(
-                "`cache_prefix` works on one process, since rows go to others of several in every epoch; here are "
-                f"{self.processes.number}. Leave it out, or launch one."
+                "`cache_prefix` calls blocks alone, and this model is sharded: its blocks have no weights."
             )
-        cache = cache_makers[-1](self.wrapped, train, self._measure, self.options, self.processes.precision)
+        cache = cache_makers[-1](self.model, train, self._measure_alone, self.options, self.processes)
         self.closing.callback(cache.close)
         return cache
 
@@ -249,9 +250,13 @@ class _Run:
             values = {f"{kind}/{key}": value for key, value in record.items() if key != "step"}
             self.processes.accelerate.log(values, step=int(record["step"]))
 
-    def _measure(self, batch: Any) -> Tensor:
+    def _measure(self, batch: Any, model: nn.Module | None = None) -> Tensor:
         with self.processes.autocast():
-            return measure(self.wrapped, batch, self.loss).loss
+            return measure(model or self.wrapped, batch, self.loss).loss
+
+    def _measure_alone(self, batch: Any) -> Tensor:
+        """Run a batch by this process alone."""
+        return self._measure(batch, self.model)
 
     def _next_parts(self) -> tuple[list[tuple[Any, float]], int]:
         """Return the batches of a step, each with its share of the step's mean, and the rows of all processes."""
@@ -308,7 +313,7 @@ class _Run:
                     value += loss.detach() * share
             mean = float(self.processes.sum(value))
             self.scaler.unscale_(self.optimizer)
-            norm = float(whole(nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf)))
+            norm = self.processes.clip(self.wrapped, self.trained.values(), self.options.clip or math.inf)
             if math.isfinite(mean) and math.isfinite(norm):
                 return mean, norm
             for tensor, kept in zip(self.buffers.values(), before, strict=True):
@@ -328,20 +333,25 @@ class _Run:
         )
 
     def _checkpoint(self, folder: Path) -> None:
-        protect = self.options.protect
+        protect, flat = self.options.protect, self.processes.flat
+        # what trains, and the buffers beside it
+        weights = {"model": {**self.trained, **self.buffers}, "optimizer": self.optimizer.state_dict()}
         shared = {
             "step": self.step,
             "identity": self.identity,
-            "model": {**self.trained, **self.buffers},  # what trains, and the buffers beside it
-            "optimizer": self.optimizer.state_dict(),
+            "weights": None if flat else weights,
             "scaler": self.scaler.state_dict(),
             "protect": None if protect is None else protect.state_dict(),
         }
-        own = {"random": undisturbed.get_state(), "stream": self.stream.state()}
+        own = {
+            "random": undisturbed.get_state(),
+            "stream": self.stream.state(),
+            "weights": weights if flat else None,  # each process has its pieces
+        }
         checkpoint.write(folder, self.step, whole(shared), own, self.processes)
 
     def _restore(self, path: Path) -> None:
-        shared, own = checkpoint.read(path, self.processes.index)
+        shared, own = checkpoint.read(path, self.processes.rank)
         stored = shared["identity"]
         changed = [f"{k} {stored.get(k)!r} → {v!r}" for k, v in self.identity.items() if stored.get(k) != v]
         if changed:
@@ -349,14 +359,15 @@ class _Run:
                 f"a run is resumed with the options it was started with; changed are {', '.join(changed)}. "
                 "Give the old values, or another `save_to`."
             )
-        here, there = {**self.trained, **self.buffers}, shared["model"]
+        weights = shared["weights"] or own["weights"]
+        here, there = {**self.trained, **self.buffers}, weights["model"]
         wrong = sorted(here.keys() ^ there.keys()) or [k for k in here if here[k].shape != there[k].shape]
         if wrong:
             raise SteerError(
                 f"the checkpoint {path} belongs to a model that trains other tensors: {', '.join(wrong[:6])} differ."
             )
         try:
-            self.optimizer.load_state_dict(shared["optimizer"])
+            self.optimizer.load_state_dict(weights["optimizer"])
         except (ValueError, KeyError) as error:
             raise SteerError(
                 f"the optimizer's state in {path} does not fit this optimizer ({error}). Resume with one made as the "

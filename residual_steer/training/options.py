@@ -31,9 +31,9 @@ class Protector(Protocol):
         """Take up what `state_dict` returned."""
 
 
-# From the model, the data, a function from a batch to its loss, the options and the precision to a cache, such as
+# From the model, the data, a function from a batch to its loss, the options and the processes to a cache, such as
 # `residual_steer.prefix_cache.PrefixCache`. The package that knows the models puts it here: this one does not.
-cache_makers: list[Callable[[nn.Module, Any, Callable[[Any], Tensor], FitOptions, str], Any]] = []
+cache_makers: list[Callable[[nn.Module, Any, Callable[[Any], Tensor], FitOptions, Any], Any]] = []
 
 _MAY_BE_NONE = {"clip", "precision", "eval_every", "checkpoint_every", "seed"}
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -73,7 +73,7 @@ class FitOptions:
             them, and what the next block computes where only a field beside it trains, row by row: in memory if True,
             or in a folder that later runs with the same frozen weights, data and precision read too. The losses stay
             the same to rounding; what would change them is refused.
-        cache_limit: largest size of that, in GiB.
+        cache_limit: largest size of that for every process, in GiB; they lend each other rows.
         protect: a `continual.NullSpace`, or another `Protector`: it corrects the optimizer's steps for as long as the
             run goes on, is saved with its checkpoints, and comes back from them.
         trackers: accelerate's trackers, such as `("tensorboard",)`.

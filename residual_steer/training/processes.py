@@ -6,7 +6,7 @@ Accelerate is imported where it is needed and no sooner: it takes as long to imp
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from residual_steer._shards import flat_units, several, whole
 from residual_steer.errors import SteerError
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Processes:
-    """The `number` processes that train one model together; this one is `index`, and the `main` one writes.
+    """The `number` processes that share a batch; this one is `index`. The `main` one of all writes.
 
+    Under tensor parallelism all processes compute the same batch together, and `number` is 1. Where FSDP1 shards,
+    `flat` is true, and each process trains pieces of its own.
     `precision` is `"no"`, `"bf16"`, `"fp16"`, or None for what `accelerate launch` or an Accelerator of the user says.
     `scaler` keeps small gradients of fp16 from vanishing, and does nothing in other precisions.
     """
@@ -42,10 +44,9 @@ class Processes:
             raise SteerError(f"accelerate refused the options: {error}") from error
         self.precision = precision or self.accelerate.mixed_precision
         self.device = self.accelerate.device
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.number = torch.distributed.get_world_size() if several else 1
-        self.index = torch.distributed.get_rank() if several else 0
-        self.main = self.index == 0
+        self.world = self.number = torch.distributed.get_world_size() if several() else 1
+        self.rank = self.index = torch.distributed.get_rank() if several() else 0
+        self.main, self.flat = self.rank == 0, False
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if self.precision not in ("no", *HALVES):
             self.close()
@@ -53,15 +54,16 @@ class Processes:
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """Return what to call for a step; under FSDP2 model and optimizer have other parameters from here on."""
-        sharded = {hasattr(p, "full_tensor") for p in model.parameters() if p.requires_grad}
-        if sharded == {True, False}:
-            raise SteerError(
-                "`fully_shard` was applied to a part of what trains: the gradients of the rest would differ between "
-                "processes. Apply it to the whole model too, after its blocks."
-            )
-        if sharded == {True}:
-            return model
         accelerate = self.accelerate
+        engines = [module for module in model.modules() if type(module).__module__.startswith("deepspeed.")]
+        parted = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        if engines or parted or accelerate.distributed_type == "DEEPSPEED":
+            raise SteerError(
+                "DeepSpeed takes the steps itself, so `fit` does not. Train by its engine, or by transformers' Trainer "
+                "with `residual_steer.peft.HResConfig`; `save` gathers what ZeRO-3 sharded."
+            )
+        if self._is_sharded(model):
+            return model
         if accelerate.num_processes != self.number:
             raise SteerError(
                 f"torch.distributed has {self.number} processes, and accelerate knows of {accelerate.num_processes}. "
@@ -71,14 +73,52 @@ class Processes:
         kept = {name: vars(model)[name] for name in names if name in vars(model)}
         try:
             if accelerate.distributed_type == "FSDP":
-                return accelerate.prepare(model, optimizer)[0]  # type: ignore[no-any-return]
-            return accelerate.prepare_model(model)  # type: ignore[no-any-return]
+                prepared = accelerate.prepare(model, optimizer)[0]
+            else:
+                prepared = accelerate.prepare_model(model)
         except ValueError as error:
             raise SteerError(f"accelerate refused the model: {error}") from error
         finally:  # autocast is the loop's, and not wrapped around the forward of the user's model
             for name in names:
                 vars(model).pop(name, None)
             vars(model).update(kept)
+        self.flat = bool(flat_units(prepared))
+        return prepared  # type: ignore[no-any-return]
+
+    def _is_sharded(self, model: nn.Module) -> bool:
+        """Return whether somebody has sharded a model already; raise if its processes could not share a batch."""
+        trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        self.flat = bool(flat_units(model))
+        if self.flat and not isinstance(model, type(flat_units(model)[0])):
+            raise SteerError("FSDP1 wrapped a part of the model: `fit` takes it as it was wrapped, from the outside.")
+        if self.flat or not any(hasattr(p, "full_tensor") for p in model.parameters()):
+            return self.flat
+        from torch.distributed.fsdp import FSDPModule
+
+        sharded = {hasattr(p, "full_tensor") for p in trained}
+        by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+        if sharded != {by_fsdp}:
+            raise SteerError(
+                "`fully_shard` or tensor parallelism was applied to a part of what trains: the gradients of the rest "
+                "would differ between processes. Apply `fully_shard` to the whole model too, after its blocks; under "
+                "tensor parallelism train fields alone."
+            )
+        meshes: list[Any] = [p for p in model.parameters() if hasattr(p, "full_tensor")]
+        if any(p.device_mesh.size() != self.world or sum(map(_splits, p.placements)) > 1 for p in meshes):
+            raise SteerError(
+                f"`fit` shares a batch among all {self.world} processes, or has all compute the same one; this model "
+                "is sharded over some of them, or in two ways at once. Shard it in one way, over all."
+            )
+        if not by_fsdp:
+            self.number, self.index = 1, 0
+        return True
+
+    def clip(self, model: nn.Module, parameters: Iterable[nn.Parameter], limit: float) -> float:
+        """Clip the gradients of a step to a norm; return the norm before."""
+        if self.flat:
+            root: Any = model
+            return float(root.clip_grad_norm_(limit))
+        return float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the run's precision."""
@@ -95,7 +135,28 @@ class Processes:
 
     def every(self, here: bool) -> bool:
         """Return whether something is true on every process."""
-        return bool(self.sum(torch.tensor(float(here))) == self.number)
+        return self._count(int(here)) == self.world
+
+    def lend(self, wanted: Sequence[bytes], find: Callable[[bytes], Any]) -> dict[bytes, Any]:
+        """Return what this process wants of what any of them finds by a key; every process has to call it."""
+        if self.number == 1:
+            return {}
+        asked: list[Any] = [None] * self.number
+        torch.distributed.all_gather_object(asked, list(wanted))
+        keys = {key for each in asked for key in each}
+        found: list[Any] = [None] * self.number
+        torch.distributed.all_gather_object(found, {key: row for key in sorted(keys) if (row := find(key)) is not None})
+        return {key: row for each in found for key, row in each.items() if key in wanted}
+
+    def first(self, number: int) -> int:
+        """Return the number that the first process gives."""
+        return self._count(number * self.main)
+
+    def _count(self, number: int) -> int:
+        value = torch.tensor(number, device=self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+        return int(value)
 
     def close(self) -> None:
         """End the logs, but not torch.distributed, and leave accelerate as it was."""
@@ -112,16 +173,5 @@ class Processes:
             vars(AcceleratorState()).clear()
 
 
-def whole(tree: Any) -> Any:
-    """Return a tree of plain values with its shards put together; every process has to call it."""
-    return tree_map(lambda leaf: leaf.detach().full_tensor() if hasattr(leaf, "full_tensor") else leaf, tree)
-
-
-def like(value: Any, parameter: Tensor) -> Any:
-    """Return a whole tensor of a parameter's shape sharded as the parameter is."""
-    if not hasattr(parameter, "full_tensor") or not isinstance(value, Tensor) or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    shard: Any = parameter
-    return distribute_tensor(value.to(parameter.device), shard.device_mesh, shard.placements)
+def _splits(placement: Any) -> bool:
+    return bool(placement.is_shard())
