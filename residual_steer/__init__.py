@@ -7,6 +7,7 @@ from .backbone import Backbone
 from .errors import SteerError
 from .export import export
 from .field import HRes
+from .library import library
 from .prefix_cache import PrefixCache as _PrefixCache  # noqa: F401 – which tells fit of `cache_prefix`
 from .pretrained import from_pretrained
 from .reference import reference
@@ -35,6 +36,7 @@ __all__ = [
     "fit",
     "freeze",
     "from_pretrained",
+    "library",
     "list_backbones",
     "load",
     "parameters",

@@ -36,6 +36,7 @@ class Selected:
     trains: frozenset[str] = frozenset()  # the fields that train
     routes: Mapping[tuple[str, int], Route] = field(default_factory=dict)  # by site and block index
     inner: frozenset[str] = frozenset()  # the fields with tensors inside the blocks, which a selection puts in place
+    prompt: bool | Tensor | None = None  # in a call whose fields act on the prompt alone: which tokens that is
 
 
 _selections: OrderedDict[int, Selected] = OrderedDict()
@@ -58,10 +59,11 @@ def selection_of_backward() -> tuple[bool, Selected | None]:
 
 @dataclass
 class Call:
-    """One call of a steered model whose rows differ."""
+    """One call of a steered model whose rows or tokens differ."""
 
     batch: int | None  # rows of the batch, where they were found among what the model was given
     met: set[int] = field(default_factory=set)  # ids of the modules with versions by row that were called
+    prompt: bool | Tensor = True  # which tokens are the prompt, (batch, length), or all or none
 
 
 class _Running(threading.local):

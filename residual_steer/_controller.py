@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch.utils.hooks import unserializable_hook
 from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, running, tensors_in
 from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
 from ._internals import compile_with_hooks, has_hook, owned_tensors
+from ._prompt import MASK, Prompts, check_reads_prompts, compiled_prompt
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
 from .config import FieldConfig, Place
 from .errors import SteerError, some
@@ -44,6 +45,7 @@ class Steering:
     handles: list[Handle] = field(default_factory=list)  # hooks on the model, and those that the family needs
     selected: Selected = field(default_factory=Selected)
     repeats: Repeats = field(default_factory=Repeats)
+    prompts: Prompts = field(default_factory=Prompts)
     open: frozenset[str] = frozenset()  # the fields whose parameters were opened
     unchecked: bool = True  # whether no call in training mode was watched since the selection was made
     moving: Moving | None = None
@@ -142,6 +144,8 @@ class Steering:
     @torch.no_grad()
     def select(self, model: nn.Module, mix: Mix) -> None:
         """Let the fields of a mix act, with what they trained along, and train; raise if the base is no more there."""
+        if mix.on != "all":
+            self._check_prompt(model, mix)
         concerned = [name for name in dict.fromkeys((*self.mix.names, *mix.names)) if name in self.specs]
         if self.heads.base:
             entries = _base_entries(model)
@@ -160,6 +164,16 @@ class Steering:
         trains = frozenset(filter(self.trains, mix.names))
         self.selected = Selected(mix, trains, routes, frozenset(self.heads.inner))
         self.repeats, self.unchecked = Repeats(), True
+
+    def _check_prompt(self, model: nn.Module, mix: Mix) -> None:
+        """Raise if fields cannot act on the prompt alone in this model."""
+        check_reads_prompts(model, self.backbone.path)
+        for name in mix.names:
+            if self.specs[name].train:
+                raise SteerError(
+                    f"the field {name!r} trained {some(self.specs[name].train)} along, which act on every token. Use "
+                    "such a field with on='all'."
+                )
 
     def _let_train(self, name: str, on: bool) -> None:
         """Open or close a field's parameters; the last of each module notices a backward pass after it was closed."""
@@ -205,33 +219,48 @@ class Steering:
         self.frozen.reopen(model)
         delattr(model, ATTRIBUTE)
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Check the rows of a mix against the batch that the model is called with; raise if it has others."""
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Check the rows and tokens of a mix against what the model is called with; raise if they do not fit."""
         if torch.compiler.is_compiling():
-            return
+            if self.mix.on != "all":
+                raise compiled_prompt()
+            return None
         if self.unchecked and model.training and torch.is_grad_enabled():
             self._check_what_trains(model)
-        if self.mix.rows is not None:
-            batch = batch_of(model.get_submodule(self.backbone.path), args, kwargs)
-            running.calls.append(Call(batch))
-            if batch is not None and batch != self.mix.rows:
-                self.repeats.check(self.mix.rows, batch, args, kwargs)
+        call = Call(None)
+        if self.mix.watched:
+            running.calls.append(call)  # before what may raise, since `_leave` takes it away
+        if self.mix.on != "all":
+            call.prompt = self.prompts.of(model, args, kwargs)
+        elif kwargs.get(MASK) is not None and self.mix.names:
+            raise SteerError(f"`{MASK}` is for fields that act on the prompt alone: use(model, …, on='prompt').")
+        if not self.mix.watched:
+            return None
+        call.batch = batch = batch_of(model.get_submodule(self.backbone.path), args, kwargs)
+        if self.mix.rows is not None and batch is not None and batch != self.mix.rows:
+            self.repeats.check(self.mix.rows, batch, args, kwargs)
+        return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Let the output remember what was selected, and end what `_enter` began."""
         if torch.compiler.is_compiling():
             return
+        call = running.calls.pop() if self.mix.watched and running.calls else None
         if torch.is_grad_enabled():
+            selected = self.selected
+            if call is not None and self.mix.on != "all":
+                selected = replace(selected, prompt=call.prompt)
             for tensor in tensors_in(output):
                 if tensor.requires_grad and not tensor.is_leaf:
-                    hook = unserializable_hook(partial(arrived, self.selected))  # type: ignore[no-untyped-call]
+                    hook = unserializable_hook(partial(arrived, selected))  # type: ignore[no-untyped-call]
                     tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         if self.moving is not None:
             moving, self.moving = self.moving, None
             if output is not None:
                 moving.warn(self._own_values())
-        call = running.calls.pop() if self.mix.rows is not None and running.calls else None
         if call is not None and output is not None:
+            if self.mix.on != "all" and call.prompt is True:
+                self.prompts.note(output)
             self.repeats.go_on(call.batch, output)
             for switch in self.heads.switches:
                 switch.settle(call.met)

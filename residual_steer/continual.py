@@ -106,6 +106,7 @@ class NullSpace:
             UserWarning: a projection has no dimension left.
         """
         base, state = self._steering()
+        state.mix.check_whole("a space that is protected")
         if self.name not in state.mix.names or state.mix.rows is not None:
             raise SteerError(
                 f"the field {self.name!r} is observed where it acts on every row; now acting: {state.mix}. Select it "

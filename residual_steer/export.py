@@ -92,6 +92,7 @@ def _library(root: nn.Module) -> Any:
 def _weights(state: Steering) -> dict[str, float]:
     """Return the fields that act, and how strongly."""
     asked = state.mix.asked()
+    state.mix.check_whole("an exported model")
     if asked is None or not isinstance(asked, (str, Mapping)):
         what = "no field acts" if asked is None else "every row has a field of its own"
         raise SteerError(f"`export` bakes in the fields that act, the same in every row; {what}. Select with `use`.")

@@ -16,6 +16,7 @@ from ._calls import Selected, running, selection_of_backward
 from ._checks import is_exporting
 from ._frozen import Attachment, follow
 from ._internals import version
+from ._prompt import compiled_prompt
 from .backbone import Backbone, compute_dtype, read_stream, replace_stream, site_of, write_stream
 from .errors import SteerError
 from .field import HRes
@@ -164,11 +165,15 @@ class Injector(Attachment):
 
     def _route_now(self) -> Route:
         """Return what is selected; in a recomputation, what was selected when it was first computed."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            if self.mix.on != "all":
+                raise compiled_prompt()  # also of a block that is compiled alone, or after a break of the graph
             return self.route
+        if not torch.is_grad_enabled():
+            return _on_prompt(self.route, self.mix)
         backward, selected = selection_of_backward()
         if selected is not None:
-            return self._route_then(selected)
+            return _on_prompt(self._route_then(selected), selected.mix, selected.prompt)
         if self._ran is not self.route:
             if backward:
                 raise SteerError(
@@ -176,7 +181,7 @@ class Injector(Attachment):
                     "since. Call backward() before the selection changes, inside the `with`."
                 )
             self._ran = self.route
-        return self.route
+        return _on_prompt(self.route, self.mix)
 
     def _route_then(self, selected: Selected) -> Route:
         """Return the route of an earlier selection; raise if what it needs is no more as it was."""
@@ -215,7 +220,15 @@ class Injector(Attachment):
                 return added
         elif route.rows is not None:
             _check_rows(route.rows, y.shape[0])
-        return self._add_now(y, z, route)
+        added = self._add_now(y, z, route)
+        if route.tokens is None:
+            return added
+        if y.shape[:2] != route.tokens.shape:
+            raise SteerError(
+                f"the prompt is a part of {tuple(route.tokens.shape)} tokens, and the stream here is {tuple(y.shape)}: "
+                "the model has changed how many there are. Use on='all'."
+            )
+        return torch.where(route.tokens.to(y.device).view(*y.shape[:2], *[1] * (y.dim() - 2)), added, y)
 
     def add_selected(self, y: Tensor, z: Tensor) -> Tensor:
         """Return y with the fields added that act now: what a compiled graph calls where many stand."""
@@ -239,7 +252,7 @@ class Injector(Attachment):
 
     def _watch(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the versions of what enters, so that a block that overwrites it does not go unnoticed."""
-        if torch.compiler.is_compiling() or self._trusted or not self.route.on:
+        if torch.compiler.is_compiling() or self._trusted or not self._route_now().on:
             return
         tensors = [
             t
@@ -288,6 +301,22 @@ class Injector(Attachment):
 def key_of(site: str) -> str:
     """Return under which name the fields of a site stand in their module."""
     return f"steering_{site.replace('.', '_')}"
+
+
+def _on_prompt(route: Route, mix: Mix, prompt: bool | Tensor | None = None) -> Route:
+    """Return what a route is on the tokens of a call, where its fields act on the prompt alone."""
+    if mix.on == "all" or not route.on:
+        return route
+    if prompt is None:
+        if not running.calls:
+            raise SteerError(
+                "fields act on the prompt alone, and which tokens that is is seen in a call of the whole model; this "
+                "is a part of it that is called by itself. Call the model, or use on='all'."
+            )
+        prompt = running.calls[-1].prompt
+    if isinstance(prompt, Tensor):
+        return Route(*route[:-1], tokens=prompt)
+    return route if prompt else Route()
 
 
 def _check_rows(rows: int, batch: int) -> None:

@@ -84,7 +84,7 @@ def from_pretrained(folder: str | Path, kind: type[Any] | None = None, **options
         logging.set_verbosity(before)
     for name in stored["fields"]:
         load(model, as_path(folder) / _FOLDER / name)
-    use(model, stored["selected"])
+    use(model, stored["selected"], on=stored.get("on", "all"))
     return model
 
 
@@ -134,7 +134,7 @@ class _Saving:
                 tensors[f"{_ENTRY}.{name}.{key}"] = (given or {}).get(id(value), value).detach()
         tensors[_NOTE] = torch.ones(1, device=device)
         config = module.config
-        setattr(config, _ENTRY, {"fields": list(state.specs), "selected": state.mix.asked()})
+        setattr(config, _ENTRY, {"fields": list(state.specs), "selected": state.mix.asked(), "on": state.mix.on})
         try:
             return type(module).save_pretrained(module, save_directory, is_main_process, tensors, *args, **kwargs)
         finally:

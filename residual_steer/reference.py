@@ -36,6 +36,8 @@ def reference(model: nn.Module, *, base: bool = False) -> nn.Module:
     """
     root, state = steering_of(model)
     asked: Asked = None if base else state.mix.asked()
+    if asked is not None:
+        state.mix.check_whole("a reference")
     names = {name: _copied(root, state, name) for name in state.mix.names} if asked is not None else {}
     if isinstance(asked, str):
         asked = names[asked]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_number
+from ._checks import check_choice, check_number
 from ._row_by_row import Run, add_runs, runs_of, saves_time
 from .errors import SteerError
 from .field import ACTIVATIONS, HRes, add_product
@@ -35,10 +35,15 @@ class Mix:
     table: tuple[tuple[float, ...], ...] = ((),)  # (rows, fields); one row stands for all rows of any batch
     rows: int | None = None  # number of rows, where it was given row by row
     by_name: bool = True  # whether it was given as a name or None
+    on: str = "all"  # on which tokens the fields act, "all" or "prompt"
 
     @classmethod
-    def parse(cls, asked: Asked, known: Collection[str]) -> Mix:
+    def parse(cls, asked: Asked, known: Collection[str], on: str = "all") -> Mix:
         """Return what `use` takes as a mix of known fields; raise if it is none."""
+        return replace(cls._parse(asked, known), on=check_choice("on", on, ("all", "prompt")))
+
+    @classmethod
+    def _parse(cls, asked: Asked, known: Collection[str]) -> Mix:
         if asked is None or isinstance(asked, str):
             return cls() if asked is None else cls((_known(asked, known),), ((1.0,),))
         if isinstance(asked, Mapping):
@@ -87,8 +92,21 @@ class Mix:
             return self.names[0] if self.names else None
         return dict(zip(self.names, self.table[0], strict=True))
 
+    @property
+    def watched(self) -> bool:
+        """Whether every call has to be looked at."""
+        return self.rows is not None or self.on != "all"
+
+    def check_whole(self, what: str) -> None:
+        """Raise if the fields act on some tokens alone, which `what` cannot follow."""
+        if self.on != "all":
+            raise SteerError(f"{what} has its fields act on every token; now they act on the {self.on} alone.")
+
     def __str__(self) -> str:
         """Write it briefly, with rows counted rather than listed."""
+        return self._brief() + f" on the {self.on}" * (self.on != "all")
+
+    def _brief(self) -> str:
         if self.rows is None:
             return str(self.asked())
         counts = [f"{int(sum(self.columns[name]))} {name}" for name in self.names]
@@ -218,6 +236,7 @@ class Route(NamedTuple):
     some: Blend | None = None  # the fields that act, otherwise
     every: Blend | None = None  # all that stand there, for `torch.compile`: other weights and rows are the same graph
     many: bool = False  # whether too many stand there for that
+    tokens: Tensor | None = None  # where they act in this call, (batch, length); None is everywhere
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class Selection:
         base, state = steering_of(self._model)
         if state.mix != self._mix:
             self._before = state.mix
-        state.select(base, Mix.parse(self._mix.asked(), state.specs))
+        state.select(base, Mix.parse(self._mix.asked(), state.specs, self._mix.on))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -179,7 +179,7 @@ def unsteer(model: Model, name: str | None = None) -> Model:
     return model
 
 
-def use(model: nn.Module, mix: Asked) -> Selection:
+def use(model: nn.Module, mix: Asked, *, on: str = "all") -> Selection:
     """Select which fields act, at once; in a `with` statement, until the block is left.
 
     What a field trained along, such as a classifier, acts with it. A field that is selected by its name also trains,
@@ -196,13 +196,21 @@ def use(model: nn.Module, mix: Asked) -> Selection:
             - a list with a name or None for every row of the batch. Where `generate` repeats rows, for beams and
               `num_return_sequences`, each entry stands for as many consecutive ones.
 
+        on: "all", or "prompt" for fields that act on what a language model reads before it writes (arXiv 2605.14217):
+            decoding is the frozen model then, and costs what it costs. In a call with `labels`, the prompt is what
+            stands in front of each row's first label. In one without, in evaluation mode, it is all that fills an
+            empty cache, and calls of one token that go on with that cache are decoding. Any call may be given
+            `prompt_mask`, a bool tensor `(batch, length)`, instead; what could be either, as a prompt that is read in
+            chunks or a text without a cache, is an error without it. Files do not say it: select it again after `load`.
+
     Raises:
         SteerError: no such field, a weight that is no finite number, an empty list, fields that trained what the rows
-            of one batch cannot differ in, or a model that is not steered. What was selected stays. A list that does not
+            of one batch cannot differ in, or a model that is not steered, or decodes without a cache or a field that
+            trained others along where they are to act on the prompt. What was selected stays. A list that does not
             fit the batch is an error when the model is called.
     """
     base, state = steering_of(model)
-    before, chosen = state.mix, Mix.parse(mix, state.specs)
+    before, chosen = state.mix, Mix.parse(mix, state.specs, on)
     if isinstance(model, nn.parallel.DistributedDataParallel) and chosen.by_name and chosen.names != before.names:
         raise SteerError(
             "what trains cannot change once a model is wrapped in DistributedDataParallel, which synchronises what "
@@ -372,6 +380,7 @@ class Summary:
     acting: Asked  # what acts, as `use` takes it
     trainable: int  # parameters that train at present
     total: int  # all parameters, fields included
+    on: str = "all"  # on which tokens it acts, as `use` takes it
 
     @property
     def share(self) -> float:
@@ -384,8 +393,8 @@ class Summary:
         where = self.path or "the model itself"
         lines = [f"backbone   {self.backbone} at {where}, {self.blocks} blocks, width {width}"]
         lines += [f"field      {field}" for field in self.fields]
-        if self.acting is not None and not isinstance(self.acting, str):
-            lines.append(f"mix        {self.acting}")
+        if self.acting is not None and not (isinstance(self.acting, str) and self.on == "all"):
+            lines.append(f"mix        {self.acting}" + f" on the {self.on}" * (self.on != "all"))
         lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({self.share:.2%})")
         return "\n".join(lines)
 
@@ -407,6 +416,7 @@ def summary(model: nn.Module) -> Summary:
         acting=state.mix.asked(),
         trainable=sum(p.numel() for p in every if p.requires_grad),
         total=sum(p.numel() for p in every),
+        on=state.mix.on,
     )
 
 
