@@ -212,8 +212,8 @@ class _Run:
             checkpoint.sweep(self.folder)
         processes.every(True)  # wait for the folder
         self.journal = Journal(self.folder if main else None, until=self.step)
-        if options.trackers:
-            processes.accelerate.init_trackers("logs", config={k: str(v) for k, v in self.identity.items()})
+        if options.trackers and self.folder is not None:
+            processes.open_logs(self.folder, {k: str(v) for k, v in self.identity.items()})
         shared = None if valid is None else Share(valid, processes.index, processes.number)
         every = options.checkpoint_every or max(1, self.steps // 10)
         hidden = not (options.progress and main)

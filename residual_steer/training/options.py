@@ -76,7 +76,8 @@ class FitOptions:
         cache_limit: largest size of that for every process, in GiB; they lend each other rows.
         protect: a `continual.NullSpace`, or another `Protector`: it corrects the optimizer's steps for as long as the
             run goes on, is saved with its checkpoints, and comes back from them.
-        trackers: accelerate's trackers, such as `("tensorboard",)`.
+        trackers: accelerate's trackers, by name: "tensorboard", "trackio", "wandb", "mlflow", …. Their project is
+            `residual-steer`, and a run is called as the folder `save_to`; TensorBoard's files lie in its `logs`.
         progress: show a progress bar, or in a log a line every few seconds.
 
     Raises:

@@ -33,11 +33,22 @@ class Processes:
     def __init__(self, precision: str | None, trackers: Sequence[str], folder: Path | None) -> None:
         from accelerate import Accelerator
         from accelerate.state import GradientState, is_initialized
+        from accelerate.tracking import get_available_trackers
+        from accelerate.utils import LoggerType, ProjectConfiguration
 
+        there = {*map(str, get_available_trackers()), "all"}
+        absent = [name for name in trackers if name in LoggerType.list() and name not in there]
+        if absent:  # accelerate would go on without them
+            raise SteerError(
+                f"`trackers` has {', '.join(absent)}, which cannot be imported. Install it, or leave it out."
+            )
+        place = None if folder is None else str(folder)
+        logs = None if folder is None else str(folder / "logs")
         self._fresh, self._accumulation = not is_initialized(), GradientState().plugin_kwargs
         try:
             self.accelerate = Accelerator(
-                log_with=list(trackers) or None, project_dir=None if folder is None else str(folder)
+                log_with=list(trackers) or None,
+                project_config=ProjectConfiguration(project_dir=place, logging_dir=logs),
             )
         except ValueError as error:
             self._leave()
@@ -51,6 +62,11 @@ class Processes:
         if self.precision not in ("no", *HALVES):
             self.close()
             raise SteerError(f"`precision` is 'no', 'bf16' or 'fp16'; accelerate was told {self.precision!r}.")
+
+    def open_logs(self, folder: Path, config: dict[str, str]) -> None:
+        """Begin a run in every tracker, called as its folder is."""
+        named = {"wandb": {"name": folder.name}, "trackio": {"name": folder.name}, "mlflow": {"run_name": folder.name}}
+        self.accelerate.init_trackers("residual-steer", config=config, init_kwargs=named)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         """Return what to call for a step; under FSDP2 model and optimizer have other parameters from here on."""
