@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 
 import residual_steer as rs
 from residual_steer import HRes
+from residual_steer.errors import UnsuitableError
 
 from . import compare_methods, retrieval
 from .backbones import small_tasks
@@ -48,28 +49,29 @@ EXPERIMENT = Experiment(
 )
 PAPER, RIVAL = "H-Res, block", "LoRA"
 Layers = Sequence[int] | None
-Place = Callable[[int, Layers], dict[str, Any]]  # from a size and the blocks that are adapted to the options of `steer`
+Place = Callable[..., dict[str, Any]]  # from a size and the blocks that are adapted to the options of `steer`
 
 
-def at(*sites: str, more: Sequence[int] = (), ending: bool = False) -> Place:
+def at(*sites: str, more: Sequence[int] = (), ending: bool = False, **shape: Any) -> Place:
     """Return fields at sites of every block.
 
     Args:
         sites: as `steer` takes them.
         more: what is added to the size, site by site, since a rank does not cost the same everywhere.
         ending: whether those of the last site stand in the last block alone, where nothing reads it afterwards.
+        **shape: other options of `steer`.
     """
 
     def options(size: int, layers: Layers) -> dict[str, Any]:
         if len(sites) == 1:
-            return {"site": sites[0], "rank": size, **limited(layers)}
+            return {"site": sites[0], "rank": size, **limited(layers), **shape}
         ranks: dict[str, Any] = {
             site: size + extra for site, extra in zip(sites, more or [0] * len(sites), strict=True)
         }
         if not ending:
-            return {"site": list(sites), "rank": ranks, **limited(layers)}
+            return {"site": list(sites), "rank": ranks, **limited(layers), **shape}
         everywhere = {site: rank if layers is None else dict.fromkeys(layers, rank) for site, rank in ranks.items()}
-        return {"site": list(sites), "rank": {**everywhere, sites[-1]: {-1: ranks[sites[-1]]}}}
+        return {"site": list(sites), "rank": {**everywhere, sites[-1]: {-1: ranks[sites[-1]]}}, **shape}
 
     return options
 
@@ -79,6 +81,7 @@ def limited(layers: Layers) -> dict[str, Any]:
     return {} if layers is None else {"layers": list(layers)}
 
 
+LINEAR = {"activation": "identity", "bias": False}  # what a field at a linear map has beyond LoRA, taken away
 PLACES: dict[str, Place] = {
     **{site: at(site) for site in ("block", "mixer", "mlp", "input", "after")},
     "input + block": at("input", "block"),
@@ -87,9 +90,13 @@ PLACES: dict[str, Place] = {
     # linear maps that LoRA adapts, family by family
     "in_proj": at("mixer.in_proj"),
     "in_proj + x_proj": at("mixer.in_proj", "mixer.x_proj", more=(0, 1)),
+    "in_proj + x_proj, no biases": at("mixer.in_proj", "mixer.x_proj", bias=False),
+    "in_proj + x_proj, linear": at("mixer.in_proj", "mixer.x_proj", **LINEAR),
     "in_proj + last after": at("mixer.in_proj", "after", ending=True),
     "in_proj + x_proj + last after": at("mixer.in_proj", "mixer.x_proj", "after", more=(0, 1, 1), ending=True),
+    "in_proj + x_proj + last after, linear": at("mixer.in_proj", "mixer.x_proj", "after", ending=True, **LINEAR),
     "c_attn": at("mixer.c_attn"),
+    "c_attn, linear": at("mixer.c_attn", **LINEAR),
     "c_attn + last after": at("mixer.c_attn", "after", more=(0, 3), ending=True),
     "qkv": at("mixer.qkv"),
     "qkv + last after": at("mixer.qkv", "after", more=(0, 3), ending=True),
@@ -101,15 +108,15 @@ PLACES: dict[str, Place] = {
 @torch.no_grad()
 def houlsby(model: nn.Module) -> None:
     """Let fields start near the identity and not at it: both projections of a small normal distribution."""
-    for field in fields_of(model):
-        for projection in (field.down, field.up):
+    for steering in fields_of(model):
+        for projection in (steering.down, steering.up):
             nn.init.trunc_normal_(projection.weight, std=0.01, a=-0.02, b=0.02)
 
 
 def channel_scale(model: nn.Module) -> None:
     """Let fields learn a factor for every channel that they write to, 1 at the start."""
-    for field in fields_of(model):
-        parametrize.register_parametrization(field.up, "weight", Channels(field.up.out_features))
+    for steering in fields_of(model):
+        parametrize.register_parametrization(steering.up, "weight", Channels(steering.up.out_features))
 
 
 class Channels(nn.Module):
@@ -142,7 +149,8 @@ class Task:
     scale: float = 1.0  # of the metric in tables
     rank: int = 8  # of H-Res beside the block, whose parameters are everybody's budget
     varied: tuple[str, ...] = ("input",)  # the places that are tried with other starts
-    layers: Sequence[int] | None = None  # the blocks that are adapted; None for all
+    layers: Layers = None  # the blocks that are adapted; None for all
+    rivals: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"LoRA": {}, "DoRA": {"dora": True}})
 
     @property
     def name(self) -> str:
@@ -150,17 +158,16 @@ class Task:
         return self.problem.name
 
 
-def arms_of(task: Task, rates: int, places: Iterable[str], extra: Mapping[str, str] | None = None) -> list[Arm]:
-    """Return H-Res at the places that the backbone has, LoRA, DoRA and the head; `extra` methods by name."""
+def arms_of(task: Task, rates: int, places: Iterable[str]) -> list[Arm]:
+    """Return H-Res at the places that the backbone has, LoRA, DoRA and the head."""
     problem = task.problem
-    model = problem.fresh(0)
-    backbone, head = rs.find_backbone(model), "linear" in task.centres
+    backbone = rs.find_backbone(problem.fresh(0))
     first = Arm("", "hres", (1.0,), PLACES["block"](task.rank, task.layers))
     budget = trainable(adapted(problem, first, 0))[0]
     tried = {method: rates_around(centre, rates) for method, centre in task.centres.items()}
     arms = []
     for place in places:
-        sized = partial(_sized, PLACES[place], task.layers)
+        sized = partial(PLACES[place], layers=task.layers)
         site = sized(1)["site"]
         if not ({site} if isinstance(site, str) else {*site}) <= {*backbone.sites, *backbone.projections}:
             continue
@@ -170,18 +177,15 @@ def arms_of(task: Task, rates: int, places: Iterable[str], extra: Mapping[str, s
             arms += [
                 replace(arms[-1], name=f"{arms[-1].name}, {name}", change=change) for name, change in STARTS.items()
             ]
-    lora = match_budget(problem, "lora", "rank", budget, **limited(task.layers))
-    arms += [Arm("LoRA", "lora", tried["lora"], lora)]
-    dora = match_budget(problem, "lora", "rank", budget, dora=True, **limited(task.layers))
-    arms += [Arm("DoRA", "lora", tried["lora"], dora)]
-    if head:
+    for name, own in task.rivals.items():
+        try:
+            options = match_budget(problem, "lora", "rank", budget, **own, **limited(task.layers))
+        except UnsuitableError:
+            options = {"rank": 1}  # the sweep says why there is none
+        arms.append(Arm(name, "lora", tried["lora"], options))
+    if "linear" in tried:
         arms.append(Arm("head alone", "linear", tried["linear"]))
-    arms += [Arm(name, method, tried[method]) for name, method in (extra or {}).items()]
     return arms
-
-
-def _sized(place: Place, layers: Layers, size: int) -> dict[str, Any]:
-    return place(size, layers)
 
 
 def chosen(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
@@ -214,7 +218,7 @@ def beside_lora(task: Task, entries: Sequence[Entry]) -> tuple[str, list[bool]]:
     said, level = [], []
     for name in dict.fromkeys((PAPER, place)):
         found = gap(entries, name, RIVAL, task.problem.metric, scale=task.scale)
-        said.append(f"{name} minus LoRA: {found or 'a run diverged'}")
+        said.append(f"{name} minus LoRA: {found or 'cannot be said'}")
         level.append(found is not None and sign * found.sign >= 0)
     lora = next(entry for entry in entries if entry.arm.name == RIVAL)
     edge = ", LoRA's rate at the edge of its sweep" if lora.at_edge else ""

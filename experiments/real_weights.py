@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(
 VERSION = 1  # raise it when the code below changes what a run gives
 BYTES, TOKENS = 48, 32  # of a window
 FULL = "full fine-tuning"
-TRIED = ("block", "mixer", "input")
+TRIED = ("block", "input", "after", "input + after")
 RATES = {"hres": 1e-2, "lora": 1e-2}
 CLASSIFIER = {**RATES, "linear": 1e-2}
 
@@ -158,7 +158,7 @@ def task_of(name: str, setting: Setting, options: argparse.Namespace) -> Task:
     column = Column("perplexity", "perplexity", "", "down", 2) if text else Column("accuracy", "accuracy", "%", "up", 1)
     centres = {**(RATES if text else CLASSIFIER), **({} if setting.full is None else {"full": setting.full})}
     layers = range(blocks - setting.upper, blocks)
-    return Task(problem, column, centres, 1 if text else 100, setting.rank, (), layers)
+    return Task(problem, column, centres, 1 if text else 100, setting.rank, (), layers, {"LoRA": {}})
 
 
 def _tensors(data: Any) -> Sequence[Tensor]:
@@ -202,7 +202,9 @@ def language(options: argparse.Namespace, model: nn.Module, tokenizer: Any, uppe
 
 def smollm2(options: argparse.Namespace) -> Setting:
     """Return SmolLM2 of the package."""
-    return language(options, *real_models.smollm2(options.packages), upper=4, precision="no", places=(*TRIED, "mlp"))
+    return language(
+        options, *real_models.smollm2(options.packages), upper=4, precision="no", places=(*TRIED, "q_proj + v_proj")
+    )
 
 
 def spam(options: argparse.Namespace) -> Setting:
@@ -214,7 +216,8 @@ def spam(options: argparse.Namespace) -> Setting:
         [text for text, _ in mails], truncation=True, max_length=TOKENS, padding="max_length", return_tensors="pt"
     )
     data = parted(given["input_ids"], torch.tensor([label for _, label in mails]), (400, 200, 500), options.quick)
-    return Setting(model, data, "spam among mails", upper=3, steps=50, batch=16, head="head", full=1e-4)
+    places = (*TRIED, "query + value")
+    return Setting(model, data, "spam among mails", upper=3, steps=50, batch=16, head="head", places=places, full=1e-4)
 
 
 def content(options: argparse.Namespace) -> Setting:
@@ -224,7 +227,8 @@ def content(options: argparse.Namespace) -> Setting:
         dict.fromkeys(("train", "valid", "test"), 20) if options.quick else {"train": 500, "valid": 200, "test": 400}
     )
     data = {split: TensorDataset(*rows) for split, rows in real_models.windows(options.packages, BYTES, sizes).items()}
-    return Setting(model, data, "kinds of content", upper=3, steps=40, batch=16, head="head", precision="no", full=1e-3)
+    more: dict[str, Any] = {"precision": "no", "places": (*TRIED, "in_proj + x_proj"), "full": 1e-3}
+    return Setting(model, data, "kinds of content", upper=3, steps=40, batch=16, head="head", **more)
 
 
 def parted(x: Tensor, y: Tensor, sizes: Sequence[int], quick: bool) -> dict[str, TensorDataset]:
@@ -291,14 +295,14 @@ def vit_clothes(options: argparse.Namespace) -> Setting:
     """Return the ViT-S/14 and Fashion-MNIST."""
     data = clothes(options.packages, 56, *real_models.IMAGENET, options.quick)
     model = real_models.vit_s14(options.packages, 10, 56)
-    return images(model, data, "Fashion-MNIST at 56 pixels", "head", 4, places=(*TRIED, "mlp"), full=1e-4)
+    return images(model, data, "Fashion-MNIST at 56 pixels", "head", 4, places=(*TRIED, "qkv"), full=1e-4)
 
 
 def vit_drawings(options: argparse.Namespace) -> Setting:
     """Return the ViT-S/14 and clip art."""
     data = drawings(options.packages, 70, options.quick)
     model = real_models.vit_s14(options.packages, len(real_models.CLIP_ART), 70)
-    return images(model, data, "clip art at 70 pixels", "head", 4, places=(*TRIED, "mlp"))
+    return images(model, data, "clip art at 70 pixels", "head", 4, places=(*TRIED, "qkv"))
 
 
 def convnet(options: argparse.Namespace) -> Setting:
