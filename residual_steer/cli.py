@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = add("train", help="train a field from a recipe, from flags, or from both")
     train.add_argument("recipe", nargs="?", help="a YAML file with model, data, field and fit")
     for flag, key in _SHORT.items():
-        train.add_argument(flag, dest=key, metavar="VALUE", help=f"`{key}` of the recipe")
+        several = {"nargs": "+"} if flag == "--site" else {}
+        train.add_argument(flag, dest=key, metavar="VALUE", help=f"`{key}` of the recipe", **several)
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, as fit.warmup=0.1")
     train.add_argument("--out", required=True, help="the folder of the saved field, and of its recipe")
     train.set_defaults(run=_train)
@@ -116,6 +117,7 @@ def _inspect(chosen: argparse.Namespace) -> None:
         points = sum(backbone.point(index, site) is not None for index in range(len(backbone.blocks)))
         unsteer(model)
         print(f"{site:8} {points:6} {trained:14,} {trained / total:7.2%}")
+    print(f"and linear maps: {', '.join(backbone.projections) or 'none'}")
 
 
 def _backbone(model: nn.Module, arch: str | None) -> Backbone:
@@ -139,6 +141,7 @@ def _stored(model: nn.Module) -> str:
 
 def _train(chosen: argparse.Namespace) -> None:
     flags = {key: getattr(chosen, key) for key in _SHORT.values()}
+    flags["field.site"] = flags["field.site"][0] if len(flags["field.site"] or ()) == 1 else flags["field.site"]
     changes = {key: _value(text) if key not in _WORDS else text for key, text in flags.items() if text is not None}
     changes |= _changes(chosen.set)
     recipe = Recipe.of(changed({}, changes)) if chosen.recipe is None else Recipe.read(chosen.recipe, changes)

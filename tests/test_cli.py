@@ -65,6 +65,7 @@ def test_inspect_reads_a_config_alone(family, tmp_path, capsys):
     assert shown.startswith(named)
     assert family in shown.splitlines()[1]
     model = open_model(str(tmp_path), weights=False)
+    assert shown.splitlines()[-1] == f"and linear maps: {', '.join(rs.find_backbone(model).projections)}"
     for site in rs.find_backbone(model).sites:
         rs.steer(model, rank=4, site=site)
         count = sum(parameter.numel() for parameter in rs.parameters(model))
@@ -123,6 +124,20 @@ def test_train_takes_flags_alone(folder, tmp_path):
     flags = ["--model", str(folder / "gpt2"), "--text", str(folder / "text"), "--length", "16", "--steps", "1"]
     assert main(["train", *flags, "--lr", "1e-3", "--set", "fit.progress=false", "--out", str(tmp_path / "field")]) == 0
     assert Recipe.read(tmp_path / "field" / "recipe.yaml").fit == {"steps": 1, "lr": 0.001, "progress": False}
+
+
+def test_train_takes_several_sites(folder, recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    flags = ["--site", "input", "after", "--rank", "3", "--steps", "1"]
+    assert main(["train", str(path), *flags, "--out", str(tmp_path / "field")]) == 0
+    model = load(GPT2LMHeadModel.from_pretrained(folder / "gpt2"), tmp_path / "field")
+    assert {site: set(ranks.values()) for site, ranks in rs.fields(model)[0].sites.items()} == {
+        "input": {2},
+        "after": {1},
+    }
+    changes = {"field.site": ["input", "after"], "field.rank": {"input": 1, "after": {-1: 2}}}
+    assert Recipe.read(tmp_path / "field" / "recipe.yaml", changes).field["rank"] == {"input": 1, "after": {-1: 2}}
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def pixels(size):
     return {"pixel_values": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))}
 
 
+SEVERAL = ["input", "mlp.c_fc", "after"]
 KEPT = {  # how a model is made, batches of the old and the new task, and dimensions that the old one may take
     "gpt2": (steered, batch_of("gpt2", 1), batch_of("gpt2", 2), 6),
     "mamba": (lambda: steered("mamba"), batch_of("mamba", 1), batch_of("mamba", 2), 6),
@@ -75,6 +76,11 @@ KEPT = {  # how a model is made, batches of the old and the new task, and dimens
     "mixer": (lambda: steered(site="mixer", scale=0.5, activation="silu"), batch_of("gpt2", 1), batch_of("gpt2", 2), 6),
     "mlp": (lambda: steered(site="mlp", scale=0.5, activation="silu"), batch_of("gpt2", 1), batch_of("gpt2", 2), 6),
     "input": (lambda: steered(site="input", scale=0.5, activation="silu"), batch_of("gpt2", 1), batch_of("gpt2", 2), 6),
+    "several": (
+        lambda: steered(site=SEVERAL, rank=dict.fromkeys(SEVERAL, 15)),
+        *(batch_of("gpt2", n) for n in (1, 2)),
+        6,
+    ),
     "convnet": (lambda: steered("hf-convnext", rank=8, bias=False), pixels(4), pixels(6), 4),  # 4 pixels, then 1 and 1
 }
 

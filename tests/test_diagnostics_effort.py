@@ -35,8 +35,8 @@ def reference(case, model, site):
     alone makes of it from a call of its own.
     """
     state = model._residual_steering
-    read = case.enter if site == "block" else first_tensor
-    leave = case.leave if site == "block" else lambda out: out if torch.is_tensor(out) else out[0]
+    read = case.enter if site in ("block", "after") else first_tensor
+    leave = case.leave if site in ("block", "after") else lambda out: out if torch.is_tensor(out) else out[0]
     found, channels = {}, state.backbone.channels
     for (_, index), field in state.fields("default").items():
         host, calls = state.backbone.point(index, site), []
@@ -49,7 +49,8 @@ def reference(case, model, site):
         z = read(args, kwargs)
         with use(model, "default" if site == "input" else None):
             out = leave(host(*args, **kwargs))
-        own = rows(out - z if site == "block" else out, channels)
+        own = rows(out - z if site in ("block", "after") else out, channels)
+        z = out if site == "after" else z
         steered, z = rows(closed_form(field, z), channels), rows(z, channels)
         ratio = field.scale * steered.norm(dim=1) / z.norm(dim=1)
         turned = own.norm(dim=1) > 0  # ReLU keeps some at 0
@@ -61,7 +62,8 @@ def reference(case, model, site):
 
 SITES = [
     ("timm-vit", "block"), ("timm-vit", "mixer"), ("timm-vit", "mlp"), ("timm-vit", "input"), ("timm-resnet", "block"),
-    ("mamba", "input"), ("mamba_ssm-1", "block"), ("timm-swin", "mixer"),
+    ("mamba", "input"), ("mamba_ssm-1", "block"), ("timm-swin", "mixer"), ("mamba_ssm-1", "after"),
+    ("gpt2", "mlp.c_fc"),
 ]  # fmt: skip
 
 

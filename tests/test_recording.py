@@ -59,7 +59,7 @@ def field_of(model, site):
     return state.backbone.point(0, site), state.fields("default")[site, 0]
 
 
-@pytest.mark.parametrize("site", ["block", "mixer", "mlp", "input"])
+@pytest.mark.parametrize("site", ["block", "mixer", "mlp", "input", "after", "mlp.c_fc"])
 @torch.no_grad()
 def test_what_a_field_reads_and_what_its_module_gives_alone(site):
     case = TABLE["gpt2"]
@@ -70,6 +70,7 @@ def test_what_a_field_reads_and_what_its_module_gives_alone(site):
     with record(model, [0], site=site) as seen, record(model, [0], site=site, alone=True) as alone:
         case.run(model)
     (args, output), z = calls[0], seen.entering[0]
+    args = alone.leaving[0] if site == "after" else args
     left = output[0] if isinstance(output, tuple) else output
     assert torch.equal(seen.leaving[0], left)
     assert torch.equal(alone.entering[0], z)

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import functools
 import json
+import pickle
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import residual_steer as rs
 from cases import CASES, RANK, TABLE, closed_form, first_output, first_tensor, randomise
@@ -24,23 +27,25 @@ SOME = ["gpt2", "hf-vit", "mamba", "mamba_ssm-2", "t5", "jamba"]
 some_cases = pytest.mark.parametrize("case", [TABLE[name] for name in SOME], ids=SOME)
 
 
-def called(case):
-    """Return which projections every block calls in its own run, among those of each part of a block, and which not."""
-    model, seen = case.build(), set()
+@functools.cache
+def called(name):
+    """Return the linear maps of a case that its blocks call."""
+    case, seen = TABLE[name], set()
+    model = case.build()
     backbone = rs.find_backbone(model)
     modules = {(s, i): backbone.point(i, s) for s in backbone.projections for i in range(len(backbone.blocks))}
     for module in {m for m in modules.values() if m is not None}:
-        module.register_forward_hook(lambda module, *_: seen.add(module))
+        # but for those of tables of positions, which have no batch
+        module.register_forward_hook(lambda module, args, _: seen.add(module) if len(args[0]) > 1 else None)
     case.run(model)
     silent = {site for (site, _), module in modules.items() if module is not None and module not in seen}
-    return [site for site in backbone.projections if site not in silent], silent
+    return [site for site in backbone.projections if site not in silent]
 
 
 def ranks(case, model):
     """Return the ranks of a field after all blocks, at the first linear map of each part, and in front of the mixer."""
     backbone = rs.find_backbone(model)
-    through, _ = called(case)
-    firsts = [next((s for s in through if s.startswith(part)), None) for part in ("mixer", "mlp")]
+    firsts = [next((s for s in called(case.name) if s.startswith(part)), None) for part in ("mixer", "mlp")]
     sites = ["after", *(["input"] if "input" in backbone.sites else ["block"]), *filter(None, firsts)]
     table = {}
     for site in sites:
@@ -61,11 +66,11 @@ def steered(case, training=False, **more):
 @every_case
 def test_a_field_at_every_other_site_keeps_the_contract(case, tmp_path):
     expected, frozen = case.run(case.build()), case.build()
-    fresh = rs.steer(case.build(), rank=ranks(case, frozen), site=[*ranks(case, frozen)], train=case.head)
-    assert torch.equal(case.run(fresh), expected)
+    model, table = case.build(), ranks(case, frozen)
+    rs.steer(model, rank=table, site=[*table], scale=SCALE, train=case.head)
+    assert torch.equal(case.run(model), expected)
 
-    model = steered(case, train=case.head)
-    rs.steer(model, rank=RANK, site="after", scale=SCALE, name="law")
+    rs.steer(randomise(model), rank=RANK, site="after", scale=SCALE, name="law")
     shake(model, "law")
     blocks, twins = (each.blocks for each in (rs.find_backbone(model), rs.find_backbone(frozen)))
     with torch.no_grad(), recorded(blocks) as calls:
@@ -105,6 +110,9 @@ def test_a_field_at_every_other_site_keeps_the_contract(case, tmp_path):
         assert torch.equal(case.run(rs.load(case.build(), tmp_path / "field")), actual)
         with rs.use(model, None):
             assert torch.equal(case.run(model), expected)
+        if len(expected) == 2:
+            with rs.use(model, ["default", None]):
+                close(case.run(model), torch.stack([actual[0], expected[1]]))
         keys = list(rs.unsteer(model).state_dict())
     assert torch.equal(case.run(model), expected)
     assert keys == list(frozen.state_dict())
@@ -310,8 +318,38 @@ def test_an_older_release_reads_which_format_a_field_at_new_sites_has(tmp_path):
 
 
 @some_cases
+def test_what_runs_a_model_otherwise_runs_every_site(case):
+    model = steered(case)
+    with torch.no_grad():
+        expected = case.run(model)
+        for twin in (copy.deepcopy(model), *(() if case.pickle_fails else (pickle.loads(pickle.dumps(model)),))):
+            assert torch.equal(case.run(twin), expected)
+            rs.unsteer(twin)
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules() if isinstance(m, nn.Linear))
+        if case.name in ("gpt2", "hf-vit"):
+            torch._dynamo.reset()
+            close(case.run(torch.compile(model, fullgraph=True, backend="eager")), expected)
+            if "export" not in case.broken:
+                program = torch.export.export(model, (), case.inputs(model), strict=False)
+                close(case.run(program.module()), expected)
+        if case.generates:
+            prompt, settings = case.inputs(model)["input_ids"][:, :4], {"min_new_tokens": 3, "max_new_tokens": 3}
+            cached, plain = (
+                model.generate(prompt, use_cache=cache, do_sample=False, **settings) for cache in (True, False)
+            )
+            assert torch.equal(cached, plain)
+    plain, saving = (steered(case, training=True) for _ in range(2))
+    for block in rs.find_backbone(saving).blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    for each in (plain, saving):
+        case.loss(each).backward()
+    for one, other in zip(rs.parameters(plain), rs.parameters(saving), strict=True):
+        close(other.grad, one.grad)
+
+
+@some_cases
 @torch.no_grad()
-def test_rows_run_under_several_sites(case):
+def test_rows_have_fields_of_their_own_at_every_site(case):
     model = steered(case)
     rs.steer(model, rank=2, site="after", name="law")
     shake(model, "law")

@@ -81,7 +81,8 @@ class ControlEffort:
         columns = {key: (head, [getattr(one, key) for one in self.layers]) for key, head in heads.items()}
         columns["share"] = heads["share"], [None if one.share is None else 100 * one.share for one in self.layers]
         padding = "padding is left out, except in an encoder-decoder"
-        note = f"Site {self.site!r}, λ = {self.scale:g}. z is what the field reads; {padding}."
+        sites = self.site if isinstance(self.site, tuple) else (self.site,)
+        note = f"Site {', '.join(map(repr, sites))}, λ = {self.scale:g}. z is what the field reads; {padding}."
         return table_of(f"Control effort of {self.name!r}", columns, note)
 
     def plot(self, ax: Axes | None = None) -> Figure:
