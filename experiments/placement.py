@@ -84,8 +84,10 @@ def limited(layers: Layers) -> dict[str, Any]:
 LINEAR = {"activation": "identity", "bias": False}  # what a field at a linear map has beyond LoRA, taken away
 PLACES: dict[str, Place] = {
     **{site: at(site) for site in ("block", "mixer", "mlp", "input", "after")},
+    "input, linear": at("input", **LINEAR),
     "input + block": at("input", "block"),
     "input + after": at("input", "after"),
+    "input + after, linear": at("input", "after", **LINEAR),
     "input + last after": at("input", "after", ending=True),
     # linear maps that LoRA adapts, family by family
     "in_proj": at("mixer.in_proj"),

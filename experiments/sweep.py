@@ -131,7 +131,8 @@ def widened(
 ) -> list[Entry]:
     """Compare methods as `sweep` does; a sweep whose best rate lies at an edge gets one more on that side.
 
-    So the best of every method has a worse one on both sides, and each gets what it needs by the same rule.
+    So the best of every method has a worse one on both sides, and each gets what it needs by the same rule. Where all
+    seeds together do worse than the first one promised, the next best rate is tried with all of them too.
 
     Args:
         problem: what they are compared on.
@@ -150,8 +151,22 @@ def widened(
             break
         found = sweep(problem, [_beyond(entry) if entry.at_edge else entry.arm for entry in found], seeds[:1], ledger)
     last = set(finalists(found))
-    again = {e.arm.name: e for e in sweep(problem, [e.arm for e in found if e.arm.name in last], seeds, ledger)}
-    return [again.get(entry.arm.name, entry) for entry in found]
+    return [_settled(problem, one, seeds, ledger) if one.arm.name in last else one for one in found]
+
+
+def _settled(problem: Problem, entry: Entry, seeds: Sequence[int], ledger: Ledger) -> Entry:
+    """Return an entry with all seeds, at the rate whose mean over them is best: a seed may like what others cannot."""
+    best, most = entry, -math.inf
+    for trial in sorted(entry.trials, key=lambda trial: problem.worth(trial.valid), reverse=True):
+        promised = problem.worth(trial.valid)
+        if promised == -math.inf or most >= promised:
+            break
+        (found,) = sweep(problem, [replace(entry.arm, rates=(trial.rate,))], seeds, ledger, progress=False)
+        measured = [problem.worth(run.valid) for run in found.runs] if problem.retrain is None else [promised]
+        mean = sum(measured) / len(measured)
+        if best is entry or mean > most:
+            best, most = Entry(entry.arm, trial.rate, entry.trials, found.runs), mean
+    return best
 
 
 def _beyond(entry: Entry) -> Arm:

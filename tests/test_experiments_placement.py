@@ -46,6 +46,18 @@ def test_a_sweep_goes_on_until_its_best_rate_has_a_worse_one_on_both_sides():
     assert (len(wide.runs), len(other.runs)) == (2, 1)
 
 
+def test_a_rate_that_only_the_first_seed_likes_gives_way_to_the_next():
+    def worth(model, split, seed):
+        steps = float((model.head.weight - problem.fresh(seed).head.weight).abs().max().detach())
+        return {"far": -1.0 if seed and steps > 0.02 else steps}  # too far for the second seed
+
+    problem = problem_of(score=worth, metric="far", better="up")
+    arm = Arm("x", "linear", (1e-4, 1e-3, 1e-1))
+    (one,) = widened(problem, [arm], [0, 1], Ledger(), finalists=lambda _: ["x"], times=0)
+    assert (one.rate, [run.rate for run in one.runs]) == (1e-3, [1e-3, 1e-3])
+    assert len(one.trials) == 3
+
+
 def test_the_best_place_is_among_those_that_ran_with_all_seeds():
     problem = problem_of()
     arms = [Arm(f"H-Res, {name}", "hres", (rate,), {"rank": 2}) for name, rate in (("a", 1e-6), ("block", 1e-2))]
