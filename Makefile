@@ -143,11 +143,14 @@ $(VENV)/mamba-ssm: $(VENV)/installed
 
 # The pages need torch and the rest no more: names are collected from the source, and notebooks carry their outputs.
 DOCS ?= .venv-docs
-.PHONY: docs gallery dist
+.PHONY: docs gallery tutorials dist
 docs: $(DOCS)/installed  ## Build the documentation in site/; a broken link or an unknown name is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 dist: $(DOCS)/installed  ## Build sdist and wheel in dist/ and check them; REPOSITORY=https://… makes the README's links absolute
 	$(DOCS)/bin/python .ci/dist.py $(REPOSITORY)
+tutorials: $(VENV)/installed  ## Run the notebooks again, and keep what they print; some minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nbclient ipykernel
+	$(BIN)/jupyter execute --inplace docs/tutorials/*.ipynb
 gallery: $(VENV)/installed  ## Draw the pictures of the gallery again; a minute
 	$(BIN)/python docs/gallery.py
 $(DOCS)/installed: pyproject.toml
