@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._summary import fields, summary
 from .backbone import Backbone
 from .errors import SteerError
 from .export import export
@@ -12,7 +13,7 @@ from .prefix_cache import PrefixCache as _PrefixCache  # noqa: F401 – which te
 from .pretrained import from_pretrained
 from .reference import reference
 from .registry import find_backbone, list_backbones, register_backbone
-from .steering import fields, freeze, parameters, steer, summary, thaw, unsteer, use
+from .steering import freeze, parameters, steer, thaw, unsteer, use
 from .storage import card, load, push, save
 from .training import fit
 

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = add("train", help="train a field from a recipe, from flags, or from both")
     train.add_argument("recipe", nargs="?", help="a YAML file with model, data, field and fit")
     for flag, key in _SHORT.items():
-        several = {"nargs": "+"} if flag == "--site" else {}
+        several: dict[str, Any] = {"nargs": "+"} if flag == "--site" else {}
         train.add_argument(flag, dest=key, metavar="VALUE", help=f"`{key}` of the recipe", **several)
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, as fit.warmup=0.1")
     train.add_argument("--out", required=True, help="the folder of the saved field, and of its recipe")

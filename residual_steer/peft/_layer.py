@@ -12,12 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from residual_steer._internals import renew_children
+from residual_steer._summary import FieldInfo, fields
 from residual_steer.backbone import execution_device
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
 from residual_steer.injector import Injector
 from residual_steer.routing import Asked
-from residual_steer.steering import FieldInfo, fields, freeze, thaw, unsteer, use
+from residual_steer.steering import freeze, thaw, unsteer, use
 
 __all__ = ["HResLayer", "adopt", "names_of"]
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from residual_steer._controller import steering_of
 from residual_steer._shards import alone
+from residual_steer._summary import fields
 from residual_steer.errors import SteerError
 from residual_steer.injector import Injector
-from residual_steer.steering import fields, freeze, steer, unsteer, use
+from residual_steer.steering import freeze, steer, unsteer, use
 
 from ._config import HResConfig, check_backbone
 from ._layer import HResLayer, adopt
