@@ -5,7 +5,7 @@ Nothing of a call is kept on it: several threads may run one model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -65,7 +65,8 @@ class Injector(Attachment):
         self._handles = [host.register_forward_hook(hook, with_kwargs=True, prepend=True)]
         if projection:
             block = backbone.blocks[index]
-            self._handles.append(block.register_forward_pre_hook(self._expect))
+            self._enter = backbone.read
+            self._handles.append(block.register_forward_pre_hook(self._expect, with_kwargs=True))
             self._handles.append(block.register_forward_hook(self._require))
         elif reads == "leaves":
             follow(host, self._handles[0])
@@ -133,21 +134,23 @@ class Injector(Attachment):
         if torch.compiler.is_compiling():
             self._met = True
         else:
-            running.entered.pop(id(self), None)
+            noted = running.entered.pop(id(self), None)
             self._met = None if self._met is None else True
+            if noted is not None and self.route.rows is not None:
+                _check_flat(output, noted)
         return self._after(host, args, kwargs, output)
 
-    def _expect(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+    def _expect(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note that a block begins, which has to call the linear map."""
         if torch.compiler.is_compiling():
             self._met = False if self.route.on else None
-        elif self.route.on:
-            running.entered[id(self)] = None
+        elif self.route.names:
+            running.entered[id(self)] = self._enter(args, kwargs).shape if self.route.rows is not None else ()
 
     def _require(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Raise if the block did not call the linear map: a field there would change nothing, without a word."""
         # where torch.compile takes a part of the hooks, each part has its own notes
-        waits = not torch.compiler.is_compiling() and running.entered.pop(id(self), self) is None
+        waits = not torch.compiler.is_compiling() and running.entered.pop(id(self), None) is not None
         met, self._met = self._met, None
         if met is False or (waits and met is None):
             raise SteerError(
@@ -317,6 +320,17 @@ def _on_prompt(route: Route, mix: Mix, prompt: bool | Tensor | None = None) -> R
     if isinstance(prompt, Tensor):
         return Route(*route[:-1], tokens=prompt)
     return route if prompt else Route()
+
+
+def _check_flat(left: Tensor, entered: Sequence[int]) -> None:
+    """Raise if what leaves a linear map has not the rows of what entered its block, `(batch, length, …)`, in front."""
+    # such as a table of positions, or the tokens of one expert; tokens one below the other are whole rows of them
+    units = entered[0] * entered[1] if left.dim() == 2 and len(entered) == 3 else entered[0]
+    if left.shape[0] % units:
+        raise SteerError(
+            f"a linear map in a block that is given {tuple(entered)} returned {tuple(left.shape)}, which has not the "
+            "batch's rows in front: they cannot have fields of their own there. Use one field at a time."
+        )
 
 
 def _check_rows(rows: int, batch: int) -> None:

@@ -361,3 +361,35 @@ def test_rows_have_fields_of_their_own_at_every_site(case):
         both = case.run(model)
     half = len(both) // 2
     close(both, torch.cat([alone[0][:half], alone[1][half:]]))
+
+
+class Tabled(nn.Module):
+    """A mixer with a linear map of positions, whose table has not the batch's rows, though maybe as many."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.qkv, self.positions, self.table = nn.Linear(8, 8), nn.Linear(2, 8), torch.ones(table, 2)
+
+    def forward(self, x):
+        return self.qkv(x) + self.positions(self.table).sum(0)
+
+
+@torch.no_grad()
+def test_rows_of_a_table_are_not_those_of_the_batch():
+    model = nn.Sequential(nn.ModuleDict({"mixer": Tabled(6)}))
+    model[0].forward = lambda x: x + model[0].mixer(x)
+    backbone = rs.Backbone(blocks=[model[0]], width=8, mixer="mixer")
+    for name, site in (("law", "mixer.positions"), ("art", "mixer.qkv")):
+        shake(rs.steer(model, backbone if name == "law" else None, site=site, rank=2, name=name), name)
+    x = torch.randn(3, 4, 8)
+    with (
+        rs.use(model, ["law", None, None]),
+        pytest.raises(rs.SteerError, match=r"returned \(6, 8\), which has not the"),
+    ):
+        model(x)
+    alone = []
+    for name in ("art", None):
+        with rs.use(model, name):
+            alone.append(model(x))
+    with rs.use(model, ["art", None, "art"]):
+        close(model(x), torch.stack([alone[0][0], alone[1][1], alone[0][2]]))
