@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ._caches import cache_of
 from ._internals import backward_pass
+from ._segments import Segments
 from .backbone import Handle
 from .errors import SteerError
 from .routing import OFF, Mix, Route, misfit
@@ -63,6 +64,7 @@ class Call:
 
     batch: int | None  # rows of the batch, where they were found among what the model was given
     met: set[int] = field(default_factory=set)  # ids of the modules with versions by row that were called
+    segments: Segments | None = None  # which field acts on which tokens, where that is another in every call
     prompt: bool | Tensor = True  # which tokens are the prompt, (batch, length), or all or none
 
 

@@ -17,6 +17,7 @@ from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, r
 from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
 from ._internals import compile_with_hooks, has_hook, owned_tensors
 from ._prompt import MASK, Prompts, check_reads_prompts, compiled_prompt
+from ._segments import batches_of_requests
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
 from .config import FieldConfig, Place
 from .errors import SteerError, some
@@ -58,7 +59,7 @@ class Steering:
         self.frozen.close(model, self.backbone.blocks)
         self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._leave, always_call=True))
-        self.handles += rows_in_order(model, self)
+        self.handles += [*rows_in_order(model, self), *batches_of_requests(model, self)]
         for attach in attachments:
             self.handles += attach(model, self)
         setattr(model, ATTRIBUTE, self)
@@ -144,8 +145,8 @@ class Steering:
     @torch.no_grad()
     def select(self, model: nn.Module, mix: Mix) -> None:
         """Let the fields of a mix act, with what they trained along, and train; raise if the base is no more there."""
-        if mix.on != "all":
-            self._check_prompt(model, mix)
+        if mix.by_token:
+            self._check_tokens(model, mix)
         concerned = [name for name in dict.fromkeys((*self.mix.names, *mix.names)) if name in self.specs]
         if self.heads.base:
             entries = _base_entries(model)
@@ -165,14 +166,15 @@ class Steering:
         self.selected = Selected(mix, trains, routes, frozenset(self.heads.inner))
         self.repeats, self.unchecked = Repeats(), True
 
-    def _check_prompt(self, model: nn.Module, mix: Mix) -> None:
-        """Raise if fields cannot act on the prompt alone in this model."""
-        check_reads_prompts(model, self.backbone.path)
+    def _check_tokens(self, model: nn.Module, mix: Mix) -> None:
+        """Raise if fields cannot act on some tokens of a row alone in this model."""
+        if mix.on != "all":
+            check_reads_prompts(model, self.backbone.path)
         for name in mix.names:
             if self.specs[name].train:
                 raise SteerError(
                     f"the field {name!r} trained {some(self.specs[name].train)} along, which act on every token. Use "
-                    "such a field with on='all'."
+                    "such a field with on='all' and without `tokens`."
                 )
 
     def _let_train(self, name: str, on: bool) -> None:
@@ -222,7 +224,7 @@ class Steering:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Check the rows and tokens of a mix against what the model is called with; raise if they do not fit."""
         if torch.compiler.is_compiling():
-            if self.mix.on != "all":
+            if self.mix.by_token:
                 raise compiled_prompt()
             return None
         if self.unchecked and model.training and torch.is_grad_enabled():
@@ -237,7 +239,9 @@ class Steering:
         if not self.mix.watched:
             return None
         call.batch = batch = batch_of(model.get_submodule(self.backbone.path), args, kwargs)
-        if self.mix.rows is not None and batch is not None and batch != self.mix.rows:
+        if callable(self.mix.segments):
+            call.segments = self.mix.segments(args, kwargs)
+        elif self.mix.rows is not None and self.mix.segments is None and batch is not None and batch != self.mix.rows:
             self.repeats.check(self.mix.rows, batch, args, kwargs)
         return args, kwargs
 

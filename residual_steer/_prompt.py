@@ -46,8 +46,8 @@ def check_reads_prompts(model: nn.Module, path: str) -> None:
 def compiled_prompt() -> SteerError:
     """Return the error of a graph that is compiled while fields act on the prompt alone."""
     return SteerError(
-        "which tokens are the prompt is seen call by call, which a compiled graph does not. Read the prompt without "
-        "torch.compile; for decoding, compile under use(model, None)."
+        "on which tokens fields act is seen call by call, which a compiled graph does not. Read a prompt, and run "
+        "texts that are packed, without torch.compile; decoding can be compiled under use(model, None)."
     )
 
 

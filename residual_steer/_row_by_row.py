@@ -68,7 +68,7 @@ def add_runs(
     first = fields[runs[0].name]
     alike = _alike(runs, fields)
     last = first.channels == -1 and y.is_contiguous()
-    if alike and last and y.device.type != "cpu":
+    if alike and last and y.device.type != "cpu" and units <= len(y):
         return _gathered(y, z, runs, units, fields, dtype)
     plain = alike and last and y.dtype == dtype == first.up.weight.dtype and not torch.is_autocast_enabled("cpu")
     if plain and not torch.is_grad_enabled():

@@ -17,6 +17,8 @@ from ._checks import is_exporting
 from ._frozen import Attachment, follow
 from ._internals import version
 from ._prompt import compiled_prompt
+from ._row_by_row import add_runs
+from ._segments import Segments
 from .backbone import Backbone, compute_dtype, read_stream, replace_stream, site_of, write_stream
 from .errors import SteerError
 from .field import HRes
@@ -103,12 +105,12 @@ class Injector(Attachment):
         if not fields:
             return self.route
         acting = {name: cast(HRes, fields[name]) for name in mix.names if name in fields}
-        every, many = None, not mix.by_name and len(fields) > SIDE_BY_SIDE
+        every, many = None, not mix.by_name and len(fields) > SIDE_BY_SIDE and mix.segments is None
         if many and self._place is None:
             from ._one_graph import Place  # takes time to import
 
             self._place = Place(self)
-        if not mix.by_name and not many:
+        if not mix.by_name and not many and mix.segments is None:
             if self._every is None or not self._every.fits(acting):
                 self._every = Blend.of(self.held)
             every = self._every
@@ -169,7 +171,7 @@ class Injector(Attachment):
     def _route_now(self) -> Route:
         """Return what is selected; in a recomputation, what was selected when it was first computed."""
         if torch.compiler.is_compiling():
-            if self.mix.on != "all":
+            if self.mix.by_token:
                 raise compiled_prompt()  # also of a block that is compiled alone, or after a break of the graph
             return self.route
         if not torch.is_grad_enabled():
@@ -239,12 +241,28 @@ class Injector(Attachment):
 
     def _add_now(self, y: Tensor, z: Tensor, route: Route) -> Tensor:
         """Add the fields of a route."""
+        if route.segments is not None:
+            return self._add_segments(y, z, route.segments)
         if route.some is not None:
             return route.some.add_to(y, z, self.compute_dtype, self.fields)
         if route.alone is None:
             return y
         name, weight = route.alone
         return cast(HRes, self.fields[name]).add_to(y, z, self.compute_dtype, weight)
+
+    def _add_segments(self, y: Tensor, z: Tensor, segments: Segments) -> Tensor:
+        """Add to every token its own field."""
+        here = self.fields
+        runs = [run for run in segments.runs if run.name in here]
+        fields = {run.name: cast(HRes, here[run.name]) for run in runs}
+        if y.shape[:2] != segments.shape or y.dim() < 3 or any(field.channels == 1 for field in fields.values()):
+            raise SteerError(
+                f"the `tokens` that `use` was given are {segments.shape}, and the stream here is {tuple(y.shape)}. "
+                "Give one number for each token, (batch, length), of a model whose stream is (batch, length, width)."
+            )
+        if not runs:
+            return y
+        return add_runs(y, z, runs, segments.shape[0] * segments.shape[1], fields, self.compute_dtype)
 
     def _keep(self, host: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Copy the stream that enters, before a block that works in place overwrites it."""
@@ -308,8 +326,12 @@ def key_of(site: str) -> str:
 
 def _on_prompt(route: Route, mix: Mix, prompt: bool | Tensor | None = None) -> Route:
     """Return what a route is on the tokens of a call, where its fields act on the prompt alone."""
-    if mix.on == "all" or not route.on:
+    if not mix.by_token or not route.on or route.segments is not None:
         return route
+    if mix.segments is not None:
+        if not running.calls or running.calls[-1].segments is None:
+            raise SteerError("each request has its own field, and this call is none of `generate_batch`'s.")
+        return Route(*route[:-2], segments=running.calls[-1].segments)
     if prompt is None:
         if not running.calls:
             raise SteerError(

@@ -7,7 +7,7 @@ hidden units is multiplied by its field's coefficient in a table `(1 or rows, fi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ._checks import check_choice, check_number
 from ._row_by_row import Run, add_runs, runs_of, saves_time
+from ._segments import Finder, Segments
 from .errors import SteerError
 from .field import ACTIVATIONS, HRes, add_product
 
@@ -36,11 +37,24 @@ class Mix:
     rows: int | None = None  # number of rows, where it was given row by row
     by_name: bool = True  # whether it was given as a name or None
     on: str = "all"  # on which tokens the fields act, "all" or "prompt"
+    segments: Segments | Finder | None = field(default=None, compare=False)  # where rows are tokens
 
     @classmethod
-    def parse(cls, asked: Asked, known: Collection[str], on: str = "all") -> Mix:
+    def parse(cls, asked: Asked, known: Collection[str], on: str = "all", tokens: Tensor | None = None) -> Mix:
         """Return what `use` takes as a mix of known fields; raise if it is none."""
-        return replace(cls._parse(asked, known), on=check_choice("on", on, ("all", "prompt")))
+        mix = replace(cls._parse(asked, known), on=check_choice("on", on, ("all", "prompt")))
+        if tokens is None:
+            return mix
+        if mix.rows is None or mix.on != "all":
+            raise SteerError(
+                "`tokens` is for a list with a name or None for every text in the batch, and on='all'; received "
+                f"{asked!r:.200} and on={on!r}."
+            )
+        return replace(mix, segments=Segments.of(tokens, mix.by_row))
+
+    def again(self, known: Collection[str]) -> Mix:
+        """Return the same mix, if its fields are still there; raise if they are not."""
+        return replace(Mix.parse(self.asked(), known, self.on), segments=self.segments)
 
     @classmethod
     def _parse(cls, asked: Asked, known: Collection[str]) -> Mix:
@@ -95,16 +109,23 @@ class Mix:
     @property
     def watched(self) -> bool:
         """Whether every call has to be looked at."""
-        return self.rows is not None or self.on != "all"
+        return self.rows is not None or self.by_token
+
+    @property
+    def by_token(self) -> bool:
+        """Whether other fields act on some tokens of a row than on others."""
+        return self.on != "all" or self.segments is not None
 
     def check_whole(self, what: str) -> None:
         """Raise if the fields act on some tokens alone, which `what` cannot follow."""
         if self.on != "all":
             raise SteerError(f"{what} has its fields act on every token; now they act on the {self.on} alone.")
+        if self.segments is not None:
+            raise SteerError(f"{what} has fields act by row; now they act on the `tokens` of one batch.")
 
     def __str__(self) -> str:
         """Write it briefly, with rows counted rather than listed."""
-        return self._brief() + f" on the {self.on}" * (self.on != "all")
+        return self._brief() + f" on the {self.on}" * (self.on != "all") + " by token" * (self.segments is not None)
 
     def _brief(self) -> str:
         if self.rows is None:
@@ -236,6 +257,7 @@ class Route(NamedTuple):
     some: Blend | None = None  # the fields that act, otherwise
     every: Blend | None = None  # all that stand there, for `torch.compile`: other weights and rows are the same graph
     many: bool = False  # whether too many stand there for that
+    segments: Segments | None = None  # which of them acts on which tokens, where rows are tokens
     tokens: Tensor | None = None  # where they act in this call, (batch, length); None is everywhere
 
     @property
@@ -249,6 +271,10 @@ def route(
 ) -> Route:
     """Return what a mix asks of a point, where those fields of it act, and every one stands that may be computed."""
     alone, some = None, None
+    if mix.segments is not None:
+        here = mix.segments if isinstance(mix.segments, Segments) else None
+        blend = Blend.of(acting) if acting else None
+        return Route(bool(acting), None, None, blend, None, False, here)
     if len(acting) == 1 and len(set(mix.columns[next(iter(acting))])) == 1:
         alone = next((name, mix.columns[name][0]) for name in acting)
     elif acting:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._checks import check_model
 from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steering_of
@@ -38,7 +38,7 @@ class Selection:
         base, state = steering_of(self._model)
         if state.mix != self._mix:
             self._before = state.mix
-        state.select(base, Mix.parse(self._mix.asked(), state.specs, self._mix.on))
+        state.select(base, self._mix.again(state.specs))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -177,7 +177,7 @@ def unsteer(model: Model, name: str | None = None) -> Model:
     return model
 
 
-def use(model: nn.Module, mix: Asked, *, on: str = "all") -> Selection:
+def use(model: nn.Module, mix: Asked, *, on: str = "all", tokens: Tensor | None = None) -> Selection:
     """Select which fields act, at once; in a `with` statement, until the block is left.
 
     What a field trained along, such as a classifier, acts with it. A field that is selected by its name also trains,
@@ -201,6 +201,10 @@ def use(model: nn.Module, mix: Asked, *, on: str = "all") -> Selection:
             `prompt_mask`, a bool tensor `(batch, length)`, instead; what could be either, as a prompt that is read in
             chunks or a text without a cache, is an error without it. Files do not say it: select it again after `load`.
 
+        tokens: where several texts are packed into one row: for each token, `(batch, length)`, the place of its text
+            in the list, -1 for none. It holds for the batch that has these tokens. `generate_batch` of transformers
+            needs none: there the list has a name or None for every request.
+
     Raises:
         SteerError: no such field, a weight that is no finite number, an empty list, fields that trained what the rows
             of one batch cannot differ in, or a model that is not steered, or decodes without a cache or a field that
@@ -208,7 +212,7 @@ def use(model: nn.Module, mix: Asked, *, on: str = "all") -> Selection:
             fit the batch is an error when the model is called.
     """
     base, state = steering_of(model)
-    before, chosen = state.mix, Mix.parse(mix, state.specs, on)
+    before, chosen = state.mix, Mix.parse(mix, state.specs, on, tokens)
     if isinstance(model, nn.parallel.DistributedDataParallel) and chosen.by_name and chosen.names != before.names:
         raise SteerError(
             "what trains cannot change once a model is wrapped in DistributedDataParallel, which synchronises what "
