@@ -115,6 +115,8 @@ def test_every_public_name_is_in_the_reference():
     tops = {name for name in frozen if name not in modules and name.rpartition(".")[0] in {"residual_steer", *modules}}
     shown = set()
     for path in (DOCS / "reference").glob("*.md"):
-        shown.update(re.findall(r"^::: ([\w.]+)$", path.read_text("utf-8"), re.MULTILINE))
+        # A module has the name of its function: residual_steer.export.export.
+        text = re.sub(r"\.(\w+)\.\1$", r".\1", path.read_text("utf-8"), flags=re.MULTILINE)
+        shown.update(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
     assert tops <= shown, "give these a `:::` line in docs/reference"
     assert modules - {"residual_steer.peft"} <= {name.rpartition(".")[0] for name in shown}
