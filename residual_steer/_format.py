@@ -27,7 +27,18 @@ from .backbone import Backbone
 from .config import FieldConfig, in_order
 from .errors import SteerError
 
-__all__ = ["DESCRIPTION", "TENSORS", "Stored", "describe", "differences", "digest", "find_names", "open_field", "pack"]
+__all__ = [
+    "DESCRIPTION",
+    "TENSORS",
+    "Stored",
+    "describe",
+    "differences",
+    "digest",
+    "find_names",
+    "flat_config",
+    "open_field",
+    "pack",
+]
 
 TENSORS, DESCRIPTION = "steering.safetensors", "steering.json"
 _FORMAT, _FORMAT_VERSION = "residual_steer", 2
@@ -100,9 +111,9 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
     module, config = model.get_submodule(backbone.path), {}
     its: Any = getattr(module, "config", None)
     if hasattr(its, "to_dict"):
-        config = _flat(its.to_dict())
+        config = flat_config(its.to_dict())
     elif dataclasses.is_dataclass(its) and not isinstance(its, type):
-        config = _flat(dataclasses.asdict(its))
+        config = flat_config(dataclasses.asdict(its))
     return {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION if _by_site(spec) else 1,
@@ -146,7 +157,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
+def flat_config(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
     """Return the plain values of a config that shape the stream, nested ones as `outer.inner`, lists as JSON."""
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -154,7 +165,7 @@ def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
         if any(_VOLATILE.fullmatch(part) for part in name.split(".")):
             continue
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{name}.")
+            found |= flat_config(value, f"{name}.")
         elif isinstance(value, (list, tuple)):
             text = json.dumps(value, default=repr)
             found |= {name: text} if len(text) <= _LONGEST_LIST else {}

@@ -26,7 +26,7 @@ from .registry import AUTO
 from .steering import begin, install
 from .trained_modules import master_dtype
 
-__all__ = ["card", "load", "push", "save"]
+__all__ = ["as_type", "card", "load", "match_tensors", "push", "save"]
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # these load into one another
 
@@ -160,9 +160,9 @@ def load(
     if any(execution_device(state.backbone.blocks[index]).type == "meta" for index in spec.ranks):
         raise SteerError("this model is on the meta device and has no values yet. Materialise it, then load.")
     spec, wanted = _needs(base_model, state, spec)
-    keys = _match(wanted, stored.shapes)
+    keys = match_tensors(wanted, stored.shapes)
     tensors = stored.read()  # now that what the header claims is what this model needs, and no more
-    values = {key: _as_type(key, tensors[keys[key]], like) for key, like in wanted.items()}
+    values = {key: as_type(key, tensors[keys[key]], like) for key, like in wanted.items()}
     different = differences(there, here)
     if different:
         warnings.warn(
@@ -181,9 +181,9 @@ def _collect(base: nn.Module, state: Steering, name: str) -> tuple[dict[str, Any
     """Return what `load` takes: a field's description and tensors, none missing, of another shape or not finite."""
     spec, tensors = state.specs[name], _gather(base, state, name)
     _, wanted = _needs(base, state, spec)
-    _match(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    match_tensors(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
-        _as_type(key, tensor, wanted[key])
+        as_type(key, tensor, wanted[key])
     lost = state.unsaved(base)
     if lost:
         warnings.warn(
@@ -260,7 +260,7 @@ def _needs(model: nn.Module, state: Steering, spec: FieldConfig) -> tuple[FieldC
     return spec, wanted
 
 
-def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
+def match_tensors(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, str]:
     """Return by which key of a file the model finds each tensor; none may be missing, left over or of another shape."""
     keys = find_names(wanted, shapes)
     twins = len({*map(plain_key, shapes)}) < len(shapes)
@@ -274,7 +274,7 @@ def _match(wanted: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
     return keys
 
 
-def _as_type(key: str, stored: Tensor, like: Tensor) -> Tensor:
+def as_type(key: str, stored: Tensor, like: Tensor) -> Tensor:
     """Return a stored tensor in the type of the model's, if that is the same kind of number, and all are finite."""
     if stored.dtype != like.dtype and not {stored.dtype, like.dtype} <= _FLOATS:
         raise SteerError(f"tensor {key} is stored as {stored.dtype}; this model needs {like.dtype}.")

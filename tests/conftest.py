@@ -11,6 +11,7 @@ import torch
 
 from residual_steer import registry
 
+collect_ignore = ["serving"]  # which `make test-vllm` runs
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("shared", deadline=None)  # of a machine that other work shares
 hypothesis.settings.load_profile("shared")
