@@ -47,7 +47,7 @@ def moved(folder, name, z, layer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bank_adds_to_every_token_what_its_own_field_makes_of_it(folders, dtype):
     mixes = [{}, {"a": 1}, {"b": 1}, {"c": 2, "b": -0.5}]
-    bank = Bank(3, 32, 4, 6, device="cpu", dtype=dtype)
+    bank = Bank(32, 4, 6, device="cpu", dtype=dtype)
     for slot, mix in enumerate(mixes):
         asked = json.dumps({folders[name]: weight for name, weight in mix.items()})
         bank.put(slot, Mix.open(asked).read(dtype) if mix else {})
@@ -60,7 +60,7 @@ def test_a_bank_adds_to_every_token_what_its_own_field_makes_of_it(folders, dtyp
         assert bank.idle == (slots == [-1] * 5)
         for layer in range(3):
             found = y.clone()
-            bank.add_(found, z, layer)
+            bank.add_(found, z, ("block", layer))
             for row, slot in enumerate(slots):
                 parts = [
                     weight * moved(folders[name], name, z[row].float(), layer) for name, weight in mixes[slot].items()
@@ -72,25 +72,25 @@ def test_a_bank_adds_to_every_token_what_its_own_field_makes_of_it(folders, dtyp
 
 
 def test_what_overflows_in_one_field_stays_out_of_the_tokens_of_another(folders):
-    bank = Bank(3, 32, 2, 4, device="cpu", dtype=torch.float16)
+    bank = Bank(32, 2, 4, device="cpu", dtype=torch.float16)
     bank.put(0, Mix.open(folders["a"]).read(torch.float16))
     bank.put(1, Mix.open(folders["b"]).read(torch.float16))
-    bank.down[2][:4] = 6e4
+    bank.tables["block", 2][0][:4] = 6e4
     bank.step([0, 1, -1])
     z, y = torch.randn(3, 32).abs(), torch.randn(3, 32)  # a stream of another type than the fields
     found = y.clone()
-    bank.add_(found, z, 2)
+    bank.add_(found, z, ("block", 2))
     assert not found[0].isfinite().all()
     torch.testing.assert_close(found[1], y[1] + moved(folders["b"], "b", z[1], 2), rtol=0, atol=0.02)
     assert torch.equal(found[2], y[2])
 
 
 def test_a_split_batch_is_an_error(folders):
-    bank = Bank(3, 32, 1, 4, device="cpu", dtype=torch.float32)
+    bank = Bank(32, 1, 4, device="cpu", dtype=torch.float32)
     bank.put(0, Mix.open(folders["a"]).read())
     bank.step([0, 0, 0])
     with pytest.raises(RuntimeError, match="has 2 tokens of a step with 3"):
-        bank.add_(torch.zeros(2, 32), torch.zeros(2, 32), 0)
+        bank.add_(torch.zeros(2, 32), torch.zeros(2, 32), ("block", 0))
 
 
 def test_a_path_names_the_contents_of_every_field(folders):
@@ -109,7 +109,7 @@ def test_what_cannot_be_served_is_refused(folders, tmp_path):
         rs.steer(model, rank=2, name=name, **options)
         rs.save(model, tmp_path / name, name)
     for asked, message in (
-        (str(tmp_path / "inner"), "at 'block' only"),
+        (str(tmp_path / "inner"), "serves 'block' and 'after'"),
         (str(tmp_path / "headed"), r"trained base tensors \(head.weight, head.bias\)"),
         (str(tmp_path / "none"), "there is none, or a damaged one"),
         ('{"a": ', "weights by folder as JSON"),

@@ -32,13 +32,15 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)$")
 _banks: list[Bank] = []
 
 # One opaque operation, so that `torch.compile` makes one graph of all mixes of fields.
-torch.library.define("residual_steer::add_", "(Tensor(a!) y, Tensor z, int bank, int layer) -> ()")
-torch.library.register_fake("residual_steer::add_")(lambda y, z, bank, layer: None)
+torch.library.define("residual_steer::add_", "(Tensor(a!) y, Tensor z, Tensor? rest, int bank, int layer) -> ()")
+torch.library.register_fake("residual_steer::add_")(lambda y, z, rest, bank, layer: None)
 
 
 @torch.library.impl("residual_steer::add_", "CompositeExplicitAutograd")
-def _add(y: Tensor, z: Tensor, bank: int, layer: int) -> None:
-    _banks[bank].add_(y, z, layer)
+def _add(y: Tensor, z: Tensor, rest: Tensor | None, bank: int, layer: int) -> None:
+    _banks[bank].add_(y, z, ("block", layer))
+    if ("after", layer) in _banks[bank].tables:
+        _banks[bank].add_(y, y.clone() if rest is None else y + rest, ("after", layer))
 
 
 @cache
@@ -56,8 +58,8 @@ def _steered(base: Any) -> Any:
         hidden, residual = given("hidden_states", args, kwargs), given("residual", args, kwargs)
         z = hidden.clone() if residual is None else hidden + residual  # fused norms overwrite what enters
         output = base.forward(self, *args, **kwargs)
-        y = output[0] if isinstance(output, tuple) else output
-        torch.ops.residual_steer.add_(y, z, self.steering_bank, self.steering_layer)
+        y, rest = output if isinstance(output, tuple) else (output, None)
+        torch.ops.residual_steer.add_(y, z, rest, self.steering_bank, self.steering_layer)
         return output
 
     return type(f"Steered{base.__name__}", (base,), {"forward": forward, "__module__": __name__})

@@ -13,19 +13,26 @@ import torch
 from torch import nn
 
 from residual_steer._format import differences, flat_config
+from residual_steer.config import Place
 from residual_steer.errors import SteerError, some
 
 from ._bank import Bank
 from ._layers import FAMILIES, install
 from ._requests import Mix, Units
 
-__all__ = ["FieldManager", "check_fits"]
+__all__ = ["FieldManager", "check_number_of", "open_mix"]
 
 _log = logging.getLogger("vllm.residual_steer")  # vLLM shows what is logged under its name
 
 
-def check_fits(mix: Mix, config: Any) -> None:
-    """Check that vLLM, configured so, can serve a mix of fields; raise if not, warn if their model was another one."""
+def open_mix(path: str, config: Any, *, pinned: bool = False) -> Mix:
+    """Open and read fields that vLLM, configured so, can serve; raise if not, warn if their model was another one."""
+    mix = Mix.open(path)
+    if pinned and mix.path != path:
+        raise SteerError(
+            f"a request names the contents of its field, so that nothing that was cached under others is used; "
+            f"{path:.300} does not. Make it with residual_steer.vllm.request."
+        )
     base, most = config.model_config, config.lora_config.max_lora_rank
     text = base.hf_config.get_text_config()
     family, widths = FAMILIES[base.architecture][1], [text.hidden_size] * text.num_hidden_layers
@@ -45,6 +52,17 @@ def check_fits(mix: Mix, config: Any) -> None:
             f"{' and '.join(mix.parts)} need {mix.rank} units of a slot, the sum of their ranks; a slot has {most}. "
             "Start vLLM with a larger --max-lora-rank."
         )
+    mix.read(base.dtype)
+    return mix
+
+
+def check_number_of(request: Any, paths: Mapping[int, str]) -> None:
+    """Check that the number of a request stands for its path alone, and for ever."""
+    number, path = request.lora_int_id, request.lora_path
+    if request.load_inplace:
+        raise SteerError("a field is not reloaded in place, under requests on their way: unload its name first.")
+    if paths.get(number, path) != path:
+        raise SteerError(f"the number {number} of {path:.300} is that of {paths[number]:.300}. Give each its own.")
 
 
 class FieldManager:
@@ -57,11 +75,10 @@ class FieldManager:
     def __init__(self, model: nn.Module, config: Any, device: torch.device) -> None:
         lora, base = config.lora_config, config.model_config
         text, layer = base.hf_config.get_text_config(), FAMILIES[base.architecture][0]
-        size = text.num_hidden_layers, text.hidden_size, lora.max_loras, lora.max_lora_rank
-        self.bank = Bank(*size, device=device, dtype=base.dtype)
+        self.bank = Bank(text.hidden_size, lora.max_loras, lora.max_lora_rank, device=device, dtype=base.dtype)
         self.opened: dict[str, Mix] = {}
         self._config, self._paths, self._warming = config, dict[int, str](), False
-        self._units: OrderedDict[int, Mapping[int, Units]] = OrderedDict()  # the least recently used one first
+        self._units: OrderedDict[int, Mapping[Place, Units]] = OrderedDict()  # the least recently used one first
         self._slots: OrderedDict[int, int] = OrderedDict()
         install(model, self.bank, text.num_hidden_layers, layer)
 
@@ -87,21 +104,10 @@ class FieldManager:
         return new
 
     def _open(self, request: Any) -> None:
-        number, path = request.lora_int_id, request.lora_path
-        if request.load_inplace:
-            raise SteerError("a field is not reloaded in place, under requests on their way: unload its name first.")
-        if self._paths.get(number, path) != path:
-            raise SteerError(f"the number {number} of {path:.300} is that of {self._paths[number]:.300}.")
-        if path not in self.opened:
-            mix = Mix.open(path)
-            if mix.path != path:
-                raise SteerError(
-                    f"a request names the contents of its field, so that nothing that was cached under others is used; "
-                    f"{path:.300} does not. Make it with residual_steer.vllm.request."
-                )
-            check_fits(mix, self._config)
-            self.opened[path] = mix
-        self._paths[number] = path
+        check_number_of(request, self._paths)
+        if request.lora_path not in self.opened:
+            self.opened[request.lora_path] = open_mix(request.lora_path, self._config, pinned=True)
+        self._paths[request.lora_int_id] = request.lora_path
 
     def _load(self, number: int, batch: Collection[int] = ()) -> None:
         """Bring a field into memory, in the place of one that the batch does not need."""

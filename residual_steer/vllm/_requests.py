@@ -20,6 +20,7 @@ from torch import Tensor
 
 from residual_steer._checks import check_number
 from residual_steer._format import Stored, open_field
+from residual_steer.config import Place
 from residual_steer.errors import SteerError, some
 from residual_steer.field import HRes
 from residual_steer.storage import as_type, match_tensors
@@ -31,7 +32,7 @@ __all__ = ["Mix", "Units", "request"]
 
 
 class Units(NamedTuple):
-    """Hidden units of one or more fields side by side at one block, weights and λ multiplied into what they add."""
+    """Hidden units of one or more fields side by side at one place, weights and λ multiplied into what they add."""
 
     down: Tensor  # (units, width)
     down_bias: Tensor  # (units,)
@@ -52,8 +53,8 @@ class Mix:
         parts: dict[str, tuple[float, Stored]] = {}
         for folder, (weight, sha256) in _parse(asked).items():
             stored = open_field(Path(folder))
-            if stored.spec.site != "block":
-                raise SteerError(f"vLLM serves fields at 'block' only; the one in {folder} is at {stored.spec.site!r}.")
+            if not stored.spec.sites.keys() <= {"block", "after"}:
+                raise SteerError(f"vLLM serves 'block' and 'after'; the field in {folder} is at {stored.spec.site!r}.")
             if stored.spec.train:
                 raise SteerError(
                     f"vLLM serves one frozen model to all requests; the field in {folder} comes with trained base "
@@ -75,17 +76,20 @@ class Mix:
 
     @property
     def rank(self) -> int:
-        """The most units at one block."""
-        tables = [stored.spec.ranks for _, stored in self.parts.values()]
-        return max(sum(table.get(index, 0) for table in tables) for index in set().union(*tables))
+        """The most units at one place."""
+        units: dict[Place, int] = {}
+        for _, stored in self.parts.values():
+            for site, index in stored.spec.places:
+                units[site, index] = units.get((site, index), 0) + stored.spec.sites[site][index]
+        return max(units.values())
 
-    def read(self, dtype: torch.dtype = torch.float32) -> dict[int, Units]:
-        """Read the units of every steered block in a type; raise if a file is damaged or a number is not finite."""
-        found: dict[int, list[Units]] = {}
+    def read(self, dtype: torch.dtype = torch.float32) -> dict[Place, Units]:
+        """Read the units of every place in a type; raise if a file is damaged or a number is not finite."""
+        found: dict[Place, list[Units]] = {}
         for weight, stored in self.parts.values():
-            for index, units in _read(stored, weight).items():
-                found.setdefault(index, []).append(units)
-        return {index: _side_by_side(units, index, dtype) for index, units in found.items()}
+            for place, units in _read(stored, weight).items():
+                found.setdefault(place, []).append(units)
+        return {place: _side_by_side(units, place, dtype) for place, units in found.items()}
 
 
 def request(fields: str | Path | Mapping[str, float]) -> LoRARequest:
@@ -129,28 +133,29 @@ def _parse(asked: str) -> dict[str, tuple[float, str | None]]:
     return found
 
 
-def _read(stored: Stored, weight: float) -> dict[int, Units]:
-    """Return the units of one field by block, in fp32."""
-    spec, widths = stored.spec, stored.described["backbone"]["widths"]
-    parts = {
-        index: HRes(widths[index], rank, bias=spec.bias, device="meta", dtype=torch.float32).state_dict()
-        for index, rank in spec.ranks.items()
-    }
-    wanted = {f"blocks.{index}.{key}": like for index, part in parts.items() for key, like in part.items()}
+def _read(stored: Stored, weight: float) -> dict[Place, Units]:
+    """Return the units of one field by place, in fp32."""
+    spec, width, parts = stored.spec, stored.described["backbone"]["widths"], {}
+    for site, index in spec.places:
+        field = HRes(width[index], spec.sites[site][index], bias=spec.bias, device="meta", dtype=torch.float32)
+        parts[site, index] = {f"{spec.point((site, index))}.{key}": like for key, like in field.state_dict().items()}
+    wanted = {key: like for part in parts.values() for key, like in part.items()}
     keys, tensors, factor = match_tensors(wanted, stored.shapes), stored.read(), weight * spec.scale
-    values = {key: as_type(key, tensors[keys[key]], like) for key, like in wanted.items()}
     found = {}
-    for index, rank in spec.ranks.items():
-        own = {key: values[f"blocks.{index}.{key}"] for key in parts[index]}
-        down_bias, up_bias = own.get("down.bias", torch.zeros(rank)), own.get("up.bias", torch.zeros(widths[index]))
-        up = own["up.weight"].t() * factor
-        found[index] = Units(own["down.weight"], down_bias, up, up_bias * factor, ((spec.activation, rank),))
+    for (site, index), part in parts.items():
+        own = {
+            key.partition(spec.point((site, index)) + ".")[2]: as_type(key, tensors[keys[key]], like)
+            for key, like in part.items()
+        }
+        down, up = own["down.weight"], own["up.weight"].t() * factor
+        down_bias, up_bias = own.get("down.bias", torch.zeros(len(down))), own.get("up.bias", torch.zeros(width[index]))
+        found[site, index] = Units(down, down_bias, up, up_bias * factor, ((spec.activation, len(down)),))
     return found
 
 
-def _side_by_side(units: Sequence[Units], index: int, dtype: torch.dtype) -> Units:
+def _side_by_side(units: Sequence[Units], place: Place, dtype: torch.dtype) -> Units:
     down, down_bias, up, up_bias, runs = zip(*units, strict=True)
     like = torch.empty(0, device="meta", dtype=dtype)
     tensors = torch.cat(down), torch.cat(down_bias), torch.cat(up), torch.stack(up_bias).sum(0)
-    cast = [as_type(f"of block {index}", tensor, like) for tensor in tensors]
+    cast = [as_type(f"of {place}", tensor, like) for tensor in tensors]
     return Units(cast[0], cast[1], cast[2], cast[3], sum(runs, ()))

@@ -1,4 +1,4 @@
-"""What is changed within vLLM: four methods, each of which is as it was where fields are not switched on.
+"""What is changed within vLLM: five methods, each of which is as it was where fields are not switched on.
 
 Tried on vLLM 0.32 on a CPU. Another release is refused; other hardware too, unless the switch reads "untested".
 """
@@ -11,8 +11,7 @@ from typing import Any
 from residual_steer.errors import SteerError
 
 from ._layers import FAMILIES
-from ._manager import FieldManager, check_fits
-from ._requests import Mix
+from ._manager import FieldManager, check_number_of, open_mix
 
 __all__ = ["check_config", "register"]
 
@@ -34,11 +33,13 @@ def register() -> None:
     if vllm.__version__.startswith(_TRIED):
         from vllm.entrypoints.openai.models.serving import OpenAIServingModels
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.v1.engine.input_processor import InputProcessor
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
         _wrap(BaseModelLoader, "load_model", _without_lora)
         _wrap(LoRAModelRunnerMixin, "load_lora_model", _with_fields)
         _wrap(OpenAIServingModels, "load_lora_adapter", _pinned)
+        _wrap(InputProcessor, "process_inputs", _admitted)
 
 
 def _wrap(owner: Any, name: str, wrapper: Any) -> None:
@@ -117,6 +118,27 @@ def _with_fields(original: Any) -> Any:
     return load_lora_model
 
 
+def _paths(processor: Any) -> dict[int, str]:
+    """Return what this process has admitted."""
+    found: dict[int, str] = processor.__dict__.setdefault("steering_paths", {})
+    return found
+
+
+def _admitted(original: Any) -> Any:
+    """Refuse a request here whose field cannot be served: what fails in a worker ends the engine."""
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("lora_request", args[5] if len(args) > 5 else None)
+        if asked is not None and _is_on(self.vllm_config):
+            check_number_of(asked, _paths(self))
+            if asked.lora_int_id not in _paths(self):
+                open_mix(asked.lora_path, self.vllm_config, pinned=True)
+                _paths(self)[asked.lora_int_id] = asked.lora_path
+        return original(self, *args, **kwargs)
+
+    return process_inputs
+
+
 def _pinned(original: Any) -> Any:
     """Let the path that the server keeps of a field name its contents, and refuse here what cannot be served."""
 
@@ -127,11 +149,17 @@ def _pinned(original: Any) -> Any:
         from vllm.entrypoints.serve import create_error_response
 
         try:
-            mix = Mix.open(request.lora_path)
-            check_fits(mix, config)
-            mix.read(config.model_config.dtype)
+            if request.load_inplace:
+                raise SteerError(
+                    "a field is not reloaded in place, under requests on their way: unload its name first."
+                )
+            path = open_mix(request.lora_path, config).path
         except SteerError as error:
             return create_error_response(str(error))
-        return await original(self, request.model_copy(update={"lora_path": mix.path}), base_model_name)
+        response = await original(self, request.model_copy(update={"lora_path": path}), base_model_name)
+        loaded = self.lora_requests.get(request.lora_name)
+        if loaded is not None and loaded.lora_path == path:
+            _paths(self.input_processor)[loaded.lora_int_id] = path
+        return response
 
     return load_lora_adapter

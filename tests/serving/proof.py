@@ -1,9 +1,14 @@
 """Tiny models in folders, fields for them, and what transformers answers with one field alone."""
 
+import contextlib
 import dataclasses
 import gc
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 os.environ |= {
@@ -14,6 +19,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 }
 
+import requests
 import torch
 import transformers
 from vllm import LLM, SamplingParams
@@ -51,9 +57,9 @@ FIELDS = {
     "law": {"rank": 4},
     "squad": {"rank": 8, "scale": 0.5, "activation": "silu"},
     "code": {"rank": {0: 2, 3: 6}, "bias": False, "activation": "relu"},
-    "wide": {"rank": 8, "layers": [1, 2], "activation": "tanh"},
+    "wide": {"rank": 8, "layers": [1, 2], "activation": "tanh", "site": ["block", "after"]},
     "small": {"rank": 1, "scale": -1.5, "activation": "gelu_tanh"},
-    "flat": {"rank": 3, "activation": "identity", "scale": 0.3},
+    "flat": {"rank": 3, "activation": "identity", "scale": 0.3, "site": "after"},
     "last": {"rank": 5, "layers": [3], "bias": False},
 }
 ASKED = [*FIELDS, None, "law", None, "squad", None]  # twelve requests
@@ -175,3 +181,42 @@ def load_json(path):
 
 def answers(reference, texts, asked):
     return [reference(text, name) for text, name in zip(texts, asked, strict=True)]
+
+
+@contextlib.contextmanager
+def serve(options, folder):
+    """Run `vllm serve` in a folder, and give its address when it answers."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        *options,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            time.sleep(0.5)
+            assert process.poll() is None, (folder / "log").read_text()[-6000:]
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{address}/health", timeout=5).status_code == 200:
+                    break
+        else:
+            raise TimeoutError((folder / "log").read_text()[-6000:])
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)

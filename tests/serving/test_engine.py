@@ -103,7 +103,6 @@ def test_a_field_that_is_saved_anew_meets_nothing_of_the_old_one(case, llm, tmp_
 def test_what_does_not_fit_is_refused_and_the_rest_goes_on(case, llm, tmp_path):
     if case.kind != "llama":
         pytest.skip("one model is enough")
-    add = llm.llm_engine.add_lora
     law, kind = case.folders["law"], type(rs.vllm.request(case.folders["law"]))
     small = make_base(tmp_path / "small", "llama", hidden_size=32)
     narrow = make_fields(small, tmp_path, {"narrow": {"rank": 2}})["narrow"]
@@ -116,17 +115,19 @@ def test_what_does_not_fit_is_refused_and_the_rest_goes_on(case, llm, tmp_path):
         ({law: 1.0, case.folders["last"]: 1.0}, "need 9 units"),
     ):
         with pytest.raises(Exception, match=message):
-            add(rs.vllm.request(folder))
-    with pytest.raises(Exception, match="names the contents of its field"):
-        add(kind("law", 7, law))
-    with pytest.raises(Exception, match="there is none, or a damaged one"):
-        add(kind("none", 8, str(tmp_path / "none")))
+            ask(llm, case.texts[:1], [rs.vllm.request(folder)])
     good = rs.vllm.request(law)
-    add(good)
-    with pytest.raises(Exception, match="is that of"):
-        add(kind("other", good.lora_int_id, rs.vllm.request(case.folders["flat"]).lora_path))
-    with pytest.raises(Exception, match="not reloaded in place"):
-        add(kind("law", 9, good.lora_path, load_inplace=True))
+    ask(llm, case.texts[:1], [good])
+    for request, message in (
+        (kind("law", 7, law), "names the contents of its field"),
+        (kind("none", 8, str(tmp_path / "none")), "there is none, or a damaged one"),
+        (kind("other", good.lora_int_id, rs.vllm.request(case.folders["flat"]).lora_path), "is that of"),
+        (kind("law", 9, good.lora_path, load_inplace=True), "not reloaded in place"),
+    ):
+        with pytest.raises(rs.SteerError, match=message):  # in this process, where a wrong request ends nothing
+            ask(llm, case.texts[:1], [request])
+        with pytest.raises(Exception, match=message):  # in that of the model
+            llm.llm_engine.add_lora(request)
     with pytest.raises(Exception, match="not pinned"):
         llm.llm_engine.pin_lora(good.lora_int_id)
     check(case, ask(llm, case.texts, requests(case, ASKED)))
