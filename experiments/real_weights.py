@@ -336,7 +336,7 @@ def verdicts(tasks: Sequence[Task], results: Mapping[str, list[Entry]]) -> list[
     said, won = [], []
     for task in tasks:
         entries, metric = results[task.name], task.problem.metric
-        said.append(beside_lora(task, entries)[0])
+        said.append(beside_lora(task, entries))
         if task.problem.train_also:
             place = best_places(task.problem, entries)[0]
             found = gap(entries, place, "head alone", metric, scale=task.scale)
@@ -359,7 +359,13 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         tasks, lambda task: compare(task, settings[task.name], options, ledger), verdicts, "Trained weights"
     )
     about = {name: setting.about for name, setting in settings.items()}
-    found.settings |= {"data": about, "adapted blocks": {name: setting.upper for name, setting in settings.items()}}
+    text = [task for task in tasks if not task.problem.train_also]
+    before = {t.name: score(settings[t.name], {}, t.problem.fresh(0), "test", 0)["perplexity"] for t in text}
+    found.settings |= {
+        "perplexity of the frozen model": before,
+        "data": about,
+        "adapted blocks": {name: setting.upper for name, setting in settings.items()},
+    }
     return found
 
 
