@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import residual_steer as rs
+from residual_steer._batches import to_device
 from residual_steer.data import TokenRows
 from residual_steer.prefix_cache import PrefixCache
 from residual_steer.training import FitOptions
 from residual_steer.training.losses import measure
+from residual_steer.training.processes import Processes
 
 from . import real_models
 from .harness import Experiment, Found, judged, parser_of, run
@@ -95,32 +97,28 @@ def score(setting: Setting, fit: Mapping[str, Any], model: nn.Module, split: str
     """Measure on a split, the blocks below those that are adapted computed once for all runs."""
     loader = loader_of(setting, split, shuffle=False)
     device, sums = next(model.parameters()).device, torch.zeros(4, dtype=torch.float64)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16")
-    outcomes: list[Any] = []
     with contextlib.ExitStack() as stack:
+        processes = Processes(setting.precision, (), None)
+        stack.callback(processes.close)
         stack.enter_context(torch.no_grad())
         cache = None
         if fit.get("cache_prefix"):
             options = FitOptions(cache_prefix=fit["cache_prefix"])
 
             def loss(batch: Any) -> Tensor:
-                with autocast:
+                with processes.autocast():
                     return measure(model, batch).loss
 
-            cache = PrefixCache(model, loader, loss, options, setting.precision)
+            cache = PrefixCache(model, loader, loss, options, processes)
             stack.callback(cache.close)
         for batch in loader:
-            moved = (
-                {k: v.to(device) for k, v in batch.items()}
-                if isinstance(batch, dict)
-                else [x.to(device) for x in batch]
-            )
-            with cache.over(moved) if cache else contextlib.nullcontext(), autocast:
-                outcomes.append(measure(model, moved))
-            sums[0] += float(outcomes[-1].loss) * outcomes[-1].weight
-            sums[1] += outcomes[-1].weight
-            if outcomes[-1].correct is not None:
-                sums[2:] += outcomes[-1].correct.cpu()
+            moved = to_device(batch, device)
+            with cache.over(moved) if cache else contextlib.nullcontext(), processes.autocast():
+                outcome = measure(model, moved)
+            sums[0] += float(outcome.loss) * outcome.weight
+            sums[1] += outcome.weight
+            if outcome.correct is not None:
+                sums[2:] += outcome.correct.cpu()
     loss_mean = float(sums[0] / sums[1])
     return {"perplexity": math.exp(loss_mean)} if setting.head is None else {"accuracy": float(sums[2] / sums[3])}
 
