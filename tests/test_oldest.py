@@ -64,6 +64,11 @@ def test_our_own_bounds_are_read():
     assert not any(line.startswith(("mamba-ssm", "residual-steer")) for line in done)
 
 
+def test_an_extra_is_printed_as_it_stands():
+    done = subprocess.run([sys.executable, str(SCRIPT), "docs"], capture_output=True, text=True, check=True).stdout
+    assert {"mkdocs>=1.6", "mkdocstrings[python]>=0.29"} <= set(done.splitlines())
+
+
 def test_the_lock_names_a_release_of_everything_that_is_asked_for(oldest):
     locked = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
