@@ -68,6 +68,11 @@ def saves_adapters_alone(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def keeps_batching(model: nn.Module) -> bool:
+    """Return whether a model of transformers keeps a manager of continuous batching for the next call."""
+    return getattr(model, "_cached_continuous_batching_manager", None) is not None
+
+
 def renew_children(module: nn.Module) -> None:
     """Give a module a new list of its children, so that whoever goes through the old one may go on."""
     module._modules = dict(module._modules)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._internals import keeps_batching
 from ._row_by_row import Run, runs_of
 from .backbone import Handle
 from .errors import SteerError
@@ -114,8 +115,7 @@ def _plain(model: Any, config: Any) -> Any:
 
     config = ContinuousBatchingConfig() if config is None else config
     compiled = config.varlen_compile_config or config.decode_compile_config or config.default_compile_level
-    kept = getattr(model, "_cached_continuous_batching_manager", None) is not None
-    if compiled or config.use_cuda_graph or kept or config.use_async_batching:
+    if compiled or config.use_cuda_graph or keeps_batching(model) or config.use_async_batching:
         raise SteerError(
             "requests that have a field of their own run without torch.compile, CUDA graphs, asynchronous batching and "
             "a manager that was kept from before: leave these out of `continuous_batching_config`."

@@ -17,6 +17,7 @@ from residual_steer._internals import (
     has_hook,
     is_compiled,
     is_plainly_called,
+    keeps_batching,
     offload_hooks,
     owned_tensors,
     parts,
@@ -162,6 +163,27 @@ def test_a_model_that_transformers_loaded_an_adapter_into_saves_it_alone():
     assert not saves_adapters_alone(model)
     model._hf_peft_config_loaded = True
     assert saves_adapters_alone(model)
+
+
+@torch.no_grad()
+def test_a_manager_of_continuous_batching_that_is_kept_is_seen():
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, eos_token_id=1
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    more = transformers.ContinuousBatchingConfig(
+        page_size=16, num_blocks=4, max_batch_tokens=8, auto_switch_to_flash=False
+    )
+    for kept in (False, True):
+        model.generate_batch(
+            [[3, 4]],
+            transformers.GenerationConfig(max_new_tokens=1, eos_token_id=-1),
+            more,
+            persistent_manager=kept,
+            warmup=False,
+        )
+        assert keeps_batching(model) is kept
+    model.destroy_cached_continuous_batching_manager()
 
 
 def test_renewed_modules_may_be_changed_by_whoever_goes_through_them():
