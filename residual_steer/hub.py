@@ -27,8 +27,8 @@ def is_repo(name: object) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(f"{part}/{part}", name, re.ASCII))
 
 
-def fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
-    """Fetch files of a repository into the Hub's cache, all of the same commit, and return their folder there.
+def fetch(repo: str, revision: str | None, files: tuple[str, ...], others: tuple[str, ...]) -> Path:
+    """Fetch files of a repository, or others, into the Hub's cache, all of one commit, and return their folder there.
 
     Raises:
         SteerError: the Hub cannot be reached, refuses, or has no such repository, revision or files.
@@ -38,9 +38,9 @@ def fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
     at = f" at revision {revision!r}" if revision is not None else ""
     looked = f"found no field: there is no local folder {repo!r}, and on the Hub, {repo}{at}"
     with _explained(looked):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*files, *others]))
     absent = [name for name in files if not (folder / name).is_file()]
-    if absent:
+    if absent and not all((folder / name).is_file() for name in others):
         raise SteerError(f"{looked}: it holds no {' and no '.join(absent)}. `residual_steer.push` uploads both.")
     return folder
 

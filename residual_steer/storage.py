@@ -29,6 +29,7 @@ from .trained_modules import master_dtype
 
 __all__ = ["as_type", "card", "load", "match_tensors", "push", "save"]
 
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")  # PEFT's files
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # these load into one another
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -149,7 +150,7 @@ def load(
     """
     path = _find(folder, revision)
     stored: Any
-    if (path / "adapter_config.json").is_file() and not (path / TENSORS).is_file():
+    if (path / _ADAPTER[1]).is_file() and not (path / TENSORS).is_file():
         from .peft._convert import open_adapter
 
         stored = open_adapter(path, model, arch)
@@ -258,7 +259,7 @@ def _find(folder: str | Path, revision: str | None) -> Path:
             "`revision` is a branch, tag or commit of a repository on the Hub, 'owner/name', or None; received "
             f"{revision!r} with {str(folder)!r}."
         )
-    return fetch(str(folder), revision, (TENSORS, DESCRIPTION)) if on_hub else path
+    return fetch(str(folder), revision, (TENSORS, DESCRIPTION), _ADAPTER) if on_hub else path
 
 
 def _needs(model: nn.Module, state: Steering, spec: FieldConfig) -> tuple[FieldConfig, dict[str, Tensor]]:

@@ -54,6 +54,7 @@ GIVES = {
     "load B": "B",
     "load the first": "A",
     "load privately": "A",
+    "load an adapter": "A",
     "another name here": "B",
     "a local folder wins": "C",
     "server gone, cached": "B",
@@ -109,7 +110,7 @@ def test_a_push_is_one_commit_and_leaves_the_model_and_other_files_alone(told):
 
 def test_both_files_are_fetched_from_the_same_commit_and_no_other_file_is(told):
     asked = [line.split("/resolve/")[1].split("/") for line in told[1].asked if "/resolve/" in line]
-    assert {file for _, file in asked} <= {TENSORS, DESCRIPTION}
+    assert {file for _, file in asked} <= {TENSORS, DESCRIPTION, "adapter_config.json", "adapter_model.safetensors"}
     assert {revision for revision, _ in asked} <= {
         commit for repo in told[1].repos.values() for commit, _ in repo.commits
     }

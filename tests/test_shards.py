@@ -23,7 +23,7 @@ WAYS = ["ddp", "fsdp2", "fsdp1", "tp"]
 def launch(folder, *more, program=PROGRAM):
     command = [sys.executable, "-W", "ignore", str(program), str(folder), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,19 @@ def test_a_killed_run_of_a_sharded_model_is_resumed_exactly(shared):
     assert json.loads((folder / "found.json").read_text())["killed"] == found["fsdp2"]
     files = [(folder / "fsdp2" / way / "steering.safetensors").read_bytes() for way in ("trained", "again")]
     assert files[0] == files[1]
+
+
+def test_transformers_saves_a_sharded_model_by_one_process_alone(shared):
+    folder, _ = shared
+    stored = load_file(folder / "fsdp2" / "trained" / "steering.safetensors")
+    model = rs.from_pretrained(folder / "fsdp2" / "whole")
+    assert rs.save(model, folder / "again")
+    again = load_file(folder / "again" / "steering.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[key], value) for key, value in stored.items())
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    for key, value in base.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
 
 
 def test_processes_lend_each_other_what_is_cached(shared):

@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import warnings
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -95,6 +97,10 @@ def every(how, folder):
     rs.save(model, folder / how / "fresh")
     records = run(model, folder / how / "run", **({"cache_prefix": True} if how == "cache" else {}))
     rs.save(model, folder / how / "trained")
+    if how == "fsdp2":  # as Trainer saves: gathered on all, written by the first alone
+        gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if torch.distributed.get_rank() == 0:
+            model.save_pretrained(folder / how / "whole", state_dict=gathered)
     stopped = made(how, folder / "base")
     assert run(stopped, folder / how / "stopped", raising) is None
     resumed = run(made(how, folder / "base"), folder / how / "stopped")
@@ -130,7 +136,8 @@ def main(rank, folder, resume):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     store = torch.distributed.FileStore(str(folder / ("store2" if resume else "store")), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    late = timedelta(seconds=120)  # so that who waits in vain says where
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=late)
     killed = folder / "fsdp2" / "killed"
     if resume:
         model = made("fsdp2", folder / "base")

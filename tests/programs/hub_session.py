@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants
 from small_net import BATCH, fresh, steer
 
 import residual_steer as rs
+from residual_steer.hub import upload
 
 
 def state(model):
@@ -63,6 +64,10 @@ def online():
     push("push privately", "me/secret", private=True)
     load("load privately", "me/secret")
     push("push privately to a public one", "me/field", private=True)
+
+    rs.save(FIELDS["A"], "adapter", format="peft")
+    upload("me/adapter", {file.name: file.read_bytes() for file in Path("adapter").iterdir()}, "A", private=False)
+    load("load an adapter", "me/adapter")
 
     load("unknown repository", "me/absent")
     load("unknown revision", "me/field", revision="v9")
