@@ -85,6 +85,15 @@ def test_what_overflows_in_one_field_stays_out_of_the_tokens_of_another(folders)
     assert torch.equal(found[2], y[2])
 
 
+def test_a_slot_that_was_filled_within_a_step_is_filled_again_outside_of_it(folders):
+    bank = Bank(32, 1, 4, device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        bank.put(0, Mix.open(folders["a"]).read())
+    bank.put(0, {})
+    bank.put(0, Mix.open(folders["b"]).read())
+    assert set(bank.runs[0]) == {("block", 1), ("block", 2)}
+
+
 def test_a_split_batch_is_an_error(folders):
     bank = Bank(32, 1, 4, device="cpu", dtype=torch.float32)
     bank.put(0, Mix.open(folders["a"]).read())

@@ -29,6 +29,7 @@ class Bank:
         self.runs: list[dict[Place, Sequence[tuple[str, int]]]] = [{} for _ in range(slots)]  # of each slot
         self.rest()
 
+    @torch.inference_mode()  # vLLM computes steps in it, and loads fields outside of it
     def put(self, slot: int, field: Mapping[Place, Units]) -> None:
         """Put a field into a slot, in the place of what was there."""
         places = *(slice(slot * self.rank, (slot + 1) * self.rank),) * 3, slice(slot, slot + 1)

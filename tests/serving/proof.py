@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -205,10 +206,12 @@ def serve(options, folder):
         str(port),
     ]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+        )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(2400):
             time.sleep(0.5)
             assert process.poll() is None, (folder / "log").read_text()[-6000:]
             with contextlib.suppress(requests.ConnectionError):
@@ -219,4 +222,7 @@ def serve(options, folder):
         yield address
     finally:
         process.terminate()
-        process.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too

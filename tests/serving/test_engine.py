@@ -6,6 +6,7 @@ import types
 
 import proof
 import pytest
+import torch
 from proof import ASKED, CONFIGS, FIELDS, Reference, answers, ask, differ, engine, make_base, make_fields, metric
 
 import residual_steer as rs
@@ -164,3 +165,33 @@ def test_a_crowded_engine(case):
         assert len(llm.llm_engine.list_loras()) <= 3
     finally:
         proof.stop(llm)
+
+
+def test_in_bf16_every_prompt_is_as_likely_as_transformers_finds_it(case):
+    """Tokens need not be equal, since both round; the field's own effect is far larger than what rounding does."""
+    if case.kind not in {"llama", "mamba2"}:
+        pytest.skip("a stream in a pair with fused norms, and one of an SSM, are enough")
+    reference = Reference(case.base, case.folders, dtype=torch.bfloat16)
+
+    def likelihoods(asked):
+        found = []
+        for text, name in zip(case.texts, asked, strict=True):
+            with rs.use(reference.model, name), torch.no_grad():
+                rows = reference.model(torch.tensor([text])).logits[0].float().log_softmax(-1)
+            found.append(rows[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0])
+        return found
+
+    llm = engine(case.base, dtype="bfloat16", enable_prefix_caching=False)
+    try:
+        how = proof.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        given = [{"prompt_token_ids": text} for text in case.texts]
+        done = llm.generate(given, how, lora_request=requests(case, ASKED), use_tqdm=False)
+    finally:
+        proof.stop(llm)
+    steered, frozen = likelihoods(ASKED), likelihoods([None] * 12)
+    for out, text, name, wanted, without in zip(done, case.texts, ASKED, steered, frozen, strict=True):
+        steps = zip(out.prompt_logprobs[1:], text[1:], strict=True)
+        found = torch.tensor([step[token].logprob for step, token in steps])
+        rounding, effect = (found - wanted).abs().mean(), (found - without).abs().mean()
+        print(f"\n{case.kind} {name}: {rounding:.3f} from transformers with the field, {effect:.3f} without")
+        assert effect > 5 * rounding if name else effect < 0.1
