@@ -124,6 +124,8 @@ def test_real_weights_adapt_the_upper_blocks_and_go_on_where_they_stopped(settin
     assert {"H-Res, block", "H-Res, input", "LoRA", "head alone", "full fine-tuning"} < rows.keys()
     assert rows["H-Res, block"]["trainable"] == 2 * 256 + 1 + 256 + 3 * 257  # one block of two, and the head
     assert (tmp_path / "streams").is_dir()
+    with torch.no_grad():  # a new process draws another new head, which no run begins with
+        real_weights.SETTINGS["MiniLM, spam"](None).model.head.weight.normal_()
     monkeypatch.setattr("experiments.sweep.fit", lambda *_, **__: pytest.fail("a finished run was done again"))
     assert real_weights.main(arguments) == 0
 
