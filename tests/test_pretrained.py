@@ -107,7 +107,7 @@ def test_save_pretrained_and_from_pretrained(kind, mix, tmp_path):
 def test_a_plain_from_pretrained_says_how_the_field_comes_back(tmp_path, caplog):
     steered("gpt2").save_pretrained(tmp_path)
     entry = json.loads((tmp_path / "config.json").read_text())["residual_steer"]
-    assert entry == {"fields": ["law", "squad"], "selected": "squad"}
+    assert entry == {"fields": ["law", "squad"], "selected": "squad", "on": "all"}
     logger = logging.getLogger("transformers")
     before, logger.propagate = logger.propagate, True
     try:
