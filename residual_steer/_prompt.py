@@ -87,12 +87,15 @@ class Prompts:
                 "in training the prompt is what stands in front of the first label, and this call has no `labels`. "
                 f"{_GIVE}, or `eval()` the model, whose first call without a cache then is the prompt."
             )
-        return self._by_cache(args, kwargs, shape)
+        return self._by_cache(model, args, kwargs, shape)
 
-    def _by_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...] | None) -> bool:
+    def _by_cache(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...] | None
+    ) -> bool:
         cache = cache_of([*args, *kwargs.values()])
         if cache is None:
-            if kwargs.get("use_cache") is False:
+            asked = kwargs.get("use_cache")
+            if (getattr(getattr(model, "config", None), "use_cache", None) if asked is None else asked) is False:
                 raise SteerError(
                     "without a cache every call has the whole text, and it cannot be told how much of it is the "
                     f"prompt. Generate with use_cache=True, or: {_GIVE[0].lower()}{_GIVE[1:]}."

@@ -135,12 +135,15 @@ def alone(on: bool) -> Iterator[None]:
 def once(act: Callable[[], Returned]) -> Returned:
     """Let the first process act, and return what that returned on all, once it is done; all raise if it fails."""
     found: list[Any] = [None, None]
+    failed: Exception | None = None
     if torch.distributed.get_rank() == 0:
         try:
             found[0] = act()
-        except SteerError as error:
-            found[1] = str(error)
+        except Exception as error:  # of any kind: the others wait, and are to raise too
+            failed, found[1] = error, str(error) or type(error).__name__
     torch.distributed.broadcast_object_list(found)
+    if failed is not None:
+        raise failed
     if found[1] is not None:
         raise SteerError(found[1])
     return found[0]  # type: ignore[no-any-return]

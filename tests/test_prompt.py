@@ -169,6 +169,10 @@ def test_what_may_be_a_prompt_or_not_is_refused():
         model(ids[:, :3], cache=begun, prompt_mask=torch.tensor([[True, False, False]] * 2))
         with refused("without a cache every call has the whole text"):
             model.generate(ids, max_new_tokens=2, use_cache=False)
+        model.config.use_cache = False
+        with refused("without a cache every call has the whole text"):
+            model(ids)
+        model.config.use_cache = True
         with refused("read in chunks"):
             model.generate(ids, max_new_tokens=2, prefill_chunk_size=2)
         with refused("several texts stand in one row"):
