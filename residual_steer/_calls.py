@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._caches import cache_of
+from ._frozen import Replaced
 from ._internals import backward_pass
 from ._segments import Segments
 from .backbone import Handle
@@ -173,25 +174,12 @@ class Repeats:
         )
 
 
-@dataclass
-class _Encoding:
-    """The `encode` of a sentence-transformer, which sorts its sentences by length, with every row's own field."""
-
-    model: nn.Module
-
-    def remove(self) -> None:
-        """Let the model's own `encode` run again."""
-        if getattr(self.model.__dict__.get("encode"), "func", None) is _encode:
-            del self.model.__dict__["encode"]
-
-
 def rows_in_order(model: nn.Module, state: Any) -> list[Handle]:
     """Keep rows and names together in a library that sorts or splits what it is given before it calls the model."""
     known = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
     if not known or not callable(getattr(model, "encode", None)):
         return []
-    model.__dict__["encode"] = partial(_encode, model, state)  # copies of a partial follow those of the model
-    return [_Encoding(model)]
+    return [Replaced(model, "encode", partial(_encode, model, state))]
 
 
 def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -> Any:

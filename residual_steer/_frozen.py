@@ -10,6 +10,8 @@ import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,23 @@ _ADAPTERS = ("peft", "adapters", "pyreft", "pyvene")  # packages whose modules b
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _log = logging.getLogger("residual_steer")
+
+
+@dataclass
+class Replaced:
+    """A method of one model with another in its place, until `remove`; copies of a partial follow the model's."""
+
+    model: nn.Module
+    name: str
+    by: partial[Any]
+
+    def __post_init__(self) -> None:
+        self.model.__dict__[self.name] = self.by
+
+    def remove(self) -> None:
+        """Let the model's own method run again, unless somebody has put a third one there."""
+        if getattr(self.model.__dict__.get(self.name), "func", None) is self.by.func:
+            del self.model.__dict__[self.name]
 
 
 class Attachment(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._frozen import Replaced
 from ._internals import keeps_batching
 from ._row_by_row import Run, runs_of
 from .backbone import Handle
@@ -63,20 +64,7 @@ def batches_of_requests(model: nn.Module, state: Any) -> list[Handle]:
     """Let `generate_batch` of transformers serve a list of names as one field for every request."""
     if not callable(getattr(model, "generate_batch", None)) or not hasattr(model, "init_continuous_batching"):
         return []
-    model.__dict__["generate_batch"] = partial(_generate_batch, model, state)  # copies of a partial follow the model
-    return [_Batching(model)]
-
-
-@dataclass
-class _Batching:
-    """The `generate_batch` of a model, with every request's own field."""
-
-    model: nn.Module
-
-    def remove(self) -> None:
-        """Let the model's own `generate_batch` run again."""
-        if getattr(self.model.__dict__.get("generate_batch"), "func", None) is _generate_batch:
-            del self.model.__dict__["generate_batch"]
+    return [Replaced(model, "generate_batch", partial(_generate_batch, model, state))]
 
 
 def _generate_batch(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
