@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Counts:
         peak: the most bytes that tensors made in the step take at one time, gradients included; not what was there
             before, such as weights and the batch. On a CPU what a kernel sets aside for itself while it runs is not
             seen; on a CUDA device it is the allocator's own count.
-        flops: floating-point operations of matrix products, forward and backward.
+        flops: floating-point operations of matrix products, forward and backward; 0 where they were not counted.
         operations: kernels that are launched, forward and backward; views and memory that is set aside are none.
         trainable: parameters that train.
     """
@@ -98,13 +99,15 @@ def _addmm(_: Any, one: Any, other: Any, **__: Any) -> int:
     return int(2 * one[0] * one[1] * other[1])
 
 
-def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor) -> Counts:
+def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor, *, products: bool = True) -> Counts:
     """Run a forward and a backward pass, and count; afterwards the model has no gradients.
 
     Args:
         model: whose parameters and buffers do not count as saved.
         loss: runs the model and returns a scalar.
         given: the batch, which does not count either.
+        products: whether to count the FLOPs, too; torch's counter stops at attention whose keys have fewer heads, where
+            a CUDA kernel takes it as it is.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), given)}
     saved: dict[int, int] = {}
@@ -120,7 +123,8 @@ def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor) -> Counts
     if given.is_cuda:
         torch.cuda.reset_peak_memory_stats(given.device)
         before = torch.cuda.memory_allocated(given.device)
-    with _flop_counter() as counter, _Watch() as watch:  # the watch is asked first: the counter takes some ops apart
+    counting = _flop_counter() if products else contextlib.nullcontext()
+    with counting as counter, _Watch() as watch:  # the watch is asked first: the counter takes some ops apart
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             value = loss()  # kept alive, so that no storage is counted again under an address that was free
         torch.autograd.backward(value)
@@ -129,7 +133,7 @@ def count(model: nn.Module, loss: Callable[[], Tensor], given: Tensor) -> Counts
     return Counts(
         saved=sum(saved.values()),
         peak=peak,
-        flops=int(counter.get_total_flops()),
+        flops=int(counter.get_total_flops()) if counter else 0,
         operations=int(watch.number),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from tabulate import tabulate
-
 from environment import save_json
 from residual_steer import SteerError
 
@@ -25,5 +23,7 @@ def exit_status(work: Callable[[], None]) -> int:
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, its first column to the left and the others, which are numbers, to the right."""
+    from tabulate import tabulate  # a part on a bare machine needs it for its last table alone
+
     align = ["left", *["right"] * (len(heads) - 1)]
     return tabulate(rows, heads, tablefmt="pipe", colalign=align, disable_numparse=True)

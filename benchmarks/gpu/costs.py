@@ -26,7 +26,8 @@ from .decoding import Decoder
 from .models import SUBJECTS
 from .part import Job, run_part, why
 
-RANK, ROWS, PROMPT, IN_BF16 = 32, (1, 16, 64), 128, "LoRA, adapters in bf16"
+RANK, ROWS, PROMPT = 32, (1, 16, 64), 128
+IN_BF16, OURS_IN_BF16 = "LoRA, adapters in bf16", "H-Res, fields in bf16"
 REHEARSED = ("gpt2", "llama", "mamba", "vit")
 ROUNDS, SECONDS = (5, 25), 3  # of a column: between so many rounds, about so long
 REPEATS = {"graph": 20, "step": 1, "prefill": 1, "decode": 3}  # calls of one measurement
@@ -56,6 +57,7 @@ class Costs:
             FROZEN: lambda model: model,
             FLOOR: floor,
             OURS: lambda model: steered(model, self.rank).model,
+            OURS_IN_BF16: lambda model: cast(steered(model, self.rank).model, job.dtype),
             CHEAPEST: lambda model: lora(model, targets, self.rank).model,  # PEFT keeps adapters in fp32
             IN_BF16: lambda model: cast(lora(model, targets, self.rank).model, job.dtype),
         }.items():
@@ -117,7 +119,8 @@ class Costs:
             loss = partial(self.shape.loss, model, self.inputs)
             with self.attempt(name, "counts"):
                 if name != FROZEN:
-                    counts[name] = asdict(count(model, loss, self.inputs))
+                    counts[name] = asdict(count(model, loss, self.inputs, products=False))
+                    del counts[name]["flops"]
                     loss().backward()
                     counts[name]["no gradient"] = sum(p.requires_grad and p.grad is None for p in model.parameters())
                     model.zero_grad()
@@ -167,7 +170,7 @@ class Costs:
         stats = torch._dynamo.utils.counters["stats"]
         for column, reference, make in self.columns(True):
             for name in self.names(reference):
-                if not self.job.may_prepare() or column.endswith("graph") or name == IN_BF16:
+                if not self.job.may_prepare() or column.endswith("graph") or name in (IN_BF16, OURS_IN_BF16):
                     continue
                 with self.attempt(name, column):
                     variant, before = make(name), stats["unique_graphs"]
@@ -203,9 +206,9 @@ class Costs:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a model whose LoRA adapters are in another dtype."""
+    """Return a model whose adapters are in another dtype."""
     for name, p in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "steering_" in name:
             p.data = p.data.to(dtype)
     return model
 

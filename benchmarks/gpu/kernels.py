@@ -28,7 +28,7 @@ kept, words = [], iter(sys.argv[1:])
 for word in words:
     if word in ("-gencode", "--generate-code", "--threads"):
         next(words)
-    elif not word.startswith(("-gencode=", "--generate-code=", "--threads=")):
+    elif word != "-lineinfo" and not word.startswith(("-gencode=", "--generate-code=", "--threads=")):
         kept.append(word)
 os.execv({nvcc!r}, [{nvcc!r}, "-gencode", {code!r}, *kept])
 """

@@ -12,7 +12,8 @@ import torch
 from .part import Job, run_part
 
 NEEDED = ("transformers", "accelerate")
-USEFUL = ("timm", "peft", "pytest", "xdist", "hypothesis", "mambapy", "triton")  # who lacks one, loses what needs it
+# who lacks one of these, loses what needs it
+USEFUL = ("timm", "peft", "pytest", "xdist", "hypothesis", "mambapy", "tabulate", "triton")
 
 
 def work(job: Job) -> None:

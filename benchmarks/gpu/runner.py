@@ -27,6 +27,7 @@ LAST = 20  # seconds that are kept for the summary
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fp32 is fp32, and products repeat
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 QUIET["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each part
+FEW = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}  # of a part beside others: the GPU does the work
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class Part:
 
     Attributes:
         name: of its JSON file.
-        seconds: that it has, from its turn on.
+        seconds: that it has, from its turn on, or from its start where it runs beside others.
         module: what is run; named as the part if left out.
         subjects: for the module.
         ahead: whether it starts at once and prepares itself, and measures only once it is its turn.
+        beside: whether it starts at once: it times nothing, so that others may run beside it.
         exact: whether fp32 products are to be exact and repeatable.
         kernels: whether it needs the compiled kernels.
     """
@@ -48,15 +50,16 @@ class Part:
     module: str = ""
     subjects: tuple[str, ...] = ()
     ahead: bool = False
+    beside: bool = False
     exact: bool = False
     kernels: bool = False
 
 
-CHECKS = [Part("contract", 80, exact=True), Part("training", 60, exact=True), Part("marked", 70, exact=True)]
+CHECKS = [Part(name, 140, beside=True, exact=True) for name in ("training", "contract", "marked", "examples")]
 COSTS = [Part(f"costs-{name}", 50, "costs", (name,), ahead=True) for name in ("gpt2", "llama", "mamba", "vit")]
 KERNELS = [
-    Part("contract-kernels", 50, "contract", ("mamba", "mamba2"), exact=True, kernels=True),
-    Part("marked-kernels", 60, "marked", ("mamba",), exact=True, kernels=True),
+    Part("contract-kernels", 140, "contract", ("mamba", "mamba2"), beside=True, exact=True, kernels=True),
+    Part("marked-kernels", 140, "marked", ("mamba",), beside=True, exact=True, kernels=True),
     Part("costs-kernels", 90, "costs", ("mamba-kernels", "mamba_ssm"), kernels=True),
 ]
 
@@ -85,6 +88,7 @@ class Run:
         self.links, self.site = scratch / "links", scratch / "site"
         self.deadline = time.monotonic() + 60 * options.minutes
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.since: dict[str, float] = {}  # when a part that runs was started
         own = ROOT / ("runs" if options.quick else "benchmarks/results") / "gpu"
         self.folder = options.out.resolve() if options.out else own / card(options)
 
@@ -102,10 +106,12 @@ class Run:
         left = self.left()
         if not self.run(Part("machine", 60)):
             return 1
-        for part in left:
-            if part.ahead:
+        first = left[: bool(left) and left[0].name == "kernels"]  # wheels, which take seconds
+        failed = [part.name for part in first if not self.run(part)]
+        for part in (rest := left[len(first) :]):
+            if part.ahead or (part.beside and not self.options.quick and (first or not part.kernels)):
                 self.start(part)
-        failed = [part.name for part in left if not self.run(part)]
+        failed += [part.name for part in rest if not self.run(part)]
         failed += [] if self.run(Part("summary", LAST, subjects=(str(self.folder),))) else ["summary"]
         print(f"{len(left)} parts were run; not well: {', '.join(failed) or 'none'}", flush=True)
         return int(bool(failed))
@@ -115,7 +121,10 @@ class Run:
         parts = [*CHECKS, *([Part("costs", 50)] if self.options.quick else COSTS), Part("many", 60)]
         if self.options.wheels:
             subjects = (str(self.options.wheels.resolve()), str(self.site))
-            parts += [Part("kernels", 300, subjects=subjects, ahead=True), *(KERNELS if not self.options.quick else [])]
+            slow = any(self.options.wheels.glob("*.tar.gz"))
+            built = Part("kernels", 300, subjects=subjects, ahead=slow)
+            need = [] if self.options.quick else KERNELS
+            parts = [*parts, built, *need] if slow else [built, *need[:-1], *parts, *need[-1:]]
         names = [part.name for part in parts]
         if unknown := [name for name in self.options.only or () if name not in names]:
             sys.exit(f"--only takes {', '.join(names)}; received {', '.join(unknown)}")
@@ -136,9 +145,11 @@ class Run:
 
     def start(self, part: Part) -> None:
         """Start a part, as the first process of a group of its own; from the root it would import the bare package."""
+        self.since[part.name] = time.monotonic()
         path = [self.site] * part.kernels + [self.links, ROOT / "benchmarks", ROOT]
         paths = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **QUIET, **(EXACT if part.exact else {}), "PYTHONPATH": paths}
+        environment |= FEW if part.beside else {}
         out = self.folder / f"{part.name}.json"
         out.unlink(missing_ok=True)  # or a part that ends before it writes would show what an earlier run found
         command = [sys.executable, "-m", f"gpu.{part.module or part.name}", *part.subjects, "--out", str(out)]
@@ -167,8 +178,9 @@ class Run:
                 time.sleep(0.1)
             turn.touch()
             left -= time.monotonic() - began
+        own = part.seconds - (time.monotonic() - self.since[part.name] if part.beside else 0)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a rehearsal is no race
-            process.wait(timeout=5 * part.seconds if self.options.quick else max(min(part.seconds, left), 0))
+            process.wait(timeout=5 * part.seconds if self.options.quick else max(min(own, left), 0))
         end(self.running.pop(part.name))
         record = self.record(part)
         done, wrong = process.returncode == 0 and record.get("status") == "done", record.get("wrong", [])
