@@ -24,6 +24,7 @@ __all__ = [
     "FLOOR",
     "FROZEN",
     "FULL",
+    "IN_BF16",
     "OURS",
     "SITES",
     "Method",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 FROZEN, FLOOR, OURS, FULL = "frozen", "floor", "H-Res, block", "full fine-tuning"
+IN_BF16 = "H-Res, fields in bf16"
 CHEAPEST = "LoRA, usual targets"  # whom steering is to be ahead of
 SITES = ("block", "mixer", "mlp", "input")
 FIELDS = (2, 8)

@@ -29,7 +29,8 @@ def loader(classes):
 
 def accuracy(model, classes):
     """Return how many test images of two digits are told apart, by these two outputs of the head."""
-    x, y = digits(classes, "test").tensors
+    device = next(model.parameters()).device  # where `fit` trained
+    x, y = (part.to(device) for part in digits(classes, "test").tensors)
     with torch.no_grad():
         return f"{float((model.eval()(x)[:, list(classes)].argmax(1) == y).float().mean()):.1%}"
 

@@ -276,7 +276,7 @@ def test_compiled_training_gives_the_same_gradients(case, device):
     case.loss(plain).backward()
     compiled_loss(fast).backward()
     for expected, actual in zip(rs.parameters(plain), rs.parameters(fast), strict=True):
-        close(actual.grad, expected.grad)
+        close(actual.grad, expected.grad, share=1e-5 if device == "cpu" else 1e-3)  # cuDNN rounds as it finds
 
 
 @outer_points

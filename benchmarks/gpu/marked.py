@@ -47,7 +47,8 @@ def work(job: Job) -> None:
     command += ["-c", str(ROOT / "pyproject.toml"), "-o", f"pythonpath={Path(rs.__file__).parents[1]} {ROOT}"]
     command += [*(["-m", "gpu"] * job.cuda), *only, *map(str, sources)]
     if importlib.util.find_spec("xdist") is not None and job.cuda:
-        command += ["-p", "xdist.plugin", "-n", str(max(1, min(12, (os.cpu_count() or 2) - 4)))]
+        workers = min(4 if job.subjects else 12, (os.cpu_count() or 2) - 4)
+        command += ["-p", "xdist.plugin", "-n", str(max(1, workers))]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # of a run around
     own = {LOG: str(log), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nor what else the machine brings
     with subprocess.Popen(command, env={**inherited, **own}) as process:

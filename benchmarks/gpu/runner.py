@@ -55,11 +55,12 @@ class Part:
     kernels: bool = False
 
 
-CHECKS = [Part(name, 140, beside=True, exact=True) for name in ("training", "contract", "marked", "examples")]
-COSTS = [Part(f"costs-{name}", 50, "costs", (name,), ahead=True) for name in ("gpt2", "llama", "mamba", "vit")]
+CHECKS = [Part(name, 170, beside=True, exact=True) for name in ("training", "contract", "marked", "examples")]
+SUBJECTS = {"gpt2": 50, "llama": 50, "vit": 30, "mamba": 60}  # and seconds
+COSTS = [Part(f"costs-{name}", seconds, "costs", (name,), ahead=True) for name, seconds in SUBJECTS.items()]
 KERNELS = [
-    Part("contract-kernels", 140, "contract", ("mamba", "mamba2"), beside=True, exact=True, kernels=True),
-    Part("marked-kernels", 140, "marked", ("mamba",), beside=True, exact=True, kernels=True),
+    Part("contract-kernels", 170, "contract", ("mamba", "mamba2"), beside=True, exact=True, kernels=True),
+    Part("marked-kernels", 170, "marked", ("mamba",), beside=True, exact=True, kernels=True),
     Part("costs-kernels", 90, "costs", ("mamba-kernels", "mamba_ssm"), kernels=True),
 ]
 

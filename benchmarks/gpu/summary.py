@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aims import judged
-from methods import CHEAPEST, FLOOR, OURS
+from methods import CHEAPEST, FLOOR, IN_BF16, OURS
 from output import markdown
 from rounds import Spread
 
@@ -21,7 +21,8 @@ __all__ = ["aims_of", "read", "section", "write_page"]
 ROOT = Path(__file__).parents[2]
 STEP, SAVED, DECODE = 1.03, 1.02, 1.02
 COUNTS = {"trainable": "trainable parameters", "saved": "saved bytes", "peak": "peak memory"}
-HEADS = ("what", "aim", "measured", "verdict", "÷ LoRA, not merged", "ahead of it")
+HEADS = ("what", "aim", "measured", "verdict", "÷ LoRA, not merged", "ahead of it", "fields in bf16")
+SHOWN = 3  # failures of a part; all are in its JSON file
 
 
 def aims_of(records: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -37,13 +38,14 @@ def aims_of(records: Mapping[str, Any]) -> Iterator[list[str]]:
         for column, rows in found.get("times", {}).items():
             aim = STEP if column.startswith("step") else DECODE if column.endswith("graph") else None
             own, peer = Spread(**rows[OURS]["interval"]), rows[OURS].get("against LoRA")
-            yield _verdicts(f"{name}: {column} ÷ {rows[OURS]['reference']}", aim, own, peer and Spread(**peer))
+            cast = f"{rows[IN_BF16]['interval']['median']:.3f}" if IN_BF16 in rows else "–"
+            yield [*_verdicts(f"{name}: {column} ÷ {rows[OURS]['reference']}", aim, own, peer and Spread(**peer)), cast]
 
 
 def _row(what: str, aim: float | None, own: int, least: int | None, peer: int | None) -> list[str]:
     exact = Spread(*[own / (least or 1)] * 3)
     cells = _verdicts(what, aim, exact, peer and Spread(*[own / peer] * 3))
-    return [*cells[:2], f"{exact.median:.3f}" if least else f"{own:,}", *cells[3:]]
+    return [*cells[:2], f"{exact.median:.3f}" if least else f"{own:,}", *cells[3:], "–"]
 
 
 def _verdicts(what: str, aim: float | None, own: Spread, peer: Any) -> list[str]:
@@ -69,7 +71,8 @@ def section(records: Mapping[str, Any]) -> str:
         wrong = [*record.get("wrong", []), *filter(None, [record.get("error")])]
         counts = "".join(f", {number} {outcome}" for outcome, number in record.get("counts", {}).items())
         lines.append(f"- {name}: {record['status']}{counts}{f', {len(wrong)} wrong' if wrong else ''}")
-        lines += [f"  - {' '.join(line.split())[:300]}" for line in wrong[:20]]
+        lines += [f"  - {' '.join(line.split())[:200]}" for line in wrong[:SHOWN]]
+        lines += [f"  - and {len(wrong) - SHOWN} more"] * (len(wrong) > SHOWN)
     parts.append("\n".join(lines))
     if rows := list(aims_of(records)):
         parts.append(markdown(HEADS, rows))
@@ -81,8 +84,12 @@ def section(records: Mapping[str, Any]) -> str:
 
 def write_page(page: Path, results: Path) -> bool:
     """Put the results of all cards before the tables of costs in a page's section; rehearsals leave it as it is."""
-    found = [read(folder) for folder in sorted(results.glob("*")) if folder.is_dir()]
-    parts = [section(records) for records in found if records and not any(one["quick"] for one in records.values())]
+    parts = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        records = read(folder)
+        if records and not any(one["quick"] for one in records.values()):
+            notes = [path.read_text().strip() for path in folder.glob("notes.md")]  # what a reader has to know
+            parts += [section(records), *notes]
     if parts:
         text = "\n\n".join(["## On a GPU", "Made by `make gpu` from `benchmarks/results/gpu`.", *parts]) + "\n"
         old = page.read_text()

@@ -26,7 +26,7 @@ def _mamba_ssm(layer: str, **more: Any) -> nn.Module:
 
 
 MAMBA, SCANS = pair("backbone.layers.{}", "mixer", None), {"scans": True, "kernels": True}
-MAMBA2 = "state_size=4 head_dim=8 num_heads=4 n_groups=1 chunk_size=4"
+MAMBA2 = "state_size=4 head_dim=4 num_heads=8 n_groups=1 chunk_size=4"  # eight: the kernels ask for strides of 8
 PAIRS = {"enter": entering_pair, "leave": sum, "kernels": True}
 LOOP = {"untraced": "its recurrence is a loop that writes into a tensor step by step"}
 SSM = [
