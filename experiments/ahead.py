@@ -48,8 +48,11 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
 def run_cell(index: int) -> str:
     """Do a run, or find it in the ledger; return what it was."""
     problem, arm, seed = CELLS[index]
-    (found,) = sweep(problem, [arm], [seed], Ledger(LEDGER[0]), progress=False)
-    value = found.refused or (found.trials[0].test if found.trials else None)
+    try:
+        (found,) = sweep(problem, [arm], [seed], Ledger(LEDGER[0]), progress=False)
+        value: object = found.refused or (found.runs[0].test if found.runs else "diverged")
+    except Exception as error:  # the others go on; the study does this one again, and raises
+        value = f"failed: {error!r}"
     return f"{problem.name}, {arm.name}, {arm.rates[0]:g}, seed {seed}: {value}"
 
 
