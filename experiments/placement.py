@@ -105,6 +105,9 @@ PLACES: dict[str, Place] = {
     "query + value": at("mixer.query", "mixer.value"),
     "q_proj + v_proj": at("mixer.q_proj", "mixer.v_proj"),
 }
+# what all seeds are spent on from the beginning: where a family's default is chosen from, and what is no field
+CANDIDATES = ("block", "input", "after", "input + after", "in_proj + x_proj", "c_attn", "qkv")
+FIRST = (*(f"H-Res, {place}" for place in CANDIDATES), "LoRA", "head alone")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytest.importorskip("peft")
 
-from experiments import placement, real_models, real_weights
+from experiments import ahead, placement, real_models, real_weights
 
 
 def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path, monkeypatch):
@@ -34,6 +34,22 @@ def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path
     assert result.verdicts == ()
     monkeypatch.setattr("experiments.sweep.fit", lambda *_, **__: pytest.fail("a finished run was done again"))
     assert placement.main(arguments) == 0
+
+
+def test_what_was_run_ahead_in_processes_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "PLACES", {"block": placement.PLACES["block"]})
+    monkeypatch.setattr(placement, "PLACES", ahead.PLACES)
+    arguments = ["--quick", "--seeds", "2", "--task", "small-ViT", "--out", str(tmp_path)]
+    arguments += ["--cache", str(tmp_path / "cache")]
+    threads = torch.get_num_threads()
+    try:
+        assert ahead.main([*arguments, "--processes", "2"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    alone = Ledger(tmp_path / "placement.ledger.jsonl")
+    assert len(alone) == 5 * (2 * 3 + 1)  # block, LoRA and the head with both seeds, DoRA with one
+    monkeypatch.setattr("experiments.sweep.fit", lambda *_, **__: pytest.fail("a finished run was done again"))
+    assert placement.main([*arguments, "--seeds", "1", "--rates", "1"]) == 0
 
 
 def test_a_sweep_goes_on_until_its_best_rate_has_a_worse_one_on_both_sides():
