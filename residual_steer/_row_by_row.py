@@ -7,13 +7,14 @@ batched product of weights that are gathered by row. It is the same sum, rounded
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._internals import is_plainly_called
 from .field import ACTIVATIONS, HRes
 
 __all__ = ["Run", "add_runs", "runs_of", "saves_time"]
@@ -27,6 +28,17 @@ class Run(NamedTuple):
     start: int
     stop: int
     name: str
+
+
+class _Parts(NamedTuple):
+    """What a field computes with, found once a call: to find a module's attributes takes as long as a small product."""
+
+    down: Tensor
+    down_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    scale: float
+    activation: Callable[[Tensor], Tensor]
 
 
 def runs_of(names: Sequence[str | None]) -> tuple[Run, ...]:
@@ -66,26 +78,33 @@ def add_runs(
         dtype: what the frozen block computes in.
     """
     first = fields[runs[0].name]
-    alike = _alike(runs, fields)
     last = first.channels == -1 and y.is_contiguous()
-    if alike and last and y.device.type != "cpu" and units <= len(y):
-        return _gathered(y, z, runs, units, fields, dtype)
-    plain = alike and last and y.dtype == dtype == first.up.weight.dtype and not torch.is_autocast_enabled("cpu")
-    if plain and not torch.is_grad_enabled():
-        return _in_place(y, z, runs, units, fields)
+    alike = _alike(runs, fields) if last else None
+    if alike is not None:
+        if y.device.type != "cpu" and units <= len(y):
+            return _gathered(y, z, runs, units, alike, dtype)
+        plain = y.dtype == dtype == alike[runs[0].name].up.dtype and not torch.is_autocast_enabled("cpu")
+        if plain and not torch.is_grad_enabled():
+            return _in_place(y, z, runs, units, alike)
     return _one_by_one(y, z, runs, units, fields, dtype)
 
 
-def _alike(runs: Sequence[Run], fields: Mapping[str, HRes]) -> bool:
-    """Return whether fields have tensors of the same shapes and the same activation, and no dropout at present."""
-    kinds = set()
+def _alike(runs: Sequence[Run], fields: Mapping[str, HRes]) -> dict[str, _Parts] | None:
+    """Return the tensors of the fields that act, by name, if their shapes and activation are the same; else None.
+
+    Nor may there be dropout at present, or what another library hung on a projection.
+    """
+    kinds, found = set(), {}
     for name in {run.name for run in runs}:
         field = fields[name]
         down, up = field.down, field.up
-        if not field.plain or (field.dropout and field.training):
-            return False
-        kinds.add((field.rank, field.activation, down.bias is None, up.bias is None, up.weight.dtype))
-    return len(kinds) == 1
+        if not (is_plainly_called(down) and is_plainly_called(up)) or (field.dropout and field.training):
+            return None
+        parts = found[name] = _Parts(
+            down.weight, down.bias, up.weight, up.bias, field.scale, ACTIVATIONS[field.activation]
+        )
+        kinds.add((field.rank, field.activation, parts.down_bias is None, parts.up_bias is None, parts.up.dtype))
+    return found if len(kinds) == 1 else None
 
 
 def _one_by_one(
@@ -105,60 +124,56 @@ def _one_by_one(
     return torch.cat([part for part in parts if len(part)] or [y]).view(shape)
 
 
-def _in_place(y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, HRes]) -> Tensor:
+def _in_place(y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, _Parts]) -> Tensor:
     """Add fields that are alike by products that write straight into the result, without gradients."""
-    width, rank = y.shape[-1], fields[runs[0].name].rank
+    width, rank = y.shape[-1], len(fields[runs[0].name].down)
     before, entered = y.view(-1, width), z.reshape(-1, z.shape[-1]).to(y.dtype)
     left, hidden, size = torch.empty_like(before), entered.new_empty(len(before), rank), len(before) // units
-    parts, at = [(slice(run.start * size, run.stop * size), fields[run.name]) for run in runs], 0
-    for place, field in parts:
+    placed, at = [(slice(run.start * size, run.stop * size), fields[run.name]) for run in runs], 0
+    for place, field in placed:
         if place.start > at:
             left[at : place.start], hidden[at : place.start] = before[at : place.start], 0
         at = place.stop
-        down = field.down
-        bias = down.bias
-        if bias is None:
-            torch.mm(entered[place], down.weight.t(), out=hidden[place])
+        if field.down_bias is None:
+            torch.mm(entered[place], field.down.t(), out=hidden[place])
         else:
-            torch.addmm(bias, entered[place], down.weight.t(), out=hidden[place])
+            torch.addmm(field.down_bias, entered[place], field.down.t(), out=hidden[place])
     left[at:], hidden[at:] = before[at:], 0
-    hidden = ACTIVATIONS[parts[0][1].activation](hidden)
-    for place, field in parts:
-        up = field.up
-        to, bias = left[place], up.bias
-        if bias is None:
-            torch.addmm(before[place], hidden[place], up.weight.t(), alpha=field.scale, out=to)
+    hidden = placed[0][1].activation(hidden)
+    for place, field in placed:
+        to = left[place]
+        if field.up_bias is None:
+            torch.addmm(before[place], hidden[place], field.up.t(), alpha=field.scale, out=to)
         else:
-            torch.add(before[place], bias, alpha=field.scale, out=to)
-            to.addmm_(hidden[place], up.weight.t(), alpha=field.scale)
+            torch.add(before[place], field.up_bias, alpha=field.scale, out=to)
+            to.addmm_(hidden[place], field.up.t(), alpha=field.scale)
     return left.view(y.shape)
 
 
 def _gathered(
-    y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, HRes], dtype: torch.dtype
+    y: Tensor, z: Tensor, runs: Sequence[Run], units: int, fields: Mapping[str, _Parts], dtype: torch.dtype
 ) -> Tensor:
     """Add fields that are alike by two batched products of their weights, gathered by unit."""
-    own: list[HRes | None] = [None] * units
+    own: list[_Parts | None] = [None] * units
     for run in runs:
         own[run.start : run.stop] = [fields[run.name]] * (run.stop - run.start)
-    some = fields[runs[0].name]
 
-    def gather(part: str, kind: str) -> Tensor:
+    def gather(some: Tensor, part: int) -> Tensor:
         """Stack the weights or biases of all units, zeros where no field acts."""
-        none = torch.zeros_like(getattr(getattr(some, part), kind))
-        every = [none if field is None else getattr(getattr(field, part), kind) for field in own]
-        return torch.stack(every).to(dtype)
+        none = None if all(own) else torch.zeros_like(some)
+        return torch.stack([none if parts is None else parts[part] for parts in own]).to(dtype)  # type: ignore[misc]
 
+    down, down_bias, up, up_bias, scale, activation = fields[runs[0].name]
     entered = z.reshape(units, -1, z.shape[-1]).to(dtype)
-    hidden = torch.bmm(entered, gather("down", "weight").transpose(1, 2))
-    if some.down.bias is not None:
-        hidden = hidden + gather("down", "bias").unsqueeze(1)
-    hidden = ACTIVATIONS[some.activation](hidden)
-    moved = torch.bmm(hidden, gather("up", "weight").transpose(1, 2))
-    if some.up.bias is not None:
-        moved = moved + gather("up", "bias").unsqueeze(1)
-    scales = [0.0 if field is None else field.scale for field in own]
+    hidden = torch.bmm(entered, gather(down, 0).transpose(1, 2))
+    if down_bias is not None:
+        hidden = hidden + gather(down_bias, 1).unsqueeze(1)
+    hidden = activation(hidden)
+    moved = torch.bmm(hidden, gather(up, 2).transpose(1, 2))
+    if up_bias is not None:
+        moved = moved + gather(up_bias, 3).unsqueeze(1)
+    scales = [0.0 if parts is None else parts.scale for parts in own]
     if len({*scales} - {0.0}) > 1:
         moved = moved * torch.tensor(scales, dtype=torch.float64, device="cpu").to(moved).view(-1, 1, 1)
         return (y + moved.view(y.shape)).to(y.dtype)
-    return torch.add(y, moved.view(y.shape), alpha=some.scale).to(y.dtype)
+    return torch.add(y, moved.view(y.shape), alpha=scale).to(y.dtype)

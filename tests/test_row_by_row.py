@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import residual_steer as rs
-from residual_steer import _row_by_row
+from residual_steer import _row_by_row, injector, routing
 from residual_steer.routing import SIDE_BY_SIDE
 from test_mix import BATCH, LENGTH, WIDTH, field_sets, fields_of, near, pair, quick, seeds, steered, stream
 
@@ -26,12 +26,13 @@ def way(request, apart, monkeypatch):
     """One of the ways in which rows meet their own field, which counts how often it was gone."""
     real, calls = getattr(_row_by_row, request.param), []
 
-    def go(y, z, runs, units, fields, *dtype):
+    def go(y, z, runs, units, fields, dtype):
         calls.append(request.param)
-        return real(y, z, runs, units, fields, *([] if request.param == "_in_place" else dtype or (y.dtype,)))
+        given = fields if request.param == "_one_by_one" else _row_by_row._alike(runs, fields)
+        return real(y, z, runs, units, given, *([] if request.param == "_in_place" else [dtype]))
 
-    for name in ("_in_place", "_gathered", "_one_by_one"):
-        monkeypatch.setattr(_row_by_row, name, go)
+    for module in (injector, routing):
+        monkeypatch.setattr(module, "add_runs", go)
     return calls
 
 
