@@ -248,6 +248,8 @@ class Steering:
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Let the output remember what was selected, and end what `_enter` began."""
         if torch.compiler.is_compiling():
+            if self.mix.by_token:
+                raise compiled_prompt()  # behind a break of the graph, where `_enter` was not compiled
             return
         call = running.calls.pop() if self.mix.watched and running.calls else None
         if torch.is_grad_enabled():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from residual_steer import registry
+from residual_steer._calls import running
 
 collect_ignore = ["serving"]  # which `make test-vllm` runs
 torch.set_num_threads(1)
@@ -36,6 +37,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    yield
+    assert not running.calls, "a call of a steered model has begun and not ended"
 
 
 @pytest.fixture(autouse=True)
