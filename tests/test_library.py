@@ -210,5 +210,5 @@ def test_a_soak_of_seconds_finds_nothing_wrong(tmp_path, capsys):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert soak_library.main(["--minutes", "0.05", "--fields", "6", "--slots", "3", "--folder", str(tmp_path)]) == 0
+        assert soak_library.main(["--minutes", "0.02", "--fields", "6", "--slots", "3", "--folder", str(tmp_path)]) == 0
     assert "0 wrong rows" in capsys.readouterr().out

@@ -12,18 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from apart import printed
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = "accelerate transformers timm peft datasets mamba_ssm causal_conv1d matplotlib sklearn".split()  # noqa: SIM905
-
-
-def run(code, *args, cwd, path=None):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, "-c", code, *map(str, args)]
-    finished = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +24,9 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     skip = shutil.ignore_patterns(".git", ".venv*", "*.egg-info", "build", "runs", "__pycache__", ".*_cache")
     source = shutil.copytree(ROOT, folder / "source", ignore=skip)
-    code = (
-        "import sys; from setuptools import build_meta; place = sys.argv.pop()\n"
-        "build_meta.build_sdist(place); build_meta.build_wheel(place)"
-    )
-    run(code, folder, cwd=source)
+    code = "from setuptools import build_meta; build_meta.build_sdist('..'); build_meta.build_wheel('..')"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, check=True)
     (wheel,), (archive,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, archive
 
@@ -49,9 +39,9 @@ def test_the_wheel_works_from_outside_the_repository(built, tmp_path):
         "from residual_steer.backbones import decoders, recurrent, vision\n"
         "print(residual_steer.__file__, families.__file__, decoders.__file__, residual_steer.list_backbones())"
     )
-    printed = run(code, cwd=tmp_path, path=tmp_path / "target")
-    assert printed.count(str(tmp_path / "target")) == 3
-    assert "'mamba'" in printed
+    found, _ = printed(code, tmp_path, [tmp_path / "target"])
+    assert found.count(str(tmp_path / "target")) == 3
+    assert "'mamba'" in found
 
 
 def test_the_wheel_holds_what_it_should_and_no_bare_backbones(built):
@@ -98,6 +88,8 @@ def test_the_public_names_are_there():
 def test_an_import_loads_nothing_heavy_and_the_rest_when_it_is_asked_for(tmp_path):
     program = f"""
 import sys
+for name in [name for name in sys.modules if name.partition(".")[0] in {HEAVY!r}]:
+    del sys.modules[name]
 import residual_steer as rs
 later = ("baselines", "continual", "data", "diagnostics")
 early = [name for name in {HEAVY!r} if name in sys.modules]
@@ -113,4 +105,4 @@ except AttributeError as error:
 else:
     raise SystemExit("there is nothing of that name")
 """
-    run(program, cwd=tmp_path)
+    printed(program, tmp_path)

@@ -43,8 +43,11 @@ def test_a_field_computes_what_a_native_one_does_and_off_is_the_base_bit_for_bit
     assert not any(isinstance(m, (Injector, HResLayer)) or m._forward_hooks for m in model.modules())
 
 
-@every
-@pytest.mark.parametrize("how", ["name", "low memory", "trainable", "beside"])
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [(case, "name") for case in MODELS] + [(MODELS[0], how) for how in ("low memory", "trainable", "beside")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_saving_and_loading_under_another_name(case, how, tmp_path):
     whole = steered(case, layers=[-1], field_bias=False)
     on = run(case, whole)

@@ -3,15 +3,14 @@
 import copy
 import enum
 import json
-import os
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import residual_steer as rs
+from apart import printed
 from peft_models import BY_NAME, MODELS, run, shake
 
 peft = pytest.importorskip("peft")
@@ -291,14 +290,11 @@ def test_a_process_that_did_not_import_the_module_is_helped(tmp_path):
     whole.save_pretrained(tmp_path)  # once is enough
     assert (tmp_path / "README.md").read_text().count("```python\nimport residual_steer.peft") == 1
     code = (
-        "import sys, peft\nload = lambda: peft.PeftConfig.from_pretrained(sys.argv[1])\n"
+        "import peft\nload = lambda: peft.PeftConfig.from_pretrained('.')\n"
         "try: load()\nexcept KeyError as error: print(error)\n"
         "import residual_steer.peft\nprint(type(load()).__name__)"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert printed.split() == ["'HRES'", "HResConfig"]
+    assert printed(code, tmp_path)[0].split() == ["'HRES'", "HResConfig"]
 
 
 def test_copies_and_pickles_are_models_of_their_own(tmp_path):

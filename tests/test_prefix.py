@@ -1,8 +1,7 @@
 """The frozen prefix computed once: the same losses, and a refusal with a reason where they would not be the same."""
 
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import residual_steer as rs
+from apart import started
 from cases import CASES, LENGTH, RANK, VOCABULARY
 from residual_steer.training import next_token_loss
 from runs import Stop, fit, same, stopping_at, weights
@@ -104,8 +104,11 @@ def compare(make, case=GPT2, cache_prefix=True, rtol=1e-4, **options):
     return found.cache
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "gpt2", "mamba", "mamba2", "mamba_ssm-1", "mamba_ssm-2"])
-@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [(name, "memory") for name in ("timm-vit", "hf-vit", "gpt2", "mamba", "mamba2", "mamba_ssm-1", "mamba_ssm-2")]
+    + [("gpt2", "disk"), ("mamba_ssm-2", "disk")],
+)
 def test_losses_are_those_without_a_cache(name, place, tmp_path):
     case, models, runs = TABLE[name], [], []
 
@@ -370,23 +373,23 @@ def test_data_that_change_between_epochs_are_noticed():
         train(steered(), data=DataLoader(Texts(drift=True), 4), steps=9, cache_prefix=True)
 
 
-KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-from test_prefix import train, steered
-model, steps = steered(), []
-def die(*_):
-    steps.append(1)
-    if len(steps) == 7:
-        os.kill(os.getpid(), 9)
-model.lm_head.register_forward_hook(die)
-train(model, cache_prefix={folder!r})
-"""
+def killed(folder):
+    """Train, and be killed in the seventh step."""
+    model, steps = steered(), []
+
+    def die(*_):
+        steps.append(1)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.lm_head.register_forward_hook(die)
+    train(model, cache_prefix=folder)
 
 
 def test_a_killed_run_leaves_a_cache_that_can_be_read(tmp_path):
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -9
+    process = started(killed, tmp_path)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     compare(steered, cache_prefix=tmp_path)
 
 
@@ -428,8 +431,7 @@ ENDS = [  # which blocks are steered, and the bytes that are kept of four rows: 
 ]
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize(("name", "layers", "size"), ENDS)
+@pytest.mark.parametrize(("name", "layers", "size", "on_disk"), [*((*end, False) for end in ENDS), (*ENDS[0], True)])
 def test_what_another_thing_than_the_next_block_reads_is_kept_too(name, layers, size, on_disk, tmp_path):
     """A change of width, or a decoder behind its encoder."""
     case, counted = TABLE[name], []

@@ -1,13 +1,9 @@
 """Checkpoints: what they hold, what they refuse, and that a run which was cut off ends as if it had not been."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import residual_steer as rs
+from apart import apart, started
+from programs import fit_run, fit_sharded, fit_two
 from runs import Stop, classifier, fit, pairs, same, stopping_at, weights
-
-PROGRAMS = Path(__file__).parent / "programs"
 
 
 def test_a_checkpoint_holds_only_what_trains(tmp_path):
@@ -128,30 +124,10 @@ def test_a_loader_with_another_number_of_generators_is_refused(tmp_path):
         fit(classifier(), other, save_to=tmp_path, steps=4, checkpoint_every=2, resume=True)
 
 
-def start(program, *args, **pipes):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(PROGRAMS / program), *map(str, args)], env=environment, **pipes)
-
-
-@pytest.fixture
-def runs():
-    """Start runs in copies of one process; give the number of each, and wait for how it ended."""
-    with start("fit_run.py", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def begin(folder, steps):
-            print(folder, steps, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        yield begin, lambda: int(process.stdout.readline())
-        process.stdin.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(runs, tmp_path):
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    """By processes of another interpreter than the whole run, which hashes otherwise."""
     steps, whole, broken = 40, tmp_path / "whole", tmp_path / "broken"
-    begin, ended = runs
-    begin(whole, steps)
-    assert ended() == 0
+    fit_run.main(whole, steps)
     aims = random.Random(3)
     moments = [  # in a step, while a checkpoint is filled, when one has just been put in place
         lambda: any(broken.glob("checkpoint-*")) and time.sleep(aims.uniform(0, 0.05)) is None,
@@ -161,17 +137,18 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(runs, tmp_p
     reached = [0]
     for moment in moments:
         seen = {path.name for path in broken.glob("*checkpoint-*")}
-        process = begin(broken, steps)
+        process = started(fit_run.apart, broken, steps)
         deadline = time.monotonic() + 60
         while not moment() and time.monotonic() < deadline:
-            pass
-        os.kill(process, signal.SIGKILL)
-        assert ended() == -signal.SIGKILL
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         names = [path.name for path in broken.glob("checkpoint-*")]
         reached.append(max((int(name.split("-")[1]) for name in names), default=0))
     assert reached == sorted(reached)
     assert 0 < reached[-1] < steps
-    assert start("fit_run.py", broken, steps).wait() == 0  # by an interpreter that hashes otherwise
+    apart(fit_run.apart, broken, steps)
     files = [folder / "final" / "steering.safetensors" for folder in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
     journals = []
@@ -181,27 +158,10 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(runs, tmp_p
     assert journals[0] == journals[1]
 
 
-def run(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = str(PROGRAMS.parent)
-    finished = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-
-
 def test_two_processes_make_the_losses_of_one(tmp_path):
     """Means of means: with unequal counts of labels, a process without any, a last batch of one row, on real gloo."""
-    # `accelerate launch --cpu` starts one process only; its torchrun launcher, told to use CPUs, starts two on gloo.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    for folder, launcher in (("1", []), ("2", launch)):
-        run(*launcher, PROGRAMS / "fit_two.py", tmp_path / folder)
+    fit_two.main(tmp_path / "1")
+    apart(fit_two.two, tmp_path / "2")
     one, two = (
         [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
         for folder in ("1", "2")
@@ -215,7 +175,7 @@ def test_two_processes_make_the_losses_of_one(tmp_path):
 
 def test_references_that_fsdp2_replaced_are_not_held_on_to(tmp_path):
     """A GPT-2, a ViT and a Mamba, sharded: cleared, clipped, measured, saved and resumed as the whole model is."""
-    run(PROGRAMS / "fit_sharded.py", tmp_path)
+    apart(fit_sharded.every, tmp_path)
     whole, *sharded = (json.loads((tmp_path / name / "found.json").read_text()) for name in ("whole", "1", "2"))
     for name, records in whole.items():
         assert len(records) == 7

@@ -1,12 +1,7 @@
 """Models that several processes share: losses, files and resumed runs are those of one process with the whole model."""
 
-import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +9,11 @@ import transformers
 from safetensors.torch import load_file
 
 import residual_steer as rs
+from apart import apart, started
+from programs import fit_shards
 
-PROGRAM = Path(__file__).parent / "programs" / "fit_shards.py"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 WAYS = ["ddp", "fsdp2", "fsdp1", "tp"]
-
-
-def launch(folder, *more, program=PROGRAM):
-    command = [sys.executable, "-W", "ignore", str(program), str(folder), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +23,15 @@ def shared(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=24, num_key_value_heads=2, **SIZES)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
-    done = launch(folder)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    process = started(fit_shards.both, folder)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     found = json.loads((folder / "found.json").read_text())
-    spec = importlib.util.spec_from_file_location("fit_shards", PROGRAM)
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     for how in ("whole", "cache"):
-        model = program.made(how, folder / "base")
+        model = fit_shards.made(how, folder / "base")
         place = folder if how == "whole" else folder / "alone"
         rs.save(model, place / how / "fresh")
-        found[f"one {how}"] = program.run(
+        found[f"one {how}"] = fit_shards.run(
             model, place / how / "run", **({"cache_prefix": True} if how == "cache" else {})
         )
         rs.save(model, place / how / "trained")
@@ -72,8 +60,7 @@ def test_losses_and_files_are_those_of_one_process(how, shared):
 
 def test_a_killed_run_of_a_sharded_model_is_resumed_exactly(shared):
     folder, found = shared
-    done = launch(folder, "resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    apart(fit_shards.both, folder, True)
     assert json.loads((folder / "found.json").read_text())["killed"] == found["fsdp2"]
     files = [(folder / "fsdp2" / way / "steering.safetensors").read_bytes() for way in ("trained", "again")]
     assert files[0] == files[1]
@@ -134,8 +121,9 @@ def test_what_deepspeed_sharded_is_left_to_its_engine(stage, shared):
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_what_zero_sharded_is_gathered(stage, shared):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed; constraints.txt leaves it out")
+    from programs import train_deepspeed
+
     folder, _ = shared
-    done = launch(folder, stage, program=PROGRAM.with_name("train_deepspeed.py"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    apart(train_deepspeed.both, folder, int(stage))
     files = [(folder / stage / way / "steering.safetensors").read_bytes() for way in ("fresh", "again")]
     assert files[0] == files[1]

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 import residual_steer as rs
+from apart import apart
 from fields import IMAGES, refused, rewrite, save_one, shake, vit
 from residual_steer._controller import steering_of
 from residual_steer._format import (
@@ -240,27 +239,19 @@ def test_what_cannot_be_saved_is_refused_and_leaves_no_folder(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-FULL_DISK = """
-import resource, sys, torch
-sys.path.insert(0, {tests!r})
-import residual_steer as rs
-from fields import vit, shake
-torch.manual_seed(1)
-model = shake(rs.steer(vit(), rank=32))
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-try:
-    rs.save(model, {folder!r})
-except rs.SteerError as error:
-    print(error)
-"""
+def save_on_a_full_disk(folder):
+    import resource
+
+    model = shake(rs.steer(vit(), rank=32))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    with pytest.raises(rs.SteerError, match=r"could not write .*File too large.*untouched"):
+        rs.save(model, folder)
 
 
 def test_a_disk_that_is_full_leaves_the_old_field_whole(saved):
     folder, expected = saved
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(folder))
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert re.search(r"could not write .*File too large.*untouched", finished.stdout)
+    apart(save_on_a_full_disk, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert torch.equal(rs.load(vit(), folder)(IMAGES), expected)
 

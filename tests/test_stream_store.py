@@ -1,12 +1,13 @@
 """Where the streams of a frozen prefix are kept: what comes back, limits, damage, and one run at a time."""
 
-import subprocess
-import sys
+import os
+import signal
 
 import pytest
 import torch
 
 import residual_steer as rs
+from apart import started
 from residual_steer._stream_store import StreamStore
 
 
@@ -55,18 +56,16 @@ def fill(store):
     return store
 
 
-KILLED = """
-import os, pathlib, sys, torch
-from residual_steer._stream_store import StreamStore
-store = StreamStore(pathlib.Path(sys.argv[1]), 10**6)
-store.add(b"x" * 16, [torch.zeros(4)])
-os.kill(os.getpid(), 9)
-"""
+def killed(folder):
+    StreamStore(folder, 10**6).add(b"x" * 16, [torch.zeros(4)])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_rows_after_the_last_flush_are_forgotten(store_in, tmp_path):
     fill(store_in()).close()
-    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -9
+    process = started(killed, tmp_path)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     again = store_in()
     assert (len(again), again.bytes) == (3, 48)
     again.add(b"x" * 16, [torch.ones(4)])

@@ -1,13 +1,8 @@
 """fit and evaluate: what a run does, what it refuses, and what it leaves as it was."""
 
 import ast
-import io
-import json
 import math
 import random
-import re
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import residual_steer as rs
-from cases import CASES
+from cases import TABLE
 from residual_steer.errors import DivergedError
-from residual_steer.training import FitOptions, evaluate, next_token_loss, progress
-from residual_steer.training import history as records
+from residual_steer.training import FitOptions, evaluate, next_token_loss
 from residual_steer.training.losses import measure
 from runs import classifier, fit, pairs, same, weights
 
@@ -239,72 +233,6 @@ def test_bad_data():
         fit(frozen, pairs())
 
 
-def test_metrics_are_json_lines_and_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    history = fit(classifier(), pairs(), pairs(), save_to=tmp_path, log_every=3, trackers=["tensorboard"])
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line for line in lines if line["kind"] == "train"] == [{"kind": "train", **r} for r in history.train]
-    events = EventAccumulator(str(tmp_path / "logs" / "residual-steer"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [3, 6]
-    assert events.Scalars("valid/accuracy")[0].value == pytest.approx(history.valid[-1]["accuracy"])
-
-
-def read_wandb(folder):
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    return file.read_bytes().count(b"train/loss") > 0, b"river" in file.read_bytes()
-
-
-def read_mlflow(folder):
-    import mlflow
-
-    (run,) = mlflow.MlflowClient().search_runs(["0", mlflow.get_experiment_by_name("residual-steer").experiment_id])
-    return run.data.metrics["train/loss"] > 0, run.info.run_name == "river"
-
-
-def read_trackio(folder):
-    import sqlite3
-    from contextlib import closing
-
-    with closing(sqlite3.connect(folder / "residual-steer.db")) as base:
-        rows = base.execute("SELECT run_name, metrics FROM metrics").fetchall()
-    return any(b"train/loss" in metrics for _, metrics in rows), {name for name, _ in rows} == {"river"}
-
-
-@pytest.mark.filterwarnings("ignore")  # of the packages themselves
-@pytest.mark.parametrize(
-    ("name", "read"),
-    [("wandb", read_wandb), ("mlflow", read_mlflow), ("trackio", read_trackio)],
-    ids=["wandb", "mlflow", "trackio"],
-)
-def test_trackers_that_need_no_account(name, read, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # which it reads when it is imported
-    pytest.importorskip(name)
-    fit(classifier(), pairs(), save_to="runs/river", trackers=[name], log_every=3, progress=False)
-    for _ in range(100):  # a process of wandb's own writes behind
-        if read(tmp_path) == (True, True):
-            return
-        time.sleep(0.1)
-    assert read(tmp_path) == (True, True)
-
-
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    absent = sorted(set(LoggerType.list()) - {*map(str, get_available_trackers()), "all"})
-    if not absent:
-        pytest.skip("every tracker is installed")
-    with pytest.raises(rs.SteerError, match=rf"`trackers` has {absent[0]}, which cannot be imported"):
-        fit(classifier(), pairs(), save_to=tmp_path, trackers=["tensorboard", absent[0]])
-
-
 def test_a_run_leaves_accelerate_as_it_was(monkeypatch):
     plain = fit(classifier(), pairs(), log_every=1)
     half = fit(classifier(), pairs(), precision="bf16", log_every=1)
@@ -344,26 +272,6 @@ def test_training_knows_nothing_of_steering():
         name for name in found if name.startswith("residual_steer") and not name.startswith("residual_steer.training")
     }
     assert own <= {f"residual_steer.{name}" for name in ("_batches", "_checks", "_files", "_shards", "errors")}
-
-
-def test_a_log_that_is_no_terminal_gets_few_lines(monkeypatch):
-    log = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", log)
-    fit(classifier(), pairs(), steps=30, progress=True)
-    assert log.getvalue() in ("", "\r")  # done within five seconds
-    monkeypatch.setattr(records, "EVERY", 0.2)
-    began = time.monotonic()
-    with progress(total=200, desc="work", unit="step") as bar:
-        for step in range(200):
-            time.sleep(0.004)
-            bar.set_postfix_str(f"loss {step}")
-            bar.update()
-    lines = [line for line in log.getvalue().replace("\r", "").split("\n") if line]
-    assert 2 <= len(lines) <= (time.monotonic() - began) / 0.2 + 1
-    assert all(re.match(r"work: .*/200 .*loss \d+", line) for line in lines)
-    log.isatty = lambda: True
-    assert progress(total=3).mininterval < 1
-    log.truncate(0)
 
 
 def test_an_optimizer_of_the_users_own():
@@ -439,7 +347,7 @@ def test_the_randomness_of_data_and_model_are_apart():
 
 @pytest.mark.parametrize("name", ["timm-vit", "gpt2", "mamba", "mamba2", "falcon-mamba", "mamba_ssm-1", "mamba_ssm-2"])
 def test_one_loop_trains_every_architecture(name):
-    case = next(case for case in CASES if case.name == name)
+    case = TABLE[name]
     model = rs.steer(case.build(), rank=4)
     batch, loss = case.inputs(model), None
     if name == "timm-vit":

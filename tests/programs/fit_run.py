@@ -1,16 +1,10 @@
-"""A run of `fit` with all that a resume has to get right: dropout, shuffling, augmentation, a head, running statistics.
-
-Usage: fit_run.py FOLDER STEPS; without these it reads such lines, and for each prints the number of a process that runs
-it, and how that ended.
-"""
+"""A run of `fit` that a test kills and resumes: chance in data and model, and a checkpoint after every step."""
 
 import random
-import sys
 import time
 
 import numpy as np
 import torch
-from forks import ended, fork
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -55,7 +49,7 @@ class Net(nn.Module):
         return self.head(self.norm(z.mean(1)))
 
 
-@rs.register_backbone("net", matches=["__main__.Net"])
+@rs.register_backbone("net", matches=[f"{__name__}.Net"])
 def net(model: nn.Module) -> rs.Backbone:
     return rs.Backbone(blocks=model.blocks, width=16, mlp="mlp")
 
@@ -86,16 +80,7 @@ def main(folder: str, steps: int) -> None:
     rs.save(model, f"{folder}/final")
 
 
-def apart(folder: str, steps: str) -> None:
+def apart(folder: str, steps: int) -> None:
     random.seed()  # as in a process that has nothing of this one
     np.random.seed()
-    main(folder, int(steps))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(sys.argv[1], int(sys.argv[2]))
-    for line in sys.stdin if len(sys.argv) == 1 else ():
-        child = fork(apart, *line.split())
-        print(child, flush=True)
-        print(ended(child), flush=True)
+    main(folder, steps)

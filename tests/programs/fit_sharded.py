@@ -1,22 +1,17 @@
-"""A run of `fit` on models that FSDP2 has sharded, or on the whole ones; saved, resumed, and measured at the end.
-
-Usage: fit_sharded.py FOLDER; below it every run has a folder, `whole` and, by the number of processes, `1` and `2`.
-"""
+"""Runs of `fit` on models that FSDP2 has sharded, and on the whole ones; saved, resumed, and measured at the end."""
 
 import json
 import os
-import socket
-import sys
 
 import torch
-from fit_two import collate
-from forks import ended, fork
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import residual_steer as rs
-from cases import CASES
+from cases import TABLE
+from programs.fit_two import collate
+from programs.forks import ended, fork, torchrun
 from residual_steer.training import next_token_loss
 
 
@@ -24,8 +19,7 @@ def main(folder: str, sharded: bool) -> None:
     torch.set_num_threads(1)
     found = {}
     for name in ("gpt2", "mamba", "timm-vit"):
-        case = next(case for case in CASES if case.name == name)
-        model = case.build()
+        model = TABLE[name].build()
         torch.manual_seed(0)
         rs.steer(model, rank=4)
         if name == "timm-vit":
@@ -77,21 +71,10 @@ def main(folder: str, sharded: bool) -> None:
         torch.distributed.destroy_process_group()
 
 
-def start(folder: str, processes: int) -> list[int]:
-    """Start a run, as torchrun would: of so many processes, or of one that is told nothing of others."""
-    if not processes:
-        return [fork(main, folder, False)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size, place = {"WORLD_SIZE": str(processes)}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [fork(main, folder, True, **size, **place, **rank) for rank in ranks]
-
-
-if __name__ == "__main__":
+def every(folder: str) -> None:
+    """Run it as one process that is told nothing of others, as the only one of a group, and as two."""
     for name, processes in (("whole", 0), ("1", 1), ("2", 2)):
-        os.mkdir(f"{sys.argv[1]}/{name}")
-        statuses = [ended(child) for child in start(f"{sys.argv[1]}/{name}", processes)]
-        if any(statuses):
-            sys.exit(f"{name}: {statuses}")
+        place = f"{folder}/{name}"
+        os.mkdir(place)
+        statuses = torchrun(processes, main, place, True) if processes else [ended(fork(main, place, False))]
+        assert not any(statuses), f"{name}: {statuses}"

@@ -1,12 +1,11 @@
 """Runs of `fit` by two processes, under everything that shards a model or copies it; each is stopped and resumed, too.
 
-Usage: fit_shards.py FOLDER [resume]    FOLDER/base is a model of transformers; `resume` goes on with what was killed
+FOLDER/base is a model of transformers; `resume` goes on with what was killed.
 """
 
 import json
 import os
 import signal
-import sys
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -154,9 +153,11 @@ def main(rank, folder, resume):
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def both(folder, resume=False):
+    """Run it as two processes, this one and a copy."""
     torch.set_num_threads(1)
-    child = os.fork()  # two processes that import once
-    main(int(child == 0), Path(sys.argv[1]), len(sys.argv) > 2)
-    if child:
-        sys.exit(os.waitpid(child, 0)[1])
+    child = os.fork()
+    main(int(child == 0), Path(folder), resume)
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

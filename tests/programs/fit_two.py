@@ -1,17 +1,14 @@
 """A run of `fit` that is the same on any number of processes: no dropout, shuffled data and evaluation, accumulation.
 
 The texts are of many lengths, so that every process has other labels that count, some none; the last batch has one row.
-
-Usage: fit_two.py FOLDER
 """
-
-import sys
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import residual_steer as rs
+from programs.forks import torchrun
 
 
 def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -49,5 +46,6 @@ def main(folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def two(folder: str) -> None:
+    statuses = torchrun(2, main, folder)
+    assert not any(statuses), statuses

@@ -1,16 +1,13 @@
-"""A step by DeepSpeed's engine on two processes, as far as a CPU goes; what was saved is the same before and after.
-
-Usage: train_deepspeed.py FOLDER STAGE
-"""
+"""A step by DeepSpeed's engine on two processes, as far as a CPU goes; what was saved is the same before and after."""
 
 import os
 import sys
 
 import pytest
 import torch
-from fit_shards import data, made
 
 import residual_steer as rs
+from programs.fit_shards import data, made
 
 
 def main(rank, folder, stage):
@@ -37,9 +34,10 @@ def main(rank, folder, stage):
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def both(folder, stage):
     torch.set_num_threads(1)
     child = os.fork()
-    main(int(child == 0), sys.argv[1], int(sys.argv[2]))
-    if child:
-        sys.exit(os.waitpid(child, 0)[1])
+    main(int(child == 0), folder, stage)
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
