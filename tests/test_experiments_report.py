@@ -1,6 +1,5 @@
 """Results are kept as JSON that says exactly what was found, and every number of a page is in one of them."""
 
-import copy
 import json
 import math
 import re
@@ -402,13 +401,8 @@ def test_claims_have_every_verdict_with_what_is_needed_to_get_it_again(made):
     text = (made / "CLAIMS.md").read_text()
     sections = re.split(r"\n## ", text)[1:]
     assert [int(section.split(".")[0]) for section in sections] == list(range(1, 11))
-    for wanted in (
-        "**holds**, by Associative recall",
-        "1.2 ± 0.1",
-        "3.78",
-        "0–2 (3)",
-        "`python -m experiments.recall`",
-    ):
+    facts = ("**holds**, by Associative recall", "1.2 ± 0.1", "3.78", "0–2 (3)", "`python -m experiments.recall`")
+    for wanted in facts:
         assert wanted in sections[0]
     assert "**partly holds**, by Another" in sections[8]
     assert [number for number, section in enumerate(sections, 1) if "**not run here**" in section] == [
@@ -448,5 +442,5 @@ def test_errors_are_one_line(tmp_path, capsys):
     result().save(tmp_path / "b.json")
     fails("both called 'recall'")
     content = json.loads((tmp_path / "b.json").read_text())
-    (tmp_path / "b.json").write_text(json.dumps({**copy.deepcopy(content), "seeds": None}))
+    (tmp_path / "b.json").write_text(json.dumps({**content, "seeds": None}))
     fails("b.json.seeds")

@@ -10,12 +10,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import prune
 
 import residual_steer as rs
-from cases import CASES, VOCABULARY, randomise
+from cases import TABLE, VOCABULARY, randomise
 from fields import assert_as, snapshot
 from residual_steer.injector import Injector
 from runs import fit
 
-TABLE = {case.name: case for case in CASES}
 VIT, GPT2 = TABLE["timm-vit"], TABLE["gpt2"]
 FIELDS = ("law", "art")
 
@@ -133,8 +132,6 @@ def test_a_head_trains_in_a_mix_where_it_is_the_only_one():
     assert not torch.equal(head, before)
 
 
-# Tied tensors
-
 BOTH = ["lm_head", "transformer.wte"]
 
 
@@ -163,9 +160,6 @@ def test_a_tied_tensor_is_one_under_either_name(law, art):
 @pytest.mark.parametrize("opened", ["lm_head", "transformer.wpe"])
 def test_rows_meet_an_embedding_at_both_its_ends_and_a_table_that_is_added_to_all(opened):
     check_rows(GPT2, shifted(two(GPT2, train=opened), f"{opened}.weight", law=None, art=None))
-
-
-# Statistics
 
 
 def normed():
@@ -229,9 +223,6 @@ def test_statistics_of_several_fields_are_not_summed_unless_they_are_equal():
     assert torch.equal(VIT.run(model), before)
 
 
-# Row by row
-
-
 def test_switches_go_with_the_fields_that_need_them():
     model = VIT.build()
 
@@ -248,14 +239,10 @@ def test_switches_go_with_the_fields_that_need_them():
     assert found == [[], ["head"], ["norm", "head"], ["head"], []]
 
 
-def own_forward(model):
-    model.head.forward = model.head.forward  # as accelerate's hooks do it
-
-
 SPOILT = {
     "weight norm": lambda model: torch.nn.utils.weight_norm(model.head),
     "pruned": lambda model: prune.l1_unstructured(model.head, "weight", 0.5),
-    "forward": own_forward,
+    "forward": lambda model: setattr(model.head, "forward", model.head.forward),  # as accelerate's hooks do it
 }
 
 
@@ -365,9 +352,6 @@ def test_rows_with_heads_compile_once_whatever_the_rows():
             rs.use(model, rows)
             torch.testing.assert_close(VIT.run(compiled), VIT.run(model), rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 2  # one more after the first eager call has ended the watch over the blocks
-
-
-# What goes wrong, and what others do to the model
 
 
 def test_a_refused_or_interrupted_addition_leaves_no_trace(tmp_path, monkeypatch):

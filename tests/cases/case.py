@@ -59,7 +59,6 @@ class Case:
         mixes_rows: whether the rows of a batch depend on one another in training, by batch norm.
         beams_fail: how the library's own model refuses to generate with beams and a cache.
         pickle_fails: how the library's own model, unsteered, fails to be pickled.
-        compiled_backward_fails: how the library's own model, unsteered, fails in a compiled backward pass on a CPU.
         untraced: why `torch.compile` and `torch.export` are left out; another case of its layout goes through both.
         broken: what the installed release of a library cannot do with the model unsteered (`generate`, `checkpoint` or
             `export`), and why; see `before`.
@@ -78,7 +77,6 @@ class Case:
     mixes_rows: bool = False
     beams_fail: str = ""
     pickle_fails: str = ""
-    compiled_backward_fails: str = ""
     untraced: str = ""
     broken: dict[str, str] = field(default_factory=dict)
 

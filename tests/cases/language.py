@@ -33,7 +33,14 @@ NEOX, FALCON = pair("gpt_neox.layers.{}", "attention"), pair("transformer.h.{}",
 DECODER = pair("model.decoder.layers.{}", "self_attn", None)
 LANGUAGE = [
     Case("gpt2", functools.partial(_gpt2, "GPT2LMHeadModel"), WITHOUT_CACHE, HEADS, "transformer.ln_f", generates=True),
-    Case("gpt2-classifier", functools.partial(_gpt2, "GPT2ForSequenceClassification"), WITHOUT_CACHE, HEADS, "score"),
+    Case(
+        "gpt2-classifier",
+        functools.partial(_gpt2, "GPT2ForSequenceClassification"),
+        WITHOUT_CACHE,
+        HEADS,
+        "score",
+        **BY_GPT2,
+    ),
     causal(
         "gpt-neox", "GPTNeoX", NEOX, "gpt_neox.final_layer_norm", "use_parallel_residual=True rotary_pct=0.5", **BY_GPT2
     ),

@@ -69,18 +69,25 @@ GCVIT = [f"stages.{stage}.blocks.{index}" for stage in range(2) for index in ran
 BY_SWIN = {"untraced": "its stages are those of timm-swin"}
 BROKEN = before("timm", "1.0.16", checkpoint="'function' object has no attribute 'checkpoint'")
 PATCHES = {"enter": lambda args, kwargs: args[1], "leave": lambda output: output[1]}
-BY_VIT, BY_PATCHES = "its blocks are those of hf-vit", "its patches go through the blocks of timm-vit"
+BY_TIMM, BY_VIT = "timm-vit goes through both", "hf-vit goes through both"
+BY_PATCHES = "its patches go through the blocks of timm-vit"
 BEIT = "its blocks are those of timm-vit with relative positions"
 ASKED = "its stages are those of timm-swin, beside convolutions for what all windows ask"
 
 VISION = [
     _of_timm("timm-vit", VIT, BLOCKS),
-    _of_timm("timm-eva", EVA, BLOCKS),
-    _of_timm("timm-deit", functools.partial(_timm_vit, "deit", "VisionTransformerDistilled"), BLOCKS, "head*"),
+    _of_timm("timm-eva", EVA, BLOCKS, untraced=BY_TIMM),
+    _of_timm(
+        "timm-deit",
+        functools.partial(_timm_vit, "deit", "VisionTransformerDistilled"),
+        BLOCKS,
+        "head*",
+        untraced=BY_TIMM,
+    ),
     _of_hf("hf-vit", "ViTForImageClassification", pair("vit.layers.{}", "attention"), "classifier"),
     _of_hf("hf-deit", "DeiTForImageClassification", pair("deit.layers.{}", "attention"), "classifier", BY_VIT),
-    _of_hf("hf-dinov2", "Dinov2Model", pair("encoder.layer.{}", "attention"), "layernorm"),
-    _of_hf("hf-clip", "CLIPVisionModel", pair("encoder.layers.{}", "self_attn"), "pre_layrnorm"),
+    _of_hf("hf-dinov2", "Dinov2Model", pair("encoder.layer.{}", "attention"), "layernorm", BY_VIT),
+    _of_hf("hf-clip", "CLIPVisionModel", pair("encoder.layers.{}", "self_attn"), "pre_layrnorm", BY_VIT),
     _of_timm("timm-beit", functools.partial(_timm_vit, "beit", "Beit", init_values=0.1), BLOCKS, untraced=BEIT),
     Case(
         "hf-mae",
@@ -94,7 +101,7 @@ VISION = [
         *("siglip-text", "SiglipTextModel", pair("encoder.layers.{}", "self_attn"), "final_layer_norm"),
         "max_position_embeddings=16 projection_size=3",
         config="SiglipTextConfig",
-        untraced="its blocks are those of hf-clip",
+        untraced=BY_VIT,
     ),
     _of_timm("timm-swin", functools.partial(_swin, "swin_transformer", "SwinTransformer"), points(SWIN, "attn", "mlp")),
     _of_timm(
