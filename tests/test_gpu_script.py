@@ -1,4 +1,4 @@
-"""The script for a card, rehearsed on the CPU: cut off, resumed, and run without an installation of this package."""
+"""The script for a card, rehearsed on the CPU without an installation of this package, cut off and resumed."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ if missing := [name for name in ("transformers", "timm", "peft") if importlib.ut
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-ONCE = ("contract", "training", "marked", "costs", "many")
+PARTS = ("contract", "training", "marked", "examples", "costs", "many")
 
 
 def command(folder, *more):
@@ -37,35 +37,22 @@ def running():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the script leaves that was killed in the middle, and then went on."""
+    """What the script leaves."""
     folder = tmp_path_factory.mktemp("gpu")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    few = command(folder, "--only", "marked", "many")
-    first = subprocess.Popen(few, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not (folder / "marked.json").exists() or read(folder / "marked.json")["status"] != "done":
-        assert first.poll() is None, "the script ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    while any(str(folder) in line and "gpu." in line for line in running()):  # what it had started ends by itself
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    before = (folder / "marked.json").read_bytes()
-    done = subprocess.run(command(folder, "--resume"), env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command(folder), env=environment, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert (folder / "marked.json").read_bytes() == before
     return folder
 
 
-def test_what_was_done_is_not_run_again_and_the_rest_is(folder):
-    records = {name: read(folder / f"{name}.json") for name in (*ONCE, "machine", "summary")}
+def test_every_part_is_run(folder):
+    records = {name: read(folder / f"{name}.json") for name in (*PARTS, "machine", "summary")}
     assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(records, "done")
     assert all(record["quick"] for record in records.values())
     assert not [line for record in records.values() for line in record.get("wrong", [])]
     assert set(records["contract"]["points"]) == {"gpt2", "llama", "vit", "mamba", "mamba2"}
     assert records["marked"]["counts"]["passed"] > 0
+    assert list(records["examples"]["scripts"]) == ["register_backbone"]
     assert list(records["many"]["held"]) == ["1", "3"]
 
 
@@ -128,6 +115,35 @@ def test_without_a_card_the_reason_is_written_down(modules, tmp_path):
     with pytest.raises(RuntimeError, match="sees no GPU"):
         machine.work(Job([], tmp_path / "machine.json", "cuda", False, None))
     assert read(tmp_path / "machine.json")["machine"]["gpu"] is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_part_ends_by_itself_when_the_script_is_killed_and_leaves_what_it_had(modules, tmp_path):
+    from gpu.part import run_part
+
+    def work(job):
+        job.save(process=os.getpid())
+        time.sleep(60)
+
+    out = tmp_path / "part.json"
+    script = os.fork()
+    if script == 0:
+        if os.fork() == 0:
+            os.setsid()
+            os._exit(run_part(work, ["--out", str(out), "--device", "cpu", "--quick"]))
+        time.sleep(60)
+        os._exit(1)
+    deadline = time.monotonic() + 60
+    while not out.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(script, signal.SIGKILL)
+    os.waitpid(script, 0)
+    state = ["ps", "-o", "stat=", "-p", str(read(out)["process"])]
+    while subprocess.run(state, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()[:1] not in ("", "Z"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert read(out)["status"] == "unfinished"
 
 
 PLAN = """
