@@ -72,7 +72,7 @@ claims-tasks: $(VENV)/installed
 	OMP_NUM_THREADS=1 TQDM_POSITION=1 $(BIN)/python -m experiments.latent_ablation --out $(RESULTS)
 
 test: $(VENV)/installed $(VENV)/mamba-ssm  ## Run all tests, with the releases that constraints.txt names
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-newest:  ## Run all tests with the newest releases of everything, resolved afresh: whether an upstream release broke us
 	rm -rf $(NEWEST)

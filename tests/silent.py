@@ -6,12 +6,11 @@ import transformers
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES, randomise
+from cases import TABLE, randomise
 
-TABLE = {case.name: case for case in CASES}
 THREE = [TABLE[name] for name in ("gpt2", "timm-vit", "mamba")]
 three = pytest.mark.parametrize("case", THREE, ids=lambda case: case.name)
-RESNET = next(case for case in CASES if "resnet" in case.name)
+RESNET = TABLE["timm-resnet"]
 
 
 def tiny(**more):

@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES, WIDTH, closed_form, randomise
+from cases import TABLE, WIDTH, closed_form, randomise
 from residual_steer.injector import Injector
-
-TABLE = {case.name: case for case in CASES}
 
 
 @pytest.fixture(params=["gpt2", "mamba", "hf-vit"])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import residual_steer as rs
+from words import tokenizer
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 NEEDS = {  # what constraints.txt installs is there in CI: without it a script's test fails, and is not skipped
@@ -108,18 +109,13 @@ def test_sentence_transformers(tmp_path):
 def test_lm_eval(tmp_path, monkeypatch):
     """A task of one's own, offline: which of two words goes on."""
     program = script("evaluate_with_lm_eval")
-    import tokenizers
     import transformers
     from peft import get_peft_model
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "the", "cat", "sat", "ran"])}
-    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "<s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, **names).save_pretrained(tmp_path / "base")
-    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": len(words)}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=2))
+    tokenizer(["the", "cat", "sat", "ran"]).save_pretrained(tmp_path / "base")
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 8}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=3))
     model.save_pretrained(tmp_path / "base")
     whole = get_peft_model(model, rs.peft.HResConfig(rank=4, task_type="CAUSAL_LM"))
     with torch.no_grad():

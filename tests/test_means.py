@@ -11,13 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import residual_steer as rs
-from cases import CASES
+from cases import TABLE
 from residual_steer.training import evaluate, next_token_loss, undisturbed
 from residual_steer.training.data_order import BatchStream, Share
 from residual_steer.training.losses import IGNORE
 from runs import classifier, fit, pairs, same, weights
 
-TABLE = {case.name: case for case in CASES}
 ROWS, LENGTH = 6, 7
 PARTS = [slice(0, 3), slice(3, 4), slice(4, 6)]  # of unequal rows
 

@@ -75,16 +75,6 @@ def test_links_of_the_readme_work_on_pypi():
     assert "https://forge.example/me/it/blob/v9.9/CLAIMS.md" in {link for _, link in links}
 
 
-def test_the_public_names_are_there():
-    import residual_steer
-
-    names = set(residual_steer.__all__)
-    assert all(hasattr(residual_steer, name) for name in names)
-    assert {"steer", "unsteer", "use", "summary", "parameters", "save", "load", "fit", "Backbone", "HRes"} <= names
-    assert {"push", "register_backbone", "find_backbone", "list_backbones", "SteerError"} <= names
-    assert {"baselines", "continual", "data", "diagnostics", "fields", "freeze", "thaw"} <= names
-
-
 def test_an_import_loads_nothing_heavy_and_the_rest_when_it_is_asked_for(tmp_path):
     program = f"""
 import sys

@@ -6,20 +6,19 @@ import pytest
 
 import residual_steer as rs
 from peft_models import shake
+from words import tokenizer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl", reason="trl is not installed")
 datasets = pytest.importorskip("datasets")
-tokenizers = pytest.importorskip("tokenizers")
 HResConfig = rs.peft.HResConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file"),  # of a base without a name
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
 ]
-WORDS = ["<pad>", "<s>", "</s>", "<unk>"]
-WORDS += ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "log", "it", "was", "bad"]
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "log", "it", "was", "bad"]
 PAIRS = {
     "prompt": ["the cat", "a dog"] * 4,
     "chosen": ["sat on the mat", "ran under a log"] * 4,
@@ -27,25 +26,17 @@ PAIRS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
-
-
 def base(kind="GPT2LMHeadModel", **options):
     import torch
 
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": len(WORDS)}
-    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 4 + len(WORDS)}
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return getattr(transformers, kind)(transformers.GPT2Config(**shape, **ends, **still, **options))
 
 
-def trained(kind, model, tokenizer, folder, rows, **more):
+def trained(kind, model, folder, rows, **more):
     """Train for three steps; return the trainer and its losses."""
     options = {key: more.pop(key) for key in list(more) if key in {"num_generations", "max_completion_length", "beta"}}
     if kind != "GRPO":
@@ -65,7 +56,7 @@ def trained(kind, model, tokenizer, folder, rows, **more):
         **options,
     )
     made = getattr(trl, f"{kind}Trainer")(
-        model, args=arguments, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer, **more
+        model, args=arguments, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer(WORDS), **more
     )
     made.train()
     return made, [entry["loss"] for entry in made.state.log_history if "loss" in entry]
@@ -78,7 +69,7 @@ def assert_small(folder):
 
 
 @pytest.mark.parametrize("kind", ["SFT", "GRPO", "Reward"])
-def test_trainers_take_the_config(kind, tokenizer, tmp_path):
+def test_trainers_take_the_config(kind, tmp_path):
     rows = {"SFT": {"text": PAIRS["chosen"]}, "GRPO": {"prompt": PAIRS["prompt"]}, "Reward": PAIRS}[kind]
     more, model, task = {}, base(), "CAUSAL_LM"
     if kind == "GRPO":
@@ -87,7 +78,7 @@ def test_trainers_take_the_config(kind, tokenizer, tmp_path):
     elif kind == "Reward":
         model, task = base("GPT2ForSequenceClassification", num_labels=1), "SEQ_CLS"
     config = HResConfig(rank=4, task_type=task)
-    made, losses = trained(kind, model, tokenizer, tmp_path, rows, peft_config=config, **more)
+    made, losses = trained(kind, model, tmp_path, rows, peft_config=config, **more)
     assert all(math.isfinite(loss) for loss in losses)
     assert rs.fields(made.model)[0].trains
     assert all(any(value.any() for value in up.parameters()) for up in ups(made.model))
@@ -99,7 +90,7 @@ def ups(model):
 
 
 @pytest.mark.parametrize("how", ["config", "fresh", "trained", "loaded", "beside a reference"])
-def test_dpo_begins_at_ln_2_without_a_second_model(how, tokenizer, tmp_path):
+def test_dpo_begins_at_ln_2_without_a_second_model(how, tmp_path):
     more, model = {}, base()
     if how == "config":
         more = {"peft_config": HResConfig(rank=4)}
@@ -112,7 +103,7 @@ def test_dpo_begins_at_ln_2_without_a_second_model(how, tokenizer, tmp_path):
     if how == "beside a reference":
         again = peft.PeftModel.from_pretrained(base(), tmp_path / "field")
         more = {"ref_model": again.get_base_model()}  # TRL takes no reference in a wrapper
-    made, losses = trained("DPO", model, tokenizer, tmp_path / "run", PAIRS, **more)
+    made, losses = trained("DPO", model, tmp_path / "run", PAIRS, **more)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[2] < losses[0]
     if how != "beside a reference":

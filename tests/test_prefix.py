@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import residual_steer as rs
 from apart import started
-from cases import CASES, LENGTH, RANK, VOCABULARY
+from cases import LENGTH, RANK, TABLE, VOCABULARY
 from residual_steer.training import next_token_loss
 from runs import Stop, fit, same, stopping_at, weights
 
-TABLE = {case.name: case for case in CASES}
 GPT2, VIT = TABLE["gpt2"], TABLE["timm-vit"]
 STEPS = 12  # of four batches an epoch
 STREAMS = 16 * LENGTH * 16 * 4  # bytes of what leaves one block of GPT-2 for all rows

@@ -12,13 +12,10 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -27,6 +24,7 @@ from transformers import (
 
 import residual_steer as rs
 from residual_steer.errors import SteerError
+from words import save_encoder
 
 TINY = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MADE = {
@@ -231,15 +229,8 @@ def test_trainer_restores_the_best_model(kind, tmp_path):
 
 def test_sentence_transformers_save_the_field(tmp_path):
     st = pytest.importorskip("sentence_transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch.manual_seed(0)
-    words = {word: place for place, word in enumerate(["[PAD]", "[UNK]", "one", "two"])}
-    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     base, saved = tmp_path / "base", tmp_path / "saved"
-    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(base)
-    PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(base)
+    save_encoder(base, ["one", "two"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = rs.steer(st.SentenceTransformer(str(base), device="cpu"), rank=2)

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import residual_steer as rs
-from cases import CASES, randomise
+from cases import TABLE, randomise
+from silent import tiny
 
-TABLE = {case.name: case for case in CASES}
 FAMILIES = [TABLE[name] for name in ("gpt2", "mamba")]
 families = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 PROMPT = 4
@@ -239,7 +239,8 @@ def test_it_is_part_of_what_is_selected(tmp_path):
 @torch.no_grad()
 def test_a_compiled_graph_is_refused_and_code_that_is_not_one_graph_runs():
     torch._dynamo.reset()
-    model, ids = steered()
+    model, ids = rs.steer(tiny(n_layer=1), rank=3, name="law"), FAMILIES[0].inputs(tiny())["input_ids"]
+    rs.use(randomise(model), "law", on="prompt")
     expected = model(ids, labels=answers(ids)).logits
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
         torch.compile(model, fullgraph=True, backend="eager")(ids, labels=answers(ids))

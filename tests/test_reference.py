@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 import residual_steer as rs
 from residual_steer.errors import SteerError
+from words import tokenizer
 
 TINY = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MADE = {  # a GPT-2 with dropout, which the reference must not have
@@ -150,23 +151,13 @@ def test_a_second_copy_is_refused():
 def test_trl_begins_at_ln_2_without_a_second_backbone(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
-    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]", eos_token="[PAD]"
-    )
     rows = {"prompt": ["a b"] * 8, "chosen": [" c d e"] * 8, "rejected": [" f g"] * 8}
     model = made()
     shake(model)
     options = {"per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1, "learning_rate": 0.02}
     config = trl.DPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, save_strategy="no", **options)
-    trainer = trl.DPOTrainer(
-        model, rs.reference(model), config, train_dataset=datasets.Dataset.from_dict(rows), processing_class=tokenizer
-    )
+    data, words = datasets.Dataset.from_dict(rows), tokenizer("abcdefgh")
+    trainer = trl.DPOTrainer(model, rs.reference(model), config, train_dataset=data, processing_class=words)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert float(losses[0]) == pytest.approx(math.log(2), abs=1e-4)

@@ -154,9 +154,10 @@ def test_a_shared_backbone_counts_once():
     assert rs.find_backbone(nn.ModuleDict({"one": model, "other": nn.Sequential(model)})).path == "one.transformer"
 
 
-def test_a_model_is_a_module():
+@pytest.mark.parametrize("call", [rs.find_backbone, rs.steer])
+def test_a_model_is_a_module(call):
     with pytest.raises(rs.SteerError, match=r"a model is a torch.nn.Module; received str"):
-        rs.find_backbone("gpt2")
+        call("gpt2")
 
 
 def run(code, *plugins):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import residual_steer as rs
 from cases import randomise
 from silent import TABLE, Residual, fresh, ids, three, tiny, two
+from words import save_encoder
 
 
 def switched(case):
@@ -269,15 +270,7 @@ def test_a_batch_of_twice_as_many_rows_is_refused_though_generate_may_repeat_the
 
 def test_sentences_that_are_sorted_by_length_meet_their_own_fields(tmp_path):
     st = pytest.importorskip("sentence_transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = {word: place for place, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
-    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    tokens.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    save_encoder(tmp_path, "abcdefgh")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = st.SentenceTransformer(str(tmp_path), device="cpu")

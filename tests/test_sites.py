@@ -110,9 +110,6 @@ def test_a_field_at_every_other_site_keeps_the_contract(case, tmp_path):
         assert torch.equal(case.run(rs.load(case.build(), tmp_path / "field")), actual)
         with rs.use(model, None):
             assert torch.equal(case.run(model), expected)
-        if len(expected) == 2:
-            with rs.use(model, ["default", None]):
-                close(case.run(model), torch.stack([actual[0], expected[1]]))
         keys = list(rs.unsteer(model).state_dict())
     assert torch.equal(case.run(model), expected)
     assert keys == list(frozen.state_dict())
@@ -326,12 +323,12 @@ def test_what_runs_a_model_otherwise_runs_every_site(case):
             assert torch.equal(case.run(twin), expected)
             rs.unsteer(twin)
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules() if isinstance(m, nn.Linear))
-        if case.name in ("gpt2", "hf-vit"):
+        if case.name == "gpt2":
             torch._dynamo.reset()
             close(case.run(torch.compile(model, fullgraph=True, backend="eager")), expected)
-            if "export" not in case.broken:
-                program = torch.export.export(model, (), case.inputs(model), strict=False)
-                close(case.run(program.module()), expected)
+        if case.name == "hf-vit":
+            program = torch.export.export(model, (), case.inputs(model), strict=False)
+            close(case.run(program.module()), expected)
         if case.generates:
             prompt, settings = case.inputs(model)["input_ids"][:, :4], {"min_new_tokens": 3, "max_new_tokens": 3}
             cached, plain = (

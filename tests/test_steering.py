@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES, WIDTH, randomise
+from cases import TABLE, WIDTH, randomise
 from fields import assert_as, snapshot
 
-TABLE = {case.name: case for case in CASES}
 GPT2, VIT, MAMBA = TABLE["gpt2"], TABLE["timm-vit"], TABLE["mamba"]
 
 
@@ -112,11 +111,6 @@ def test_a_model_that_cannot_be_steered_is_refused_and_stays_as_it_was(make, arg
         return rs.Backbone(blocks=model.blocks, width=4, mixer="mix", mlp="mlp")
 
     refused(make(), message, **arguments)
-
-
-def test_a_model_is_a_module():
-    with pytest.raises(rs.SteerError, match=r"a model is a torch\.nn\.Module; received str"):
-        rs.steer("gpt2")
 
 
 def test_data_parallelism_comes_after_steering_and_after_selecting():

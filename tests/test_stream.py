@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import residual_steer as rs
-from cases import CASES, randomise
+from cases import TABLE, randomise
 from residual_steer.backbone import replace_stream
 from residual_steer.stream import class_token, prefix_tokens
 from streams import Block
@@ -173,7 +173,7 @@ def test_a_stream_that_is_query_key_and_value_is_replaced_as_all_three():
     [("gpt2", False, 0), ("timm-vit", True, 1), ("hf-vit", True, 1), ("hf-deit", True, 2), ("hf-swin", False, 0)],
 )
 def test_tokens_in_front_of_an_images_are_counted(name, classed, count):
-    model = next(case for case in CASES if case.name == name).build()
+    model = TABLE[name].build()
     assert (class_token(model), prefix_tokens(model)) == (classed, count)
     model.register_parameter("register_tokens", nn.Parameter(torch.zeros(1, 3, 8)))
     assert prefix_tokens(model) == count + (0 if name.startswith("timm") else 3), "timm counts its own"
