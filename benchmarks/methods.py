@@ -149,11 +149,14 @@ class _Floor(torch.autograd.Function):
         return None, gradient.sum(dtype=torch.float32)
 
 
-def steered(model: nn.Module, rank: int, *, site: str = "block", layers: Sequence[int] | None = None) -> Method:
+def steered(
+    model: nn.Module, rank: int, *, site: str | Sequence[str] = "block", layers: Sequence[int] | None = None
+) -> Method:
     """Steer a model by one field."""
     rs.steer(model, rank=rank, site=site, layers=layers)
     randomise(model)
-    return Method(f"H-Res, {site}", model, model, stored=_size(lambda folder: rs.save(model, folder)))
+    name = site if isinstance(site, str) else " + ".join(site)
+    return Method(f"H-Res, {name}", model, model, stored=_size(lambda folder: rs.save(model, folder)))
 
 
 def mixed(model: nn.Module, rank: int, number: int) -> Method:

@@ -13,6 +13,7 @@ rivals. `--task` runs some of the tasks.
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import statistics
 import sys
@@ -33,10 +34,11 @@ from . import compare_methods, retrieval
 from .backbones import small_tasks
 from .harness import Experiment, Found, judged, parser_of, run
 from .ledger import Ledger
+from .paired import difference
 from .problem import Arm, Problem, adapted, match_budget, rates_around, trainable
-from .results import Axis, Column, Verdict
-from .sweep import Entry, every_run, widened
-from .tables import bars, comparison, gap, records, sweeps
+from .results import Axis, Column, Table, Verdict
+from .sweep import Entry, every_run, sweep, widened
+from .tables import bars, comparison, gap, measured, records, sweeps
 
 EXPERIMENT = Experiment(
     name="placement",
@@ -48,6 +50,7 @@ EXPERIMENT = Experiment(
     "the others for the paper's place, the three places that are best on validation data, and what is no field.",
 )
 PAPER, RIVAL = "H-Res, block", "LoRA"
+RATE = inspect.signature(rs.fit).parameters["lr"].default
 Layers = Sequence[int] | None
 Place = Callable[..., dict[str, Any]]  # from a size and the blocks that are adapted to the options of `steer`
 
@@ -211,9 +214,52 @@ def best_places(problem: Problem, entries: Sequence[Entry]) -> list[str]:
 
 
 def finalists(problem: Problem, entries: Sequence[Entry]) -> list[str]:
-    """Return which arms all seeds are spent on: the paper's place, the three best, and what is no field."""
+    """Return which arms get all seeds: where a default is chosen from, the three best, and what is no field."""
     rivals = [entry.arm.name for entry in entries if entry.arm.method != "hres"]
-    return [*rivals, PAPER, *best_places(problem, entries)[:3]]
+    return [*rivals, *FIRST, *best_places(problem, entries)[:3]]
+
+
+def default_entry(task: Task, entries: Sequence[Entry], seeds: Sequence[int], ledger: Ledger) -> Entry | None:
+    """Return the field where `steer` puts it by default, at `fit`'s default rate; None where the study has no such."""
+    site = rs.find_backbone(task.problem.fresh(0)).site
+    places = [place for place, options in PLACES.items() if options(2, None)["site"] in (site, [*site])]
+    arms = {entry.arm.name: entry.arm for entry in entries}
+    found = [arms[f"H-Res, {place}"] for place in places if f"H-Res, {place}" in arms]
+    return sweep(task.problem, [replace(found[0], rates=(RATE,))], seeds, ledger)[0] if found else None
+
+
+def beside_defaults(tasks: Sequence[Task], results: Mapping[str, Sequence[Entry]], usual: Mapping[str, Entry]) -> Table:
+    """Return a table of what the defaults reach beside the best rate at the same place, and the best place."""
+    rows = []
+    for task in (task for task in tasks if task.name in usual):
+        key, entries, default = task.problem.metric, results[task.name], usual[task.name]
+        same = next(entry for entry in entries if entry.arm.name == default.arm.name)
+        best = next(entry for entry in entries if entry.arm.name == best_places(task.problem, entries)[0])
+        one, other = ([task.scale * value for value in entry.results(key)] for entry in (default, same))
+        whole = len(one) == len(other) > 1 and all(map(math.isfinite, one + other))
+        found = difference(one, other) if whole else None
+        rows.append({
+            "task": f"{task.name}, {task.column.label}",
+            "place": default.arm.name.removeprefix("H-Res, "),
+            "default": measured(default, key, scale=task.scale),
+            "rate": f"{same.rate:g}",
+            "swept": measured(same, key, scale=task.scale),
+            "gap": str(found or "–"),
+            "best": f"{best.arm.name.removeprefix('H-Res, ')}, {best.rate:g}",
+            "reached": measured(best, key, scale=task.scale),
+        })  # fmt: skip
+    columns = (
+        Column("task", "task"),
+        Column("place", "default place"),
+        Column("default", f"at the default rate, {RATE:g}"),
+        Column("rate", "best rate there"),
+        Column("swept", "at that rate"),
+        Column("gap", "default minus best rate"),
+        Column("best", "best place and rate of all"),
+        Column("reached", "there"),
+    )
+    notes = ("The best place is the best of several on validation data, the default is one: a lead of luck is in it.",)
+    return Table("The defaults of steer and fit beside the best of a sweep, test data", columns, tuple(rows), notes)
 
 
 def beside_lora(task: Task, entries: Sequence[Entry]) -> str:
@@ -262,10 +308,15 @@ TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
 
 
 def found_on(
-    tasks: Iterable[Task], compare: Callable[[Task], list[Entry]], claims: Callable[..., list[Verdict]], title: str
+    tasks: Iterable[Task],
+    compare: Callable[[Task], list[Entry]],
+    claims: Callable[..., list[Verdict]],
+    title: str,
+    usual_of: Callable[[Task, Sequence[Entry]], Entry | None],
 ) -> Found:
     """Compare on each task, and put it into tables, a picture and verdicts."""
     results: dict[str, list[Entry]] = {}
+    usual: dict[str, Entry] = {}
     tables, every, known, steps = [], [], [], {}
     for task in tasks:
         entries = results[task.name] = compare(task)
@@ -273,10 +324,14 @@ def found_on(
         tables.append(sweeps(f"{task.name}: every rate", task.problem, entries, task.column, scale=task.scale))
         every += records(task.problem, entries)
         known.append(task)
+        if (default := usual_of(task, entries)) is not None:
+            usual[task.name] = default
         steps[task.name] = task.problem.steps
     units = sorted({f"{task.column.label} ({task.column.unit})" for task in known})
     key = known[0].problem.metric
     one = {task.name: results[task.name] for task in known if task.problem.metric == key}
+    if usual:
+        tables.append(beside_defaults(known, results, usual))
     return Found(
         tables=tables,
         plots=[bars(title, (Axis("task"), Axis(units[0])), one, key, scale=known[0].scale)],
@@ -311,8 +366,11 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         arms = chosen(arms_of(task, options.rates, PLACES), options.arm)
         return widened(task.problem, arms, range(options.seeds), ledger, finalists=partial(finalists, task.problem))
 
+    def usual(task: Task, entries: Sequence[Entry]) -> Entry | None:
+        return default_entry(task, entries, range(options.seeds), ledger)
+
     tasks = (TASKS[name](options) for name in options.task)
-    return found_on(tasks, compare, verdicts, "Places")
+    return found_on(tasks, compare, verdicts, "Places", usual)
 
 
 def main(arguments: list[str] | None = None) -> int:

