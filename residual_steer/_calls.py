@@ -6,6 +6,7 @@ gradient that arrives at the outputs of a pass says which selection they were co
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
@@ -26,6 +27,8 @@ from .backbone import Handle
 from .errors import SteerError
 from .routing import OFF, Mix, Route, misfit
 
+Given = tuple[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]], int]  # a module, its call, and how many rows
+
 _KEPT = 64  # backward passes whose selection is known, of which rarely more than one runs
 _FREE = ("position_ids", "cache_position")  # which may be one for all rows
 
@@ -39,6 +42,8 @@ class Selected:
     routes: Mapping[tuple[str, int], Route] = field(default_factory=dict)  # by site and block index
     inner: frozenset[str] = frozenset()  # the fields with tensors inside the blocks, which a selection puts in place
     prompt: bool | Tensor | None = None  # in a call whose fields act on the prompt alone: which tokens that is
+    again: bool = False  # whether blocks ran without gradients in a call with them, to be computed again in backward
+    removed: list[bool] = field(default_factory=list)  # not empty once the model is steered no more
 
 
 _selections: OrderedDict[int, Selected] = OrderedDict()
@@ -47,6 +52,11 @@ _lock = threading.Lock()
 
 def arrived(selected: Selected, gradient: Tensor) -> None:
     """Note that the backward pass that runs is of a forward pass under this selection: a hook of its outputs."""
+    if selected.again and selected.removed and selected.mix.names:
+        raise SteerError(
+            "activation checkpointing computes a block again in `backward()`, and the model was unsteered since: the "
+            f"field {selected.mix.names[0]!r} would be left out. Call backward() before `unsteer`."
+        )
     with _lock:
         _selections[backward_pass()] = selected
         while len(_selections) > _KEPT:
@@ -63,18 +73,39 @@ def selection_of_backward() -> tuple[bool, Selected | None]:
 class Call:
     """One call of a steered model whose rows or tokens differ."""
 
-    batch: int | None  # rows of the batch, where they were found among what the model was given
+    owner: Any  # the steering of the model that was called
+    mix: Mix  # what was selected then
+    batch: int | None = None  # rows of the batch, where they were found among what the model was given
     met: set[int] = field(default_factory=set)  # ids of the modules with versions by row that were called
     segments: Segments | None = None  # which field acts on which tokens, where that is another in every call
     prompt: bool | Tensor = True  # which tokens are the prompt, (batch, length), or all or none
+    given: Given | None = None  # the model, what it was called with, and its rows
+    ordered: set[torch.Size] = field(default_factory=set)  # shapes of streams whose rows were seen to be the batch's
 
 
 class _Running(threading.local):
     """What runs in this thread: calls, the innermost last, and what entered the blocks, by the id of their injector."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Call] = []  # those of models that are under way, unless an error kept their end from us
         self.entered: dict[int, Any] = {}
+        self.again = False  # whether a field acted without gradients
+        self.blocks: dict[int, Given] = {}  # around a part of a block, until the order of its rows was seen
+
+    def end(self, owner: Any) -> Call | None:
+        """Take away the calls of a model, and return the last one, None if there is none."""
+        mine = [call for call in self.calls if call.owner is owner]
+        self.calls = [call for call in self.calls if call.owner is not owner]
+        return mine[-1] if mine else None
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep what is noted of the blocks that run, while they run once more."""
+        entered, blocks = dict(self.entered), dict(self.blocks)
+        try:
+            yield
+        finally:
+            self.entered, self.blocks = entered, blocks
 
 
 running = _Running()

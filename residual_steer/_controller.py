@@ -16,7 +16,8 @@ from torch.utils.hooks import unserializable_hook
 from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, running, tensors_in
 from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
 from ._internals import compile_with_hooks, has_hook, owned_tensors
-from ._prompt import MASK, Prompts, check_reads_prompts, compiled_prompt
+from ._prompt import MASK, Prompts, check_reads_prompts, compiled_prompt, generation
+from ._row_order import length_first
 from ._segments import batches_of_requests
 from .backbone import ATTRIBUTE, Backbone, Handle, compute_dtype, execution_device
 from .config import FieldConfig, Place
@@ -47,6 +48,7 @@ class Steering:
     selected: Selected = field(default_factory=Selected)
     repeats: Repeats = field(default_factory=Repeats)
     prompts: Prompts = field(default_factory=Prompts)
+    removed: list[bool] = field(default_factory=list)  # not empty once all of it was taken away
     open: frozenset[str] = frozenset()  # the fields whose parameters were opened
     unchecked: bool = True  # whether no call in training mode was watched since the selection was made
     moving: Moving | None = None
@@ -59,7 +61,7 @@ class Steering:
         self.frozen.close(model, self.backbone.blocks)
         self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._leave, always_call=True))
-        self.handles += [*rows_in_order(model, self), *batches_of_requests(model, self)]
+        self.handles += [*rows_in_order(model, self), *batches_of_requests(model, self), *generation(model, self)]
         for attach in attachments:
             self.handles += attach(model, self)
         setattr(model, ATTRIBUTE, self)
@@ -147,6 +149,11 @@ class Steering:
         """Let the fields of a mix act, with what they trained along, and train; raise if the base is no more there."""
         if mix.by_token:
             self._check_tokens(model, mix)
+        if (mix.differs or mix.by_token) and any(map(length_first, self.backbone.blocks)):
+            raise SteerError(
+                "the blocks of this model carry (length, batch, width), where rows cannot have fields of their own. "
+                "Make its layers with batch_first=True, or use one field at a time."
+            )
         concerned = [name for name in dict.fromkeys((*self.mix.names, *mix.names)) if name in self.specs]
         if self.heads.base:
             entries = _base_entries(model)
@@ -163,7 +170,7 @@ class Steering:
         for name in concerned:
             self._let_train(name, self.trains(name))
         trains = frozenset(filter(self.trains, mix.names))
-        self.selected = Selected(mix, trains, routes, frozenset(self.heads.inner))
+        self.selected = Selected(mix, trains, routes, frozenset(self.heads.inner), removed=self.removed)
         self.repeats, self.unchecked = Repeats(), True
 
     def _check_tokens(self, model: nn.Module, mix: Mix) -> None:
@@ -218,6 +225,7 @@ class Steering:
             attachment.detach()
         for handle in self.handles:
             handle.remove()
+        self.removed.append(True)
         self.frozen.reopen(model)
         delattr(model, ATTRIBUTE)
 
@@ -227,9 +235,12 @@ class Steering:
             if self.mix.by_token:
                 raise compiled_prompt()
             return None
+        running.again = False
         if self.unchecked and model.training and torch.is_grad_enabled():
             self._check_what_trains(model)
-        call = Call(None)
+        call = Call(self, self.mix)
+        if running.calls:
+            running.end(self)
         if self.mix.watched:
             running.calls.append(call)  # before what may raise, since `_leave` takes it away
         if self.mix.on != "all":
@@ -243,6 +254,7 @@ class Steering:
             call.segments = self.mix.segments(args, kwargs)
         elif self.mix.rows is not None and self.mix.segments is None and batch is not None and batch != self.mix.rows:
             self.repeats.check(self.mix.rows, batch, args, kwargs)
+        call.given = None if batch is None else (model, (args, kwargs), batch)
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -251,9 +263,11 @@ class Steering:
             if self.mix.by_token:
                 raise compiled_prompt()  # behind a break of the graph, where `_enter` was not compiled
             return
-        call = running.calls.pop() if self.mix.watched and running.calls else None
+        call = running.end(self) if running.calls else None
+        if call is not None and call.mix is not self.mix:
+            call = None  # another selection was made while the model ran
         if torch.is_grad_enabled():
-            selected = self.selected
+            selected = replace(self.selected, again=True) if running.again else self.selected
             if call is not None and self.mix.on != "all":
                 selected = replace(selected, prompt=call.prompt)
             for tensor in tensors_in(output):

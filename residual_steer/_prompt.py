@@ -1,22 +1,28 @@
 """Which tokens of a call are the prompt: what a model reads before it writes, where fields may act alone.
 
-With labels, in training, it is what stands in front of the first label. Without, it is the call that fills an empty
-cache; calls of one token that go on with that cache are decoding. Whatever could be either is an error.
+With labels, in training, it is what stands in front of the first label. In `generate` it is as many tokens as that was
+given, in chunks or with an assistant's guesses behind them. Else it is the call that fills an empty cache; calls of one
+token that go on with that cache are decoding. Whatever could be either is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._caches import begins_text, cache_of, cache_parameter
+from ._frozen import Replaced
 from .errors import SteerError
 
-__all__ = ["MASK", "Prompts", "check_reads_prompts", "compiled_prompt"]
+__all__ = ["MASK", "Prompts", "check_reads_prompts", "compiled_prompt", "generation"]
 
 MASK = "prompt_mask"  # the keyword of a call by which it can be given
 _IGNORED = -100  # as a label, for the loss of PyTorch and transformers
@@ -51,15 +57,57 @@ def compiled_prompt() -> SteerError:
     )
 
 
+def generation(model: nn.Module, state: Any) -> list[Replaced]:
+    """Have `generate` of transformers count the tokens of its prompt."""
+    if not callable(getattr(model, "generate", None)):
+        return []
+    return [Replaced(model, "generate", partial(_generate, model, state))]
+
+
+def _generate(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    own = type(model).generate
+    if state.mix.on == "all":
+        return own(model, *args, **kwargs)
+    words = _words(args or (kwargs.get("inputs"),), kwargs)
+    with state.prompts.reading(None if words is None else words.shape[1]):
+        return own(model, *args, **kwargs)
+
+
+@dataclass
+class _Reading:
+    """How many tokens of a prompt `generate` has yet to read into a cache, which is known after the first call."""
+
+    left: int
+    begun: bool = False
+    cache: Any = None
+
+
+class _Local(threading.local):
+    """The prompts that this thread reads, that of the innermost `generate` last."""
+
+    def __init__(self) -> None:
+        self.readings: list[_Reading | None] = []
+
+
 class Prompts:
     """The texts that are under way: caches that were filled while fields acted on the prompt alone."""
 
     def __init__(self) -> None:
         self._caches: dict[int, weakref.ref[Any]] = {}
+        self._local = _Local()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave texts that are under way out of copies."""
         return Prompts, ()
+
+    @contextlib.contextmanager
+    def reading(self, length: int | None) -> Iterator[None]:
+        """Take as many tokens as the prompt of the calls that follow; None where that is not known."""
+        self._local.readings.append(None if length is None else _Reading(length))
+        try:
+            yield
+        finally:
+            self._local.readings.pop()
 
     def of(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | Tensor:
         """Return which tokens of a call are the prompt: all, none, or a mask `(batch, length)`.
@@ -91,8 +139,11 @@ class Prompts:
 
     def _by_cache(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...] | None
-    ) -> bool:
+    ) -> bool | Tensor:
         cache = cache_of([*args, *kwargs.values()])
+        reading = self._local.readings[-1] if self._local.readings else None
+        if reading is not None and shape is not None and self._goes_on(reading, cache):
+            return self._next(reading, cache, shape)
         if cache is None:
             asked = kwargs.get("use_cache")
             if (getattr(getattr(model, "config", None), "use_cache", None) if asked is None else asked) is False:
@@ -114,6 +165,21 @@ class Prompts:
                 f"{_GIVE[1:]}."
             )
         return False
+
+    @staticmethod
+    def _goes_on(reading: _Reading, cache: Any) -> bool:
+        """Return whether a call is `generate`'s own, rather than that of a processor that asks the model about more."""
+        return cache is reading.cache if reading.begun else cache is not None and begins_text({"cache": cache})
+
+    def _next(self, reading: _Reading, cache: Any, shape: tuple[int, ...]) -> bool | Tensor:
+        """Return which of the tokens that `generate` puts into its cache next belong to the prompt."""
+        reading.begun, reading.cache = True, cache
+        self._note(cache)
+        part = min(shape[1], reading.left)
+        reading.left -= part
+        if part in (0, shape[1]):
+            return part > 0
+        return (torch.arange(shape[1]) < part).expand(shape)
 
     def note(self, output: Any) -> None:
         """Remember the cache that a call made which read a prompt."""

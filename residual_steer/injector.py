@@ -5,7 +5,7 @@ Nothing of a call is kept on it: several threads may run one model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -18,6 +18,7 @@ from ._frozen import Attachment, follow
 from ._internals import version
 from ._prompt import compiled_prompt
 from ._row_by_row import add_runs
+from ._row_order import rows_in_order
 from ._segments import Segments
 from .backbone import Backbone, compute_dtype, read_stream, replace_stream, site_of, write_stream
 from .errors import SteerError
@@ -58,17 +59,20 @@ class Injector(Attachment):
         self._entered: Tensor | None = None  # inside torch.compile alone
         self._trusted = False  # not to overwrite what enters
         self._met: bool | None = None  # inside torch.compile alone: whether a linear map that has to be called was
+        self._ordered: set[int] = set()  # in streams of how many dimensions the batch's rows stand one after the other
         self.train(host.training)
+        self._enter, block = backbone.read, backbone.blocks[index]
+        self._projects = bool(projection)
         if moves == "enters":
             self._handles = [host.register_forward_pre_hook(self._before, with_kwargs=True)]
+            self._handles.append(block.register_forward_pre_hook(self._expect, with_kwargs=True))
             return
         # First in line: transformers captures hidden states with hooks of its own, and must see the steered stream.
         hook = self._behind if reads == "leaves" else self._through if projection else self._after
         self._handles = [host.register_forward_hook(hook, with_kwargs=True, prepend=True)]
-        if projection:
-            block = backbone.blocks[index]
-            self._enter = backbone.read
+        if not whole:
             self._handles.append(block.register_forward_pre_hook(self._expect, with_kwargs=True))
+        if projection:
             self._handles.append(block.register_forward_hook(self._require))
         elif reads == "leaves":
             follow(host, self._handles[0])
@@ -136,23 +140,25 @@ class Injector(Attachment):
         if torch.compiler.is_compiling():
             self._met = True
         else:
-            noted = running.entered.pop(id(self), None)
+            running.entered.pop(id(self), None)
             self._met = None if self._met is None else True
-            if noted is not None and self.route.rows is not None:
-                _check_flat(output, noted)
         return self._after(host, args, kwargs, output)
 
     def _expect(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note that a block begins, which has to call the linear map."""
+        """Note that a block begins, which has to call the linear map, and what its rows and tokens are."""
         if torch.compiler.is_compiling():
             self._met = False if self.route.on else None
-        elif self.route.names:
-            running.entered[id(self)] = self._enter(args, kwargs).shape if self.route.rows is not None else ()
+            return
+        if self.route.names and self._projects:
+            running.entered[id(self)] = ()
+        if self.route.names and (self.mix.differs or self.mix.by_token) and (self._projects or not self._ordered):
+            running.blocks[id(self)] = (block, (args, kwargs), self._enter(args, kwargs).shape[0])
 
     def _require(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Raise if the block did not call the linear map: a field there would change nothing, without a word."""
         # where torch.compile takes a part of the hooks, each part has its own notes
         waits = not torch.compiler.is_compiling() and running.entered.pop(id(self), None) is not None
+        running.blocks.pop(id(self), None)
         met, self._met = self._met, None
         if met is False or (waits and met is None):
             raise SteerError(
@@ -175,6 +181,7 @@ class Injector(Attachment):
                 raise compiled_prompt()  # also of a block that is compiled alone, or after a break of the graph
             return self.route
         if not torch.is_grad_enabled():
+            running.again = True
             return _on_prompt(self.route, self.mix)
         backward, selected = selection_of_backward()
         if selected is not None:
@@ -223,8 +230,12 @@ class Injector(Attachment):
 
                 added: Tensor = add_selected(y, z, self._place.number)
                 return added
-        elif route.rows is not None:
-            _check_rows(route.rows, y.shape[0])
+        else:
+            if route.rows is not None:
+                _check_rows(route.rows, y.shape[0])
+            differs = route.some is not None and self.mix.differs
+            if y.dim() not in self._ordered and (differs or route.tokens is not None or route.segments is not None):
+                self._check_order(y)
         added = self._add_now(y, z, route)
         if route.tokens is None:
             return added
@@ -234,6 +245,30 @@ class Injector(Attachment):
                 "the model has changed how many there are. Use on='all'."
             )
         return torch.where(route.tokens.to(y.device).view(*y.shape[:2], *[1] * (y.dim() - 2)), added, y)
+
+    def _check_order(self, y: Tensor) -> None:
+        """Raise unless the rows of y are the batch's, one after the other: a mixer may get `(length, batch, width)`."""
+        call = running.calls[-1] if running.calls else None
+        noted = None if call is None else running.blocks.get(id(self), call.given)
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if call is None or noted is None or tracing or selection_of_backward()[0]:
+            return  # in a backward pass it was checked before
+        model, given, rows = noted
+        shown = y.dim() > 2 and len(y) == rows != y.shape[1]  # by its shape
+        if rows > 1 and not shown and y.shape not in call.ordered:
+            with running.aside():
+                in_order = rows_in_order(model, given, self.host, self.read, rows, y)
+            if not in_order:
+                raise SteerError(
+                    f"rows have fields or tokens of their own, and a {type(model).__name__} that is given {rows} rows "
+                    f"calls its {type(self.host).__name__} with {tuple(y.shape)}, where they do not stand one after "
+                    "the other, such as (length, batch, width). Steer another site, or use one field at a time."
+                )
+            if noted is call.given:
+                call.ordered.add(y.shape)
+        self._ordered.add(y.dim())
+        if not self._projects:
+            running.blocks.pop(id(self), None)
 
     def add_selected(self, y: Tensor, z: Tensor) -> Tensor:
         """Return y with the fields added that act now: what a compiled graph calls where many stand."""
@@ -342,17 +377,6 @@ def _on_prompt(route: Route, mix: Mix, prompt: bool | Tensor | None = None) -> R
     if isinstance(prompt, Tensor):
         return Route(*route[:-1], tokens=prompt)
     return route if prompt else Route()
-
-
-def _check_flat(left: Tensor, entered: Sequence[int]) -> None:
-    """Raise if what leaves a linear map has not the rows of what entered its block, `(batch, length, …)`, in front."""
-    # such as a table of positions, or the tokens of one expert; tokens one below the other are whole rows of them
-    units = entered[0] * entered[1] if left.dim() == 2 and len(entered) == 3 else entered[0]
-    if left.shape[0] % units:
-        raise SteerError(
-            f"a linear map in a block that is given {tuple(entered)} returned {tuple(left.shape)}, which has not the "
-            "batch's rows in front: they cannot have fields of their own there. Use one field at a time."
-        )
 
 
 def _check_rows(rows: int, batch: int) -> None:

@@ -17,8 +17,9 @@ from ._checks import check_integer, check_model
 from ._controller import steered_part, steering_of
 from ._files import as_path
 from ._format import DESCRIPTION, TENSORS
+from ._internals import version
 from .backbone import Backbone
-from .config import check_name
+from .config import FieldConfig, check_name
 from .errors import SteerError, some
 from .routing import OFF, Asked, Mix
 from .steering import unsteer
@@ -27,6 +28,15 @@ from .storage import load
 __all__ = ["Library", "library"]
 
 _Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A field that was loaded: from which files, as what, and how often its tensors had been changed then."""
+
+    stamp: _Stamp
+    spec: FieldConfig
+    versions: tuple[int, ...]
 
 
 def library(model: nn.Module, folder: str | Path, *, slots: int = 64, arch: str | Backbone | None = None) -> Library:
@@ -50,13 +60,13 @@ def library(model: nn.Module, folder: str | Path, *, slots: int = 64, arch: str 
 
 @dataclass(eq=False)
 class Library:
-    """Fields on disk, of which a model holds some. One thread at a time selects; `use` waits for it."""
+    """Fields on disk, of which a model holds some. Threads take turns in `with`: a selection is the whole model's."""
 
     model: nn.Module
     folder: Path
     slots: int = 64
     arch: str | Backbone | None = None
-    _there: OrderedDict[str, _Stamp] = field(default_factory=OrderedDict, repr=False)  # loaded, least recent first
+    _there: OrderedDict[str, _Loaded] = field(default_factory=OrderedDict, repr=False)  # least recently used first
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,8 +84,7 @@ class Library:
     @property
     def loaded(self) -> list[str]:
         """The names of the fields that the model holds, the least recently used first."""
-        specs = self._specs()
-        return [name for name in self._there if name in specs]
+        return [name for name, one in self._there.items() if self._specs().get(name) is one.spec]
 
     def use(self, mix: Asked, *, on: str = "all") -> Borrowed:
         """Select as `residual_steer.use` does, after the fields that are named were loaded.
@@ -134,8 +143,8 @@ class Library:
         """Load fields that are not there, or not as the files are now; return the errors of those that cannot be."""
         failed = {}
         for name in list(self._there):
-            if name not in self._specs():
-                del self._there[name]  # somebody took it away
+            if self._specs().get(name) is not self._there[name].spec:
+                del self._there[name]  # somebody took it away, and may have put another one there
         for name in wanted:
             try:
                 self._bring(name)
@@ -152,7 +161,7 @@ class Library:
         check_name(name, ())
         folder = self.folder / name
         stamp = _stamp(folder)
-        if name in self._there and self._there[name] == stamp:
+        if name in self._there and self._there[name].stamp == stamp:
             return
         if name in self._there:
             self._drop(name)
@@ -161,10 +170,20 @@ class Library:
         if name in self._specs():
             raise SteerError(f"the model has a field {name!r} that the library did not load: rename one of them.")
         load(self.model, folder, name, arch=self.arch)
-        self._there[name] = stamp
+        self._there[name] = _Loaded(stamp, self._specs()[name], self._versions(name))
+
+    def _versions(self, name: str) -> tuple[int, ...]:
+        base, state = steering_of(self.model)
+        return tuple(version(tensor) for tensor in state.tensors(base, name).values() if not tensor.is_inference())
 
     def _drop(self, name: str) -> None:
-        del self._there[name]
+        one = self._there.pop(name)
+        if one.versions != self._versions(name) and one.stamp == _stamp(self.folder / name):
+            warnings.warn(
+                f"the field {name!r} was changed since the library loaded it, and goes out unsaved to make room. Save "
+                "what is trained, or give the library more `slots`.",
+                stacklevel=5,
+            )
         unsteer(self.model, name)
 
     def _select(self, mix: Asked, on: str, failed: dict[str, SteerError]) -> None:
@@ -196,12 +215,12 @@ class Library:
         base, state = steering_of(self.model)
         state.select(base, OFF if failed else mix)
         if failed:
-            raise SteerError(f"what was selected before is off now: {next(iter(failed.values()))}")
+            raise SteerError(f"what was selected is off now: {next(iter(failed.values()))}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Borrowed:
-    """What `Library.use` selected.
+    """What `Library.use` selected; no other thread selects by the library while a `with` statement lasts.
 
     Attributes:
         errors: why rows have no field, by their place in the list.
@@ -213,20 +232,30 @@ class Borrowed:
     errors: dict[int, SteerError] = field(default_factory=dict)
 
     def __enter__(self) -> dict[int, SteerError]:
-        """Return the errors."""
+        """Return the errors; what another thread selected since is selected again afterwards."""
+        library = self._library
+        library._lock.acquire()
+        try:
+            if library._mix() != self._mix:
+                self._before = library._mix()
+                library._restore(self._mix)
+        except BaseException:
+            library._lock.release()
+            raise
         return self.errors
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore what was selected before; what cannot be is an error, after an exception a warning."""
-        with self._library._lock:
-            try:
-                self._library._restore(self._before)
-            except SteerError as failed:
-                if error is None:
-                    raise
-                warnings.warn(str(failed), stacklevel=2)
+        try:
+            self._library._restore(self._before)
+        except SteerError as failed:
+            if error is None:
+                raise
+            warnings.warn(str(failed), stacklevel=2)
+        finally:
+            self._library._lock.release()
 
 
 def _rows(mix: Asked) -> list[str | None] | None:

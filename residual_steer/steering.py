@@ -196,10 +196,11 @@ def use(model: nn.Module, mix: Asked, *, on: str = "all", tokens: Tensor | None 
 
         on: "all", or "prompt" for fields that act on what a language model reads before it writes (arXiv 2605.14217):
             decoding is the frozen model then, and costs what it costs. In a call with `labels`, the prompt is what
-            stands in front of each row's first label. In one without, in evaluation mode, it is all that fills an
-            empty cache, and calls of one token that go on with that cache are decoding. Any call may be given
-            `prompt_mask`, a bool tensor `(batch, length)`, instead; what could be either, as a prompt that is read in
-            chunks or a text without a cache, is an error without it. Files do not say it: select it again after `load`.
+            stands in front of each row's first label. In `generate` it is what that was given, however it reads it. In
+            other calls, in evaluation mode, it is all that fills an empty cache, and calls of one token that go on with
+            that cache are decoding. Any call may be given `prompt_mask`, a bool tensor `(batch, length)`, instead; what
+            could be either, as a text without a cache, is an error without it. Files do not say it: select it again
+            after `load`.
 
         tokens: where several texts are packed into one row: for each token, `(batch, length)`, the place of its text
             in the list, -1 for none. It holds for the batch that has these tokens. `generate_batch` of transformers

@@ -129,7 +129,7 @@ def test_selections_nest_even_if_what_was_selected_was_evicted(made):
         check(model, ["f0", "f1"], expected)
         shutil.rmtree(folder / "f0")
         with (
-            pytest.raises(rs.SteerError, match="what was selected before is off now: no field 'f0'"),
+            pytest.raises(rs.SteerError, match="what was selected is off now: no field 'f0'"),
             library.use("f5"),
             library.use(["f4", "f3"]),
         ):
@@ -172,6 +172,37 @@ def test_fields_of_others_stay_and_are_not_taken_for_its_own(made):
     assert {"f0", "mine"} <= {field.name for field in rs.fields(model)}
 
 
+def test_a_field_that_took_the_place_of_its_own_is_not_taken_for_it(made):
+    library, model, _, expected = made
+    library.use("f0")
+    rs.unsteer(model, "f0")
+    rs.steer(model, rank=2, name="f0")
+    assert library.loaded == []
+    with pytest.raises(rs.SteerError, match="that the library did not load"):
+        library.use("f0")
+    with pytest.warns(UserWarning, match="that the library did not load"):
+        chosen = library.use(["f0", "f1"])
+    check(model, ["f0", "f1"], expected, chosen.errors)
+
+
+def test_what_was_trained_since_does_not_go_out_without_a_word(made):
+    library, model, folder, expected = made
+    library.use("f0")
+    shake(model, "f0")
+    library.use(["f1", "f2"])
+    with pytest.warns(UserWarning, match=r"'f0' was changed since .* and goes out unsaved"):
+        library.use("f3")
+    library.use("f0")
+    check(model, ["f0", "f0"], expected)
+    shake(model, "f0")
+    rs.save(model, folder / "f0", "f0")
+    trained = model(IMAGES).detach()
+    library.use(["f4", "f5"])
+    library.use("f1")  # no warning, since it is on disk
+    library.use("f0")
+    torch.testing.assert_close(model(IMAGES).detach(), trained)
+
+
 def test_a_field_in_which_rows_cannot_differ_is_its_rows_error(made):
     library, model, folder, expected = made
     other = rs.steer(vit(), rank=2, name="inner", train="blocks.0.norm1")
@@ -192,7 +223,7 @@ def test_threads_wait_for_each_other(made):
         try:
             for _ in range(6):
                 rows = draw.choices([*NAMES, None], k=2)
-                with library._lock, library.use(rows):
+                with library.use(rows):
                     check(model, rows, expected)
         except BaseException as error:
             found.append(error)

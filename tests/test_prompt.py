@@ -93,6 +93,31 @@ def test_generate_decodes_as_the_frozen_model(case, more):
     assert called == [ids.shape[1], 1, 1, 1]
 
 
+@torch.no_grad()
+def test_generate_counts_the_tokens_of_its_prompt():
+    """Read in chunks, the last of one token, or with guesses of an assistant behind it, it is the same prompt."""
+    model, ids = steered()
+    ids = torch.cat([ids, ids], dim=1)[:1, :5]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **settings)
+    assert not torch.equal(expected, generated_under(model, None, ids, settings))
+    ways = [{"prefill_chunk_size": size} for size in (1, 2, 4)]
+    ways += [{"prompt_lookup_num_tokens": 3}, {"assistant_model": FAMILIES[0].build()}]
+    ways += [{"input_ids": None, "inputs_embeds": model.get_input_embeddings()(ids)}]
+    for way in ways:
+        actual = model.generate(**{"input_ids": ids, **settings, **way})
+        assert torch.equal(actual[:, -6:], expected[:, -6:]), way
+    with refused("has tokens already"):
+        model.generate(ids, **settings, cache=model(ids[:, :3], use_cache=True).cache)
+    assert torch.equal(copy.deepcopy(model).generate(ids, **settings), expected)
+    assert "generate" not in vars(rs.unsteer(model))
+
+
+def generated_under(model, mix, ids, settings):
+    with rs.use(model, mix):
+        return model.generate(ids, **settings)
+
+
 @families
 @torch.no_grad()
 def test_decoding_runs_the_operations_of_the_frozen_model(case):
@@ -173,8 +198,6 @@ def test_what_may_be_a_prompt_or_not_is_refused():
         with refused("without a cache every call has the whole text"):
             model(ids)
         model.config.use_cache = True
-        with refused("read in chunks"):
-            model.generate(ids, max_new_tokens=2, prefill_chunk_size=2)
         with refused("several texts stand in one row"):
             model(ids, cu_seq_lens_q=torch.tensor([0, 2, 4]))
         with refused("called by itself"):

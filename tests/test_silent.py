@@ -120,6 +120,25 @@ def test_a_recomputation_that_cannot_be_what_it_was_is_an_error(reentrant, then)
         recomputed(reentrant, "block", then)
 
 
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True, None])
+def test_a_recomputation_without_the_field_that_was_unsteered_is_an_error(reentrant, trains):
+    model = Recomputed(reentrant)
+    rs.steer(model, rs.Backbone(blocks=model.blocks, width=8), rank=2)
+    if not trains:
+        rs.freeze(model)
+    x = torch.ones(1, 2, 8, requires_grad=True)
+    loss = randomise(model)(x).sum()
+    rs.unsteer(model)
+    if reentrant is None and not trains:
+        loss.backward()  # everything is kept
+        return
+    with pytest.raises(
+        (rs.SteerError, torch.utils.checkpoint.CheckpointError), match=r"was unsteered since|recomp|reached field"
+    ):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputation_with_other_trained_tensors_in_place_is_an_error(reentrant):
     def made():

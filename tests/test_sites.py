@@ -204,6 +204,89 @@ def test_torch_attention_is_refused_at_its_projection_and_steered_as_a_whole(com
     rs.steer(rs.unsteer(model), backbone, rank=2, site="mixer")(torch.randn(2, 3, 8))
 
 
+class LengthFirst(nn.Module):
+    """A batch-first block around torch's own attention as it is by default, (length, batch, width)."""
+
+    def __init__(self, how="whole"):
+        super().__init__()
+        self.norm, self.attn, self.how = nn.LayerNorm(8), nn.MultiheadAttention(8, 2), how
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        h = self.norm(x.transpose(0, 1))
+        h = self.attn(h, h, h)[0]
+        if self.how == "flat":
+            h = h.flatten(0, 1)
+        return x + self.mlp(h).view(x.shape[1], x.shape[0], 8).transpose(0, 1)
+
+
+def in_rows(model, x, rows=("a", "b")):
+    """Return what the rows of a batch get under fields of their own, and one row at a time."""
+    with torch.no_grad(), rs.use(model, list(rows)):
+        together = model(x)
+    alone = []
+    for row, name in zip(x, rows, strict=True):
+        with torch.no_grad(), rs.use(model, name):
+            alone.append(model(row[None])[0])
+    return together, torch.stack(alone)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("site", "how"), [("block", "whole"), ("mixer", "whole"), ("input", "whole"), ("mlp", "flat"), ("mlp.0", "whole")]
+)
+def test_rows_that_do_not_stand_one_after_the_other_are_refused(site, how, length):
+    """Where the length is a multiple of the rows its shape looks like that of windows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LengthFirst(how), LengthFirst(how)).eval()
+    for name in ("a", "b"):
+        rs.steer(model, rs.Backbone(list(model), 8, mixer="attn", mlp="mlp"), rank=2, site=site, name=name)
+    randomise(model)
+    x = torch.randn(2, length, 8)
+    if site == "block":
+        torch.testing.assert_close(*in_rows(model, x))
+        return
+    wrong = "this batch has 3" if length == 3 and how == "whole" else "do not stand one after the other"
+    with pytest.raises(rs.SteerError, match=wrong):
+        in_rows(model, x)
+
+
+def test_as_many_tokens_as_rows_are_in_order_at_every_site():
+    model = TABLE["gpt2"].build()
+    for name, sites in (("a", ["input", "block", "mlp.c_fc"]), ("b", ["mixer", "mlp", "after", "mixer.c_attn"])):
+        rs.steer(model, rank=8, site=sites, name=name)
+    randomise(model)
+    ids = torch.tensor([[3, 5], [7, 2]])
+    with torch.no_grad(), rs.use(model, ["a", "b"]):
+        together = model(ids, use_cache=True).logits
+    for row, name in enumerate(("a", "b")):
+        with torch.no_grad(), rs.use(model, name):
+            torch.testing.assert_close(together[row], model(ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_torch_that_carry_their_length_in_front_have_no_rows():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False).eval()
+    rs.steer(layers, rs.Backbone(layers.layers, 8), rank=2, name="a")
+    with pytest.raises(rs.SteerError, match=r"carry \(length, batch, width\)"):
+        rs.use(layers, ["a", None])
+
+
+def test_frames_that_are_folded_into_rows_keep_their_order_as_many_as_they_are():
+    """Folded, (batch · frames, tokens, width), a part of a block may have as many tokens as the batch has rows."""
+
+    class Folded(LengthFirst):
+        def forward(self, x):
+            h = x.unflatten(1, (2, -1)).flatten(0, 1)
+            return x + self.mlp(h).view_as(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Folded(), Folded()).eval()
+    for name in ("a", "b"):
+        rs.steer(model, rs.Backbone(list(model), 8, mlp="mlp"), rank=2, site="mlp", name=name)
+    randomise(model)
+    torch.testing.assert_close(*in_rows(model, torch.randn(2, 4, 8)))
+
+
 class Expert(nn.Module):
     def __init__(self):
         super().__init__()
@@ -381,7 +464,7 @@ def test_rows_of_a_table_are_not_those_of_the_batch():
     x = torch.randn(3, 4, 8)
     with (
         rs.use(model, ["law", None, None]),
-        pytest.raises(rs.SteerError, match=r"returned \(6, 8\), which has not the"),
+        pytest.raises(rs.SteerError, match=r"calls its Linear with \(6, 8\), where they do not stand"),
     ):
         model(x)
     alone = []
