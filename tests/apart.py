@@ -5,26 +5,48 @@ import io
 import multiprocessing
 import os
 import sys
+import traceback
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["torch.distributed.fsdp", "timm", "peft", "transformers.models.llama.modeling_llama"]
 )
+_LONG = 600  # seconds
 
 
-def started(function, *arguments):
-    """Start a function of a module; return its process, which can be killed."""
+def killed(function, *arguments, when=None):
+    """Start a function of a module, and kill it at some moment, unless it kills itself; return how it ended."""
     process = _processes.Process(target=function, args=arguments)
     process.start()
-    return process
+    if when is not None:
+        when()
+        process.kill()
+    process.join(_LONG)
+    return process.exitcode
 
 
 def apart(function, *arguments):
-    """Return what a function of a module returns in a process of its own, or raise what it raises."""
-    with ProcessPoolExecutor(1, mp_context=_processes) as pool:
-        return pool.submit(function, *arguments).result(timeout=600)
+    """Return what a function of a module returns in a process of its own; raise if it fails."""
+    answer, send = _processes.Pipe(duplex=False)
+    process = _processes.Process(target=_answered, args=(send, function, arguments))
+    process.start()
+    send.close()
+    try:
+        value, error = answer.recv() if answer.poll(_LONG) else (None, "it does not end")
+    finally:
+        process.kill()
+        process.join()
+    assert error is None, error
+    return value
+
+
+def _answered(send, function, arguments):
+    try:
+        answer = function(*arguments), None
+    except BaseException:
+        answer = None, traceback.format_exc()
+    send.send(answer)
 
 
 def printed(code, folder=".", paths=()):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import residual_steer as rs
-from apart import started
+from apart import killed
 from cases import LENGTH, RANK, TABLE, VOCABULARY
 from residual_steer.training import next_token_loss
 from runs import Stop, fit, same, stopping_at, weights
@@ -372,7 +372,7 @@ def test_data_that_change_between_epochs_are_noticed():
         train(steered(), data=DataLoader(Texts(drift=True), 4), steps=9, cache_prefix=True)
 
 
-def killed(folder):
+def cut_off(folder):
     """Train, and be killed in the seventh step."""
     model, steps = steered(), []
 
@@ -386,9 +386,7 @@ def killed(folder):
 
 
 def test_a_killed_run_leaves_a_cache_that_can_be_read(tmp_path):
-    process = started(killed, tmp_path)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert killed(cut_off, tmp_path) == -signal.SIGKILL
     compare(steered, cache_prefix=tmp_path)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import residual_steer as rs
-from apart import apart, started
+from apart import apart, killed
 from programs import fit_run, fit_sharded, fit_two
 from runs import Stop, classifier, fit, pairs, same, stopping_at, weights
 
@@ -124,6 +124,12 @@ def test_a_loader_with_another_number_of_generators_is_refused(tmp_path):
         fit(classifier(), other, save_to=tmp_path, steps=4, checkpoint_every=2, resume=True)
 
 
+def wait(moment):
+    deadline = time.monotonic() + 60
+    while not moment() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     """By processes of another interpreter than the whole run, which hashes otherwise."""
     steps, whole, broken = 40, tmp_path / "whole", tmp_path / "broken"
@@ -137,13 +143,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     reached = [0]
     for moment in moments:
         seen = {path.name for path in broken.glob("*checkpoint-*")}
-        process = started(fit_run.apart, broken, steps)
-        deadline = time.monotonic() + 60
-        while not moment() and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert killed(fit_run.apart, broken, steps, when=lambda moment=moment: wait(moment)) == -signal.SIGKILL
         names = [path.name for path in broken.glob("checkpoint-*")]
         reached.append(max((int(name.split("-")[1]) for name in names), default=0))
     assert reached == sorted(reached)

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 
 import residual_steer as rs
-from apart import apart, started
+from apart import apart, killed
 from programs import fit_shards
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -23,9 +23,7 @@ def shared(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=24, num_key_value_heads=2, **SIZES)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
-    process = started(fit_shards.both, folder)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert killed(fit_shards.both, folder) == -signal.SIGKILL
     found = json.loads((folder / "found.json").read_text())
     for how in ("whole", "cache"):
         model = fit_shards.made(how, folder / "base")

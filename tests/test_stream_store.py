@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import residual_steer as rs
-from apart import started
+from apart import killed
 from residual_steer._stream_store import StreamStore
 
 
@@ -56,16 +56,14 @@ def fill(store):
     return store
 
 
-def killed(folder):
+def cut_off(folder):
     StreamStore(folder, 10**6).add(b"x" * 16, [torch.zeros(4)])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_rows_after_the_last_flush_are_forgotten(store_in, tmp_path):
     fill(store_in()).close()
-    process = started(killed, tmp_path)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert killed(cut_off, tmp_path) == -signal.SIGKILL
     again = store_in()
     assert (len(again), again.bytes) == (3, 48)
     again.add(b"x" * 16, [torch.ones(4)])
