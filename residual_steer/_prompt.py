@@ -68,15 +68,17 @@ def _generate(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     own = type(model).generate
     if state.mix.on == "all":
         return own(model, *args, **kwargs)
-    words = _words(args or (kwargs.get("inputs"),), kwargs)
-    with state.prompts.reading(None if words is None else words.shape[1]):
+    embedded = kwargs.get("inputs_embeds")
+    words = _words(args or (kwargs.get("inputs"),), kwargs) if embedded is None else embedded
+    with state.prompts.reading(words):
         return own(model, *args, **kwargs)
 
 
 @dataclass
 class _Reading:
-    """How many tokens of a prompt `generate` has yet to read into a cache, which is known after the first call."""
+    """A prompt, how many tokens of it `generate` has yet to read into a cache, and that, once it is known."""
 
+    prompt: Tensor
     left: int
     begun: bool = False
     cache: Any = None
@@ -101,9 +103,9 @@ class Prompts:
         return Prompts, ()
 
     @contextlib.contextmanager
-    def reading(self, length: int | None) -> Iterator[None]:
-        """Take as many tokens as the prompt of the calls that follow; None where that is not known."""
-        self._local.readings.append(None if length is None else _Reading(length))
+    def reading(self, prompt: Tensor | None) -> Iterator[None]:
+        """Take these tokens, or embeddings, as the prompt of the calls that follow; None where that is not known."""
+        self._local.readings.append(None if prompt is None else _Reading(prompt, prompt.shape[1]))
         try:
             yield
         finally:
@@ -135,15 +137,15 @@ class Prompts:
                 "in training the prompt is what stands in front of the first label, and this call has no `labels`. "
                 f"{_GIVE}, or `eval()` the model, whose first call without a cache then is the prompt."
             )
-        return self._by_cache(model, args, kwargs, shape)
+        return self._by_cache(model, args, kwargs, words)
 
     def _by_cache(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...] | None
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], words: Tensor | None
     ) -> bool | Tensor:
         cache = cache_of([*args, *kwargs.values()])
         reading = self._local.readings[-1] if self._local.readings else None
-        if reading is not None and shape is not None and self._goes_on(reading, cache):
-            return self._next(reading, cache, shape)
+        if reading is not None and words is not None and self._goes_on(reading, cache):
+            return self._next(reading, cache, words)
         if cache is None:
             asked = kwargs.get("use_cache")
             if (getattr(getattr(model, "config", None), "use_cache", None) if asked is None else asked) is False:
@@ -156,12 +158,13 @@ class Prompts:
             self._note(cache)
             return True
         known = self._caches.get(id(cache))
-        if shape is None or shape[1] != 1 or known is None or known() is not cache:
+        if words is None or words.shape[1] != 1 or known is None or known() is not cache:
             what = "that another call began" if known is None or known() is not cache else "that has tokens already"
+            number = "some" if words is None else words.shape[1]
             raise SteerError(
-                f"this call goes on with a cache {what}, by {'some' if shape is None else shape[1]} tokens: they may "
-                "be the rest of a prompt (read in chunks, or behind a prefix), a next turn, or guesses of an assistant "
-                f"model. Read the prompt in one call and decode token by token from its cache. Or: {_GIVE[0].lower()}"
+                f"this call goes on with a cache {what}, by {number} tokens: they may be the rest of a prompt (read in "
+                "chunks, or behind a prefix), a next turn, or guesses of an assistant model. Read the prompt in one "
+                f"call and decode token by token from its cache. Or: {_GIVE[0].lower()}"
                 f"{_GIVE[1:]}."
             )
         return False
@@ -171,15 +174,20 @@ class Prompts:
         """Return whether a call is `generate`'s own, rather than that of a processor that asks the model about more."""
         return cache is reading.cache if reading.begun else cache is not None and begins_text({"cache": cache})
 
-    def _next(self, reading: _Reading, cache: Any, shape: tuple[int, ...]) -> bool | Tensor:
+    def _next(self, reading: _Reading, cache: Any, words: Tensor) -> bool | Tensor:
         """Return which of the tokens that `generate` puts into its cache next belong to the prompt."""
+        length, prompt = words.shape[1], reading.prompt
+        part = min(length, reading.left)
+        if not reading.begun and length > part:  # guesses of an assistant behind the prompt, or more in front of it
+            prompt = prompt.repeat_interleave(max(1, len(words) // len(prompt)), 0).to(words.device)
+            if not torch.equal(words[:, :part], prompt):
+                part = reading.left = length
         reading.begun, reading.cache = True, cache
-        self._note(cache)
-        part = min(shape[1], reading.left)
         reading.left -= part
-        if part in (0, shape[1]):
+        self._note(cache)
+        if part in (0, length):
             return part > 0
-        return (torch.arange(shape[1]) < part).expand(shape)
+        return (torch.arange(length) < part).expand(words.shape[:2])
 
     def note(self, output: Any) -> None:
         """Remember the cache that a call made which read a prompt."""

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten
 
 from ._batches import rows_of
 from ._files import make_folder
+from ._undisturbed import apart
 from .errors import SteerError
 from .injector import Injector
-from .training.undisturbed import apart
 
 
 class StreamStore:

@@ -59,6 +59,7 @@ class Injector(Attachment):
         self._entered: Tensor | None = None  # inside torch.compile alone
         self._trusted = False  # not to overwrite what enters
         self._met: bool | None = None  # inside torch.compile alone: whether a linear map that has to be called was
+        self._rows: int | None = None  # inside torch.compile alone: of the batch that enters the block
         self._ordered: set[int] = set()  # in streams of how many dimensions the batch's rows stand one after the other
         self.train(host.training)
         self._enter, block = backbone.read, backbone.blocks[index]
@@ -147,7 +148,8 @@ class Injector(Attachment):
     def _expect(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note that a block begins, which has to call the linear map, and what its rows and tokens are."""
         if torch.compiler.is_compiling():
-            self._met = False if self.route.on else None
+            self._met = False if self.route.on and self._projects else None
+            self._rows = self._enter(args, kwargs).shape[0] if self.route.rows and not self._ordered else None
             return
         if self.route.names and self._projects:
             running.entered[id(self)] = ()
@@ -223,6 +225,12 @@ class Injector(Attachment):
                 "torch from nesting it: nn.TransformerEncoder(..., enable_nested_tensor=False)."
             )
         if torch.compiler.is_compiling():
+            rows, self._rows = self._rows, None
+            if rows is not None and y.dim() > 2 and y.shape[0] != rows == y.shape[1]:
+                raise SteerError(
+                    f"the rows of a batch may not stand one after the other in {tuple(y.shape)}, as a "
+                    f"{type(self.host).__name__} gets them: run one batch without torch.compile first, which shows it."
+                )
             if route.every is not None:
                 return route.every.add_to(y, z, self.compute_dtype, self.fields)
             if route.many and not torch.is_grad_enabled() and not is_exporting():

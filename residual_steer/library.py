@@ -15,8 +15,8 @@ from torch import nn
 
 from ._checks import check_integer, check_model
 from ._controller import steered_part, steering_of
+from ._field_file import DESCRIPTION, TENSORS
 from ._files import as_path
-from ._format import DESCRIPTION, TENSORS
 from ._internals import version
 from .backbone import Backbone
 from .config import FieldConfig, check_name

@@ -22,12 +22,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from ._batches import rows_of
 from ._internals import answering, is_compiled
 from ._stream_store import StreamStore, digests, number_of_rows, prefix_key, refuse_augmentation
+from ._undisturbed import apart
 from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone
 from .training.options import FitOptions, cache_makers
 from .training.processes import Processes
-from .training.undisturbed import apart
 
 GIB = 2**30
 

@@ -6,42 +6,17 @@ All hooks that only look are registered here, by `watch`; they are gone when its
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ._frozen import follow
+from ._undisturbed import undisturbed
 from .backbone import Backbone, read_stream, site_of
 
 __all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
-
-
-@contextlib.contextmanager
-def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Run models in evaluation mode and without gradients; on leaving, modes and random generators are as before.
-
-    What is compiled runs as it was written meanwhile: its graph would not call hooks that are added now.
-    """
-    modes = {module: module.training for model in models for module in model.modules()}
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with torch.random.fork_rng(devices), torch.no_grad(), eager:
-        try:
-            for module in modes:  # on the modules themselves: a `train` of a model's own may do more than that
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

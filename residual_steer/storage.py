@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ._checks import check_choice
 from ._controller import Steering, base_tensors, steered_part, steering_of
+from ._field_file import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
 from ._files import as_path, make_folder, write_whole
-from ._format import DESCRIPTION, TENSORS, describe, differences, find_names, open_field, pack, plain_key
 from ._internals import offload_hooks
 from ._shards import flat_units, gather, is_sharded, like, once, several
 from .backbone import Backbone, compute_dtype, execution_device

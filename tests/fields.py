@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import residual_steer as rs
-from residual_steer._format import DESCRIPTION, TENSORS, digest
+from residual_steer._field_file import DESCRIPTION, TENSORS, digest
 
 
 def vit(seed=0, depth=3, width=32, classes=5):

@@ -39,7 +39,8 @@ PRIVATE = {
     "injector.py": {"_apply"},
     "peft/_model.py": {"_mark_only_adapters_as_trainable", "_remove_adapter_name_from_key"},  # PEFT's seams for tuners
     "peft/_registry.py": True,
-    "recording.py": {"_orig_mod", "_dynamo"},
+    "_undisturbed.py": {"_dynamo"},
+    "recording.py": {"_orig_mod"},
     "trained_modules.py": {"_apply"},
     "training/processes.py": {"_original_forward"},  # of accelerate 1.10 and 1.15; training imports nothing of ours
 }

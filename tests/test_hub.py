@@ -13,7 +13,7 @@ import residual_steer as rs
 from fields import refused, shake, vit
 from hub_server import TOKEN, HubServer
 from residual_steer._controller import steering_of
-from residual_steer._format import DESCRIPTION, TENSORS, describe
+from residual_steer._field_file import DESCRIPTION, TENSORS, describe
 from residual_steer.hub import model_card
 
 PROGRAM = Path(__file__).parent / "programs" / "hub_session.py"

@@ -11,7 +11,7 @@ import torch
 
 import residual_steer as rs
 from fields import IMAGES, shake, vit
-from residual_steer._format import TENSORS
+from residual_steer._field_file import TENSORS
 
 NAMES = [f"f{index}" for index in range(6)]
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import residual_steer as rs
 from cases import TABLE
-from residual_steer.training import evaluate, next_token_loss, undisturbed
+from residual_steer import _undisturbed as undisturbed
+from residual_steer.training import evaluate, next_token_loss
 from residual_steer.training.data_order import BatchStream, Share
 from residual_steer.training.losses import IGNORE
 from runs import classifier, fit, pairs, same, weights

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import residual_steer as rs
 from cases import TABLE, randomise
+from residual_steer.recording import watch
 from silent import tiny
 
 FAMILIES = [TABLE[name] for name in ("gpt2", "mamba")]
@@ -93,6 +95,7 @@ def test_generate_decodes_as_the_frozen_model(case, more):
     assert called == [ids.shape[1], 1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # by PEFT's prompts
 @torch.no_grad()
 def test_generate_counts_the_tokens_of_its_prompt():
     """Read in chunks, the last of one token, or with guesses of an assistant behind it, it is the same prompt."""
@@ -110,6 +113,17 @@ def test_generate_counts_the_tokens_of_its_prompt():
     with refused("has tokens already"):
         model.generate(ids, **settings, cache=model(ids[:, :3], use_cache=True).cache)
     assert torch.equal(copy.deepcopy(model).generate(ids, **settings), expected)
+    tuned, seen = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), []
+    rs.use(model, "law", on="prompt")
+    actual = tuned.generate(input_ids=ids, **settings)  # what stands in front of a prompt is read with it
+
+    def switch(model, args, kwargs):
+        rs.use(model, None if seen else "law")
+        seen.append(kwargs.get("inputs_embeds"))
+
+    with watch([model], switch, first=True):
+        assert torch.equal(actual, tuned.generate(input_ids=ids, **settings))
+    assert seen[0].shape[1] == 7
     assert "generate" not in vars(rs.unsteer(model))
 
 

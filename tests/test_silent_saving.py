@@ -264,7 +264,7 @@ def test_ids_of_tokens_and_storage_make_no_other_backbone(tmp_path):
 
 
 def test_a_difference_inside_a_config_is_named():
-    from residual_steer._format import differences
+    from residual_steer._field_file import differences
 
     def backbone(**config):
         return {"class": "k", "config": config}

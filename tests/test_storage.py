@@ -19,7 +19,7 @@ import residual_steer as rs
 from apart import apart
 from fields import IMAGES, refused, rewrite, save_one, shake, vit
 from residual_steer._controller import steering_of
-from residual_steer._format import (
+from residual_steer._field_file import (
     _FORMAT_VERSION,
     DESCRIPTION,
     TENSORS,

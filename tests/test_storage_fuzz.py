@@ -15,7 +15,7 @@ import torch
 import residual_steer as rs
 from fields import assert_as, refused, rewrite, save_one, shake, snapshot, vit
 from residual_steer._controller import steering_of
-from residual_steer._format import DESCRIPTION, TENSORS, digest, open_field
+from residual_steer._field_file import DESCRIPTION, TENSORS, digest, open_field
 
 CASES = 1000
 KEY = "residual_steer"

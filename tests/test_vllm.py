@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import residual_steer as rs
 from apart import printed
 from fields import rewrite, shake, vit
-from residual_steer._format import TENSORS
+from residual_steer._field_file import TENSORS
 from residual_steer.vllm._bank import Bank
 from residual_steer.vllm._requests import Mix
 

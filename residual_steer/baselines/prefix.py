@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from residual_steer._caches import begins_text, cache_of, cache_parameter
 from residual_steer._checks import check_integer
+from residual_steer._undisturbed import as_before
 from residual_steer.errors import SteerError, UnsuitableError
-from residual_steer.training.undisturbed import as_before
 
 from ._attach import Attached, Subject, Trained, place_of
 from .prompt import embedding_of, lengthened_mask

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from residual_steer._batches import to_device
 from residual_steer._checks import check_integer, check_number
+from residual_steer._undisturbed import apart, as_before
 from residual_steer.errors import SteerError
 from residual_steer.training.losses import IGNORE
-from residual_steer.training.undisturbed import apart, as_before
 
 __all__ = ["TokenRows", "embedding", "generator", "latent", "mqar", "recall", "rule"]
 

@@ -29,7 +29,7 @@ from .effort import ControlEffort, LayerEffort, control_effort
 from .energy import StreamEnergy, hopfield_energy, stream_energy
 from .entropy import AttentionEntropy, attention_entropy
 from .landscape import Landscape, Path, Plane, landscape, plane
-from .memory import MemoryLength, memory_length
+from .memory_length import MemoryLength, memory_length
 
 __all__ = [
     "AttentionEntropy",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from residual_steer._controller import Steering, base_tensors, steering_of
-from residual_steer._format import describe
+from residual_steer._field_file import describe
 from residual_steer.backbone import Backbone
 from residual_steer.config import FieldConfig, Place, check_sites
 from residual_steer.errors import SteerError, some

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from residual_steer import _undisturbed as undisturbed
 from residual_steer._batches import rows_of
 from residual_steer.errors import SteerError
-
-from . import undisturbed
 
 # What the loader of one process's rows has as the given one does.
 _LIKE = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator"]

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
+from residual_steer import _undisturbed as undisturbed
 from residual_steer._batches import to_device
 from residual_steer._checks import check_integer, check_model, check_number
 from residual_steer._files import as_path, make_folder
 from residual_steer._shards import is_sharded, like, whole
 from residual_steer.errors import DivergedError, SteerError
 
-from . import checkpoint, undisturbed
+from . import checkpoint
 from .data_order import BatchStream, Share
 from .history import History, Journal, progress
 from .losses import IGNORE, Loss, MeanLoss, counting, measure

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from residual_steer._batches import labels_of, rows_of, to_device
+from residual_steer._undisturbed import apart, as_before
 from residual_steer.errors import SteerError
-
-from .undisturbed import apart, as_before
 
 IGNORE = -100  # labels with this value count for nothing, as everywhere in transformers
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from residual_steer._format import differences, flat_config
+from residual_steer._field_file import differences, flat_config
 from residual_steer.config import Place
 from residual_steer.errors import SteerError, some
 

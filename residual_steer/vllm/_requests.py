@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from residual_steer._checks import check_number
-from residual_steer._format import Stored, open_field
+from residual_steer._field_file import Stored, open_field
 from residual_steer.config import Place
 from residual_steer.errors import SteerError, some
 from residual_steer.field import HRes

@@ -16,7 +16,7 @@ import torch
 from small_net import BATCH, fresh, steer
 
 import residual_steer as rs
-from residual_steer._format import DESCRIPTION, TENSORS, open_field
+from residual_steer._field_file import DESCRIPTION, TENSORS, open_field
 
 WHOLE = {DESCRIPTION, TENSORS}
 

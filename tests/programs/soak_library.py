@@ -22,7 +22,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import residual_steer as rs
-from residual_steer._format import DESCRIPTION, TENSORS
+from residual_steer._field_file import DESCRIPTION, TENSORS
 
 ROWS, LENGTH, GROWTH = 8, 12, 5e6
 SIZES = {"n_layer": 3, "n_embd": 48, "n_head": 3, "vocab_size": 64, "n_positions": 32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,9 +23,23 @@ def train_mode(model: nn.Module, trained: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
+def undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Run models in evaluation mode and without gradients; on leaving, modes and random generators are as before.
+
+    What is compiled runs as it was written meanwhile: its graph would not call hooks that are added now.
+    """
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with as_before(*models), apart(devices=there), torch.no_grad(), eager:
+        for module in {module: None for model in models for module in model.modules()}:
+            module.training = False  # on the modules themselves: a `train` of a model's own may do more than that
+        yield
+
+
+@contextlib.contextmanager
+def as_before(*models: nn.Module) -> Iterator[None]:
     """Give back every module's mode."""
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for model in models for module in model.modules()}
     try:
         yield
     finally:
