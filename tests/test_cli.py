@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -212,8 +212,9 @@ def test_doctor_names_what_is_there_and_what_is_missing(capsys):
     assert "GPU" in shown
 
 
-def test_the_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "residual_steer", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == importlib.metadata.version("residual-steer")
+def test_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["residual_steer", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("residual_steer", run_name="__main__")
+    assert not ended.value.code
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("residual-steer")

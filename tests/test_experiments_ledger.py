@@ -3,9 +3,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +10,9 @@ from hypothesis import strategies as st
 
 import residual_steer as rs
 from experiments.ledger import Ledger
+from programs.kill_ledgers import killed, together
 from residual_steer._files import fcntl, lock
 
-PROGRAMS = Path(__file__).parent / "programs"
 KEY, VALUE = {"seed": 0, "rate": 1e-3}, {"loss": 0.1 + 0.2, "accuracy": None}
 
 plain = st.recursive(
@@ -257,15 +254,6 @@ def test_a_path_that_cannot_be_a_ledger_is_refused(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_killed_at_any_moment_and_shared_by_several_processes(tmp_path):
-    finished = subprocess.run(
-        [sys.executable, str(PROGRAMS / "kill_ledgers.py"), str(tmp_path), "25"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAMS.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    seen = json.loads(finished.stdout)
-    assert seen["finished"] > 0
+    assert killed(tmp_path / "killed.jsonl", 25)["finished"] > 0
+    seen = together(tmp_path / "together.jsonl")
     assert seen["lines"] == seen["results"] == seen["expected"]

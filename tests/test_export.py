@@ -1,8 +1,5 @@
 """An exported model loads by transformers alone and computes what the steered one does."""
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -10,6 +7,7 @@ import transformers
 from transformers import BertConfig, GPT2Config, LlamaConfig, MambaConfig, T5Config, ViTConfig
 
 import residual_steer as rs
+from apart import printed
 from residual_steer.errors import SteerError
 from residual_steer.export import export
 
@@ -29,7 +27,8 @@ MODELS = {
 ALONE = """
 import sys, torch, transformers
 sys.modules["residual_steer"] = None  # an import of it would fail
-for folder, auto in zip(sys.argv[1::2], sys.argv[2::2]):
+transformers.dynamic_module_utils.HF_MODULES_CACHE = {modules!r}
+for folder, auto in {models}:
     model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
     model.requires_grad_(False)  # torch computes a frozen weight's product by another kernel
     torch.save(model(**torch.load(folder + "/inputs")).logits, folder + "/logits")
@@ -56,18 +55,16 @@ def inputs(name):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Export every model, run all in one process that has no such library as ours, and return what ours computed."""
-    home, expected, arguments = tmp_path_factory.mktemp("export"), {}, []
+    home, expected, models = tmp_path_factory.mktemp("export"), {}, []
     for name, (_, head) in MODELS.items():
         model = steered(name, train=["classifier"] if "Classification" in name else [])
         export(model, home / name)
         torch.save(inputs(name), home / name / "inputs")
-        arguments += [str(home / name), f"AutoModelFor{head}"]
+        models.append((str(home / name), f"AutoModelFor{head}"))
         expected[name] = model(**inputs(name)).logits.detach()  # with a gradient: without one GELU rounds otherwise
         assert not hasattr(model.config, "steering")
-    environment = {"HF_HOME": str(home / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-    run = [sys.executable, "-W", "ignore", "-c", ALONE, *arguments]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    modules = str(home / "modules")
+    printed(ALONE.format(modules=modules, models=models), paths=[modules])
     return {name: (torch.load(home / name / "logits"), value) for name, value in expected.items()}
 
 

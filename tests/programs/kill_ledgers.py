@@ -1,16 +1,11 @@
-"""Kill a process that adds to a ledger, again and again, and say what is left; then let several add at once.
-
-Usage: kill_ledgers.py FOLDER KILLS
-"""
+"""Kill a process that adds to a ledger, again and again, and say what is left; then let several add at once."""
 
 import json
 import os
 import random
 import signal
 import struct
-import sys
 import time
-from pathlib import Path
 
 from experiments.ledger import Ledger
 
@@ -94,9 +89,3 @@ def together(path):
     for key, value in (pair for pairs in found for pair in pairs):
         assert there.get_or(key, list) == value, (key, value)
     return {"lines": len(lines), "results": len(there), "expected": SHARED + 3 * OWN}
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    result = killed(folder / "killed.jsonl", int(sys.argv[2]))
-    print(json.dumps({**result, **together(folder / "together.jsonl")}))
