@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,12 +59,24 @@ def _entering(
         raise _ReachedError
 
     cache = cache_of([*call[0], *call[1].values()])
+    spare = copy.deepcopy(cache, {id(tensor): tensor.detach().clone() for tensor in _tensors(cache, set())})
     args, kwargs = tree_map(
-        lambda x: copy.deepcopy(x) if x is cache else change(x), call, is_leaf=lambda x: x is not None and x is cache
+        lambda x: spare if x is cache else change(x), call, is_leaf=lambda x: x is not None and x is cache
     )
     with watch([host], reach, first=True), contextlib.suppress(_ReachedError):
         model.forward(*args, **kwargs)
     return found[0]
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in an object, those in the midst of a graph too, which cannot be copied as they are."""
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        for part in (*parts, *getattr(value, "__dict__", {}).values()):
+            yield from _tensors(part, seen)
 
 
 def _first_row(rows: int) -> Callable[[Any], Any]:

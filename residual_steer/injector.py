@@ -5,14 +5,14 @@ Nothing of a call is kept on it: several threads may run one model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._calls import Selected, running, selection_of_backward
+from ._calls import Given, Selected, running, selection_of_backward
 from ._checks import is_exporting
 from ._frozen import Attachment, follow
 from ._internals import version
@@ -226,11 +226,8 @@ class Injector(Attachment):
             )
         if torch.compiler.is_compiling():
             rows, self._rows = self._rows, None
-            if rows is not None and y.dim() > 2 and y.shape[0] != rows == y.shape[1]:
-                raise SteerError(
-                    f"the rows of a batch may not stand one after the other in {tuple(y.shape)}, as a "
-                    f"{type(self.host).__name__} gets them: run one batch without torch.compile first, which shows it."
-                )
+            if rows is not None:
+                self._check_shape(y, rows)
             if route.every is not None:
                 return route.every.add_to(y, z, self.compute_dtype, self.fields)
             if route.many and not torch.is_grad_enabled() and not is_exporting():
@@ -257,26 +254,49 @@ class Injector(Attachment):
     def _check_order(self, y: Tensor) -> None:
         """Raise unless the rows of y are the batch's, one after the other: a mixer may get `(length, batch, width)`."""
         call = running.calls[-1] if running.calls else None
-        noted = None if call is None else running.blocks.get(id(self), call.given)
+        if torch.compiler.is_compiling():  # as a graph of its own, behind a break
+            noted = running.blocks.get(id(self)) or (None if call is None else call.given)
+            return None if noted is None else self._check_shape(y, noted[2])
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if call is None or noted is None or tracing or selection_of_backward()[0]:
-            return  # in a backward pass it was checked before
-        model, given, rows = noted
-        shown = y.dim() > 2 and len(y) == rows != y.shape[1]  # by its shape
-        if rows > 1 and not shown and y.shape not in call.ordered:
-            with running.aside():
-                in_order = rows_in_order(model, given, self.host, self.read, rows, y)
-            if not in_order:
-                raise SteerError(
-                    f"rows have fields or tokens of their own, and a {type(model).__name__} that is given {rows} rows "
-                    f"calls its {type(self.host).__name__} with {tuple(y.shape)}, where they do not stand one after "
-                    "the other, such as (length, batch, width). Steer another site, or use one field at a time."
-                )
-            if noted is call.given:
-                call.ordered.add(y.shape)
+        if call is None or call.given is None or tracing or selection_of_backward()[0]:
+            return None  # in a backward pass it was checked before
+        inside = running.blocks.get(id(self))
+        if inside is None:
+            self._check_given(call.given, self.host, self.read, y, call.ordered)
+        else:
+            block, (args, kwargs), _ = inside
+            self._check_given(call.given, block, self._enter, self._enter(args, kwargs), call.ordered)
+            self._check_given(inside, self.host, self.read, y, set())
         self._ordered.add(y.dim())
         if not self._projects:
             running.blocks.pop(id(self), None)
+        return None
+
+    def _check_shape(self, y: Tensor, rows: int) -> None:
+        """Raise if y looks like (length, batch, …), where the order of the rows cannot be seen."""
+        if y.dim() > 2 and y.shape[0] != rows == y.shape[1]:
+            raise SteerError(
+                f"the rows of a batch may not stand one after the other in {tuple(y.shape)}, as a "
+                f"{type(self.host).__name__} gets them: run one batch without torch.compile first, which shows it."
+            )
+
+    @staticmethod
+    def _check_given(
+        given: Given, host: nn.Module, read: Callable[..., Tensor], y: Tensor, ordered: set[torch.Size]
+    ) -> None:
+        """Raise unless the rows of y, at a host, are those that a module around it was given; note shapes that are."""
+        model, call, rows = given
+        if rows == 1 or (y.dim() > 2 and len(y) == rows != y.shape[1]) or y.shape in ordered:
+            return
+        with running.aside():
+            in_order = rows_in_order(model, call, host, read, rows, y)
+        if not in_order:
+            raise SteerError(
+                f"rows have fields or tokens of their own, and a {type(model).__name__} that is given {rows} rows "
+                f"calls its {type(host).__name__} with {tuple(y.shape)}, where they do not stand one after the other, "
+                "such as (length, batch, width). Steer another site, or use one field at a time."
+            )
+        ordered.add(y.shape)
 
     def add_selected(self, y: Tensor, z: Tensor) -> Tensor:
         """Return y with the fields added that act now: what a compiled graph calls where many stand."""

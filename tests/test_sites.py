@@ -250,14 +250,37 @@ def test_rows_that_do_not_stand_one_after_the_other_are_refused(site, how, lengt
         in_rows(model, x)
 
 
+class Transposed(nn.Module):
+    """Blocks that carry (length, batch, width) in a model whose batch comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 8), nn.Tanh())})])
+        self.blocks[0].forward = lambda x: x + self.blocks[0].mlp(x)
+
+    def forward(self, x):
+        return self.blocks[0](x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("site", ["block", "mlp", "mlp.0"])
+def test_rows_of_a_stream_that_begins_with_its_length_are_refused(site):
+    for length in (2, 4):
+        model = Transposed()
+        for name in ("a", "b"):
+            rs.steer(model, rs.Backbone(model.blocks, 8, mlp="mlp"), rank=2, site=site, name=name)
+        with pytest.raises(rs.SteerError, match="do not stand one after the other"):
+            in_rows(model, torch.randn(2, length, 8))
+
+
 def test_as_many_tokens_as_rows_are_in_order_at_every_site():
     model = TABLE["gpt2"].build()
     for name, sites in (("a", ["input", "block", "mlp.c_fc"]), ("b", ["mixer", "mlp", "after", "mixer.c_attn"])):
         rs.steer(model, rank=8, site=sites, name=name)
     randomise(model)
     ids = torch.tensor([[3, 5], [7, 2]])
-    with torch.no_grad(), rs.use(model, ["a", "b"]):
-        together = model(ids, use_cache=True).logits
+    with rs.use(model, ["a", "b"]):
+        rs.thaw(model, "a")  # so that the cache is a part of the graph
+        together = model(ids, use_cache=True).logits.detach()
     for row, name in enumerate(("a", "b")):
         with torch.no_grad(), rs.use(model, name):
             torch.testing.assert_close(together[row], model(ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-4)
