@@ -122,11 +122,11 @@ def main(arguments=None):
     stored = {"versions": known, "tests": {**kept.get("tests", {}), **outcomes.found}}
     RESULTS.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", "utf-8")
     lines = [
-        f"| {tool} | {package} {stored['versions'].get(package, '–')} | {what} | "
-        f"{outcome(asked, refusal, stored['tests'])} |"
+        f"| {tool} | {outcome(asked, refusal, stored['tests'])} | {what} | "
+        f"{package} {stored['versions'].get(package, '–')} |"
         for tool, package, what, refusal, asked in ROWS
     ]
-    head = "| tool | version | what was run | outcome |\n| --- | --- | --- | --- |"
+    head = "| tool | outcome | what was run | version |\n| --- | --- | --- | --- |"
     PAGE.write_text(f"{TITLE}\n{head}\n" + "\n".join(lines) + "\n", "utf-8")
 
 

@@ -76,16 +76,13 @@ def steer(
     model's output stays the same to the last bit. Another call with another `name` adds a field, selects it, and
     freezes the others. Where torch.distributed has a process group, every process calls this, and they begin alike.
 
-    =======================  ===============================================================================
-    site                     what becomes of what
-    =======================  ===============================================================================
-    "block"                  a whole block M returns M(z) + λ·H(z) (eq. 1)
-    "mixer", "mlp"           its attention or SSM, or its feed-forward, does (lemma 2)
-    "input"                  the mixer receives x + λ·H(x), the control input of §4.2
-    "after"                  z', which leaves the block, becomes z' + λ·H(z')
-    "mixer.q_proj",          a linear map P inside the mixer or mlp, by its path there, returns
-    "mixer.in_proj", …       P(x) + λ·H(x); `find_backbone(model).projections` lists them
-    =======================  ===============================================================================
+    | site | what becomes of what |
+    | --- | --- |
+    | "block" | a whole block M returns M(z) + λ·H(z) (eq. 1) |
+    | "mixer", "mlp" | its attention or SSM, or its feed-forward, does (lemma 2) |
+    | "input" | the mixer receives x + λ·H(x), the control input of §4.2 |
+    | "after" | z', which leaves the block, becomes z' + λ·H(z') |
+    | "mixer.q_proj", … | a linear map P, by its path: P(x) + λ·H(x); `find_backbone(model).projections` lists them |
 
     Args:
         model: a model of any size around one backbone; it is changed in place.

@@ -9,6 +9,7 @@ that not every machine has says so at its top: `<!-- needs: vllm -->`.
 import contextlib
 import io
 import json
+import pkgutil
 import re
 import shlex
 import sys
@@ -120,3 +121,13 @@ def test_every_public_name_is_in_the_reference():
         shown.update(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE))
     assert tops <= shown, "give these a `:::` line in docs/reference"
     assert modules - {"residual_steer.peft"} <= {name.rpartition(".")[0] for name in shown}
+
+
+def test_what_the_reference_shows_is_markdown():
+    names = [
+        x
+        for path in (DOCS / "reference").glob("*.md")
+        for x in re.findall(r"^::: ([\w.]+)$", path.read_text("utf-8"), re.M)
+    ]
+    shown = {name: pkgutil.resolve_name(name).__doc__ or "" for name in names if ".vllm" not in name}
+    assert [name for name, text in shown.items() if re.search(r"^ *={4,}", text, re.M)] == [], "write its table with |"

@@ -1,16 +1,16 @@
 """What adaptation does to a model, measured: each function takes a model and a loader and returns a small result.
 
-===================  =============================================================================================
-`attention_entropy`  how widely each layer and head attends (lemmas 1 and 2)
-`memory_length`      the same question for an SSM: how far back its states remember
-`stream_energy`      the modern Hopfield energy of the states against their layer's keys (arXiv 2008.02217)
-`neural_collapse`    NC1 to NC4 (arXiv 2008.08186); `collapse_over_training` draws them over steps
-`control_effort`     how hard a field steers, layer by layer, and in how many directions
-`drift`              how far the stream is moved, on the task's data and on others
-`displacement`       the field of displacements of several methods side by side (figure 1b)
-`landscape`          the loss over a plane of the stream, with the ways that states take (figure 1a)
-`plane`              the first two principal directions of the stream at a layer
-===================  =============================================================================================
+| measure | of what |
+| --- | --- |
+| `attention_entropy` | how widely each layer and head attends (lemmas 1 and 2) |
+| `memory_length` | the same question for an SSM: how far back its states remember |
+| `stream_energy` | the modern Hopfield energy of the states against their layer's keys (arXiv 2008.02217) |
+| `neural_collapse` | NC1 to NC4 (arXiv 2008.08186); `collapse_over_training` draws them over steps |
+| `control_effort` | how hard a field steers, layer by layer, and in how many directions |
+| `drift` | how far the stream is moved, on the task's data and on others |
+| `displacement` | the field of displacements of several methods side by side (figure 1b) |
+| `landscape` | the loss over a plane of the stream, with the ways that states take (figure 1a) |
+| `plane` | the first two principal directions of the stream at a layer |
 
 - `model` is steered; or, with a `reference`, adapted in any way. The `reference` is the frozen model, on the same
   device; None is the same model with its fields off. Both come back as they were: modes, hooks, random generators.
