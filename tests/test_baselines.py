@@ -28,7 +28,12 @@ def reason(method, name):
     return words if refused else None
 
 
-GRID = [(method, name) for method in rs.baselines.methods() for name in MODELS]
+LIKE_OTHERS = (
+    "hf-deit",
+    "hf-dinov2",
+    "falcon-mamba",
+)  # here as hf-vit, hf-clip, mamba; tokens and LoRA are tried on them
+GRID = [(method, name) for method in rs.baselines.methods() for name in MODELS if name not in LIKE_OTHERS]
 OF_THE_BASE = ("bitfit", "linear", "full")
 CHANGED = ("prompt", "prefix", "vpt-shallow", "vpt-deep")  # what a fresh one computes is not what the frozen model does
 
