@@ -40,13 +40,13 @@ def build(name):
     return model
 
 
-def data_of(name, new):
-    """Return training data and some that are held out, of the pre-training or of the new task."""
+def data_of(name, new, most=128):
+    """Return training data and some that are held out, texts `most`, of the pre-training or of the new task."""
     if name == "ViT":
         return [digits(range(5, 10) if new else range(5), split) for split in ("train", "valid")]
     text = english_prose() if new else python_source(4_000_000)
     train, valid = (ByteBlocks(text, 64, split) for split in ("train", "valid"))
-    return train, Subset(valid, range(0, len(valid), len(valid) // 128)[:128])
+    return train, Subset(valid, range(0, len(valid), len(valid) // 128)[:most])
 
 
 def pretrained(name, cache=CACHE, quick=False):
@@ -75,7 +75,7 @@ def adapt(name, method, options):
     elif method == "new head alone":
         model.requires_grad_(False).head.requires_grad_(True)
     batch, steps = (4, 4) if options.quick else PLANS[name][2:]
-    train, valid = data_of(name, new=True)
+    train, valid = data_of(name, new=True, most=32 if options.quick else 128)
     train, valid = DataLoader(train, batch, shuffle=True, drop_last=True), DataLoader(valid, 4 * batch)
     metric = (lambda one: 100 * one["accuracy"]) if images else (lambda one: one["loss"] / math.log(2))
     curve = [] if images else [(0, metric(evaluate(model, valid)))]  # a new field changes nothing yet

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import residual_steer as rs
 from compare_transformer_mamba import CACHE, PLANS, pretrained
@@ -92,7 +92,7 @@ def serve(name, options):
     for task, (_, valid) in tasks.items():
         for field in (None, *tasks):
             with rs.use(model, field):
-                found = evaluate(model, DataLoader(valid, 64))
+                found = evaluate(model, DataLoader(Subset(valid, range(32)) if options.quick else valid, 64))
             score = f"{found['accuracy']:.1%} right" if images else f"{found['loss'] / math.log(2):.2f} bits per byte"
             print(f"{task:10} under {field or 'no field':10}: {score}", flush=True)
     fields = [[*tasks, None][row % 4] for row in range(ROWS)]  # None is the frozen model
