@@ -232,5 +232,5 @@ def test_a_peer_that_no_gradient_reaches_is_named_and_the_others_are_measured(co
     monkeypatch.setitem(costs.SUBJECTS, "gpt2", dataclasses.replace(subject, shape=shape, targets=("spare",)))
     found = costs.Costs(Job(["gpt2"], tmp_path / "costs.json", "cpu", True, None), "gpt2")
     found.measure(False)
-    assert {"floor", "H-Res, block"} == set(found.times["step, eager"])
+    assert {"floor", "H-Res, block", "H-Res, fields in bf16"} == set(found.times["step, eager"])
     assert "does not require grad" in found.refused["LoRA, usual targets, step, eager"]
