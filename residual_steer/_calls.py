@@ -146,7 +146,7 @@ def batch_of(backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     given = {str(place): value for place, value in enumerate(args)}
     given |= {name: value for name, value in kwargs.items() if name not in _FREE}
-    every = [tensor for tensor in tensors_in(given) if tensor.dim() and not tensor.is_nested]
+    every = [tensor for tensor in tensors_in(given) if tensor.dim() and not tensor.is_nested and tensor.numel()]
     sizes = {x.shape[0] for x in every if x.dim() > 1} or {x.shape[0] for x in every}
     if len(sizes) > 1:
         sizes -= {1}

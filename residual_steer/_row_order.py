@@ -89,8 +89,8 @@ def _first_row(rows: int) -> Callable[[Any], Any]:
         x = x.detach().clone()
         if x.is_floating_point():
             x[0] += torch.randn(x[0].shape, generator=generator).to(x)
-        else:
-            x[0] = x[-1] if torch.equal(x[0], x[0].flip(-1)) else x[0].flip(-1)
+        elif int(x.max()) > 1:  # no mask
+            x[0] = (x[0] - 1).abs()  # a number that a table of tokens or positions has
         return x
 
     return change

@@ -286,7 +286,7 @@ class Injector(Attachment):
     ) -> None:
         """Raise unless the rows of y, at a host, are those that a module around it was given; note shapes that are."""
         model, call, rows = given
-        if rows == 1 or (y.dim() > 2 and len(y) == rows != y.shape[1]) or y.shape in ordered:
+        if rows < 2 or (y.dim() > 2 and len(y) == rows != y.shape[1]) or y.shape in ordered:
             return
         with running.aside():
             in_order = rows_in_order(model, call, host, read, rows, y)

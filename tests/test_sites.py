@@ -277,7 +277,7 @@ def test_as_many_tokens_as_rows_are_in_order_at_every_site():
     for name, sites in (("a", ["input", "block", "mlp.c_fc"]), ("b", ["mixer", "mlp", "after", "mixer.c_attn"])):
         rs.steer(model, rank=8, site=sites, name=name)
     randomise(model)
-    ids = torch.tensor([[3, 5], [7, 2]])
+    ids = torch.full((2, 2), 5)
     with rs.use(model, ["a", "b"]):
         rs.thaw(model, "a")  # so that the cache is a part of the graph
         together = model(ids, use_cache=True).logits.detach()
