@@ -152,9 +152,9 @@ docs: $(DOCS)/installed  ## Build the documentation in site/; a broken link or a
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 dist: $(DOCS)/installed  ## Build sdist and wheel in dist/ and check them; REPOSITORY=https://… makes the README's links absolute
 	$(DOCS)/bin/python .ci/dist.py $(REPOSITORY)
-tutorials: $(VENV)/installed  ## Run the notebooks again, and keep what they print; some minutes
+tutorials: $(VENV)/installed  ## Run the notebooks again, and keep what they print; some minutes; TUTORIALS: these alone
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nbclient ipykernel
-	$(BIN)/jupyter execute --inplace docs/tutorials/*.ipynb
+	$(BIN)/python .ci/tutorials.py $(TUTORIALS)
 gallery: $(VENV)/installed  ## Draw the pictures of the gallery again; a minute
 	$(BIN)/python docs/gallery.py
 $(DOCS)/installed: pyproject.toml
