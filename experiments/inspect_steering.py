@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .backbones import Task, small_tasks
+from .backbones import Task, small_tasks, some
 from .harness import LOST, Experiment, Found, parser_of, positive, run
 from .inspection import arms_of, pictures_of, watched
 from .ledger import Ledger
@@ -227,8 +227,9 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
     """Adapt every backbone with every method, measure, draw."""
     results: Results = {}
     tables, plots, every = [], [], []
-    for task in small_tasks(options.cache, options.quick, ("ViT", "GPT-2", "Mamba")):
-        problem = watched(replace(task, steps=4) if options.quick else task)
+    for whole in small_tasks(options.cache, options.quick, ("ViT", "GPT-2", "Mamba")):
+        task = replace(whole, steps=4, valid=some(whole.valid, 64)) if options.quick else whole
+        problem = watched(task)
         entries = sweep(problem, arms_of(task, options.rank, options.rates), range(options.seeds), ledger)
         results[task.backbone] = entries
         tables += tables_of(task, entries)
