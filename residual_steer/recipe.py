@@ -114,7 +114,8 @@ class Recipe:
             raise SteerError("the recipe lacks `fit.steps`, the number of optimizer steps.")
         _at("fit", lambda: FitOptions.of({k: v for k, v in options.items() if k not in ("steps", "lr")}))
         _at("fit", lambda: check_integer("steps", options["steps"], 1))
-        _at("fit", lambda: check_number("lr", options.get("lr", 1e-3), above=0))
+        if options.get("lr") is not None:
+            _at("fit", lambda: check_number("lr", options["lr"], above=0))
         seed = check_integer("seed", words.get("seed", 0), 0, 2**32 - 1)
         return cls(words["model"], data, field, options, words.get("arch"), seed)
 

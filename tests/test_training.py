@@ -23,6 +23,15 @@ from residual_steer.training.losses import measure
 from runs import classifier, fit, pairs, same, weights
 
 
+def test_few_parameters_train_at_a_larger_rate_unless_one_is_given():
+    few = classifier()
+    few[0].requires_grad_(False)
+    few[3].weight.requires_grad_(False)  # 3 of 67 parameters train
+    for model, rate, peak in ((classifier(), None, 1e-3), (few, None, 2e-2), (few, 3e-3, 3e-3)):
+        history = fit(model, pairs(), lr=rate, schedule="constant", warmup=0, log_every=1)
+        assert {row["lr"] for row in history.train} == {peak}
+
+
 def test_it_learns_and_reports():
     model, data = classifier(), pairs()
     before = evaluate(model, data)

@@ -29,6 +29,7 @@ from .losses import IGNORE, Loss, MeanLoss, counting, measure
 from .options import FitOptions, cache_makers
 from .processes import Processes
 
+RATE_OF_FEW, RATE_OF_MANY = 2e-2, 1e-3  # by default; experiments/placement.py holds the first to sweeps
 # What a run may be resumed with another value of: it does not change the weights.
 _FREE = {"cache_limit", "cache_prefix", "checkpoint_every", "eval_every", "log_every", "progress", "resume", "trackers"}
 
@@ -39,7 +40,7 @@ def fit(
     valid: Iterable[Any] | None = None,
     *,
     steps: int,
-    lr: float = 1e-3,
+    lr: float | None = None,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     save_to: str | Path | None = None,
@@ -60,7 +61,8 @@ def fit(
             Its epochs are repeated as needed.
         valid: such a DataLoader to evaluate on.
         steps: number of optimizer steps.
-        lr: peak learning rate; unused if an `optimizer` is given, which brings its own.
+        lr: peak learning rate; None is 0.02 where a tenth of the parameters train or fewer, as with fields and adapters
+            and heads, and 0.001 where more do. Unused if an `optimizer` is given, which brings its own.
         loss: a function of the model and a batch that returns a scalar, its mean, in place of the above. If that mean
             is over something else than labels or rows, give the function a `weight`: from a batch to a number.
         optimizer: any torch optimizer over the model's parameters; AdamW by default.
@@ -79,8 +81,9 @@ def fit(
     >>> history = fit(model, train, valid, steps=500, lr=1e-3, save_to="runs/squad", eval_every=100)
     """
     settings = FitOptions.of(options)
-    steps, lr = check_integer("steps", steps, 1), check_number("lr", lr, above=0)
+    steps = check_integer("steps", steps, 1)
     check_model(model)
+    lr = _usual_rate(model) if lr is None else check_number("lr", lr, above=0)
     if loss is not None and not callable(loss):
         raise SteerError(f"`loss` is a function of the model and a batch; received {loss!r}.")
     _check_loader("train", train)
@@ -103,6 +106,12 @@ def fit(
     with run.closing:
         run.prepare(train)
         return run.go(valid, None if found is None else found[1])
+
+
+def _usual_rate(model: nn.Module) -> float:
+    """Return the rate of a run that is given none."""
+    train = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return RATE_OF_FEW if 10 * train <= sum(p.numel() for p in model.parameters()) else RATE_OF_MANY
 
 
 def _check_loader(name: str, loader: Any) -> None:
