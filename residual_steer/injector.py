@@ -20,6 +20,7 @@ from ._prompt import compiled_prompt
 from ._row_by_row import add_runs
 from ._row_order import rows_in_order
 from ._segments import Segments
+from ._shards import flat_units, is_sharded
 from .backbone import Backbone, compute_dtype, read_stream, replace_stream, site_of, write_stream
 from .errors import SteerError
 from .field import HRes
@@ -227,7 +228,7 @@ class Injector(Attachment):
         if torch.compiler.is_compiling():
             rows, self._rows = self._rows, None
             if rows is not None:
-                self._check_shape(y, rows)
+                _check_shape(y, rows, self.host)
             if route.every is not None:
                 return route.every.add_to(y, z, self.compute_dtype, self.fields)
             if route.many and not torch.is_grad_enabled() and not is_exporting():
@@ -256,10 +257,12 @@ class Injector(Attachment):
         call = running.calls[-1] if running.calls else None
         if torch.compiler.is_compiling():  # as a graph of its own, behind a break
             noted = running.blocks.get(id(self)) or (None if call is None else call.given)
-            return None if noted is None else self._check_shape(y, noted[2])
+            if noted is not None:
+                _check_shape(y, noted[2], self.host)
+            return
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         if call is None or call.given is None or tracing or selection_of_backward()[0]:
-            return None  # in a backward pass it was checked before
+            return  # in a backward pass it was checked before
         inside = running.blocks.get(id(self))
         if inside is None:
             self._check_given(call.given, self.host, self.read, y, call.ordered)
@@ -270,15 +273,6 @@ class Injector(Attachment):
         self._ordered.add(y.dim())
         if not self._projects:
             running.blocks.pop(id(self), None)
-        return None
-
-    def _check_shape(self, y: Tensor, rows: int) -> None:
-        """Raise if y looks like (length, batch, …), where the order of the rows cannot be seen."""
-        if y.dim() > 2 and y.shape[0] != rows == y.shape[1]:
-            raise SteerError(
-                f"the rows of a batch may not stand one after the other in {tuple(y.shape)}, as a "
-                f"{type(self.host).__name__} gets them: run one batch without torch.compile first, which shows it."
-            )
 
     @staticmethod
     def _check_given(
@@ -287,6 +281,9 @@ class Injector(Attachment):
         """Raise unless the rows of y, at a host, are those that a module around it was given; note shapes that are."""
         model, call, rows = given
         if rows < 2 or (y.dim() > 2 and len(y) == rows != y.shape[1]) or y.shape in ordered:
+            return
+        if flat_units(model) or any(map(is_sharded, model.parameters())):
+            _check_shape(y, rows, host)  # to run again is no way: processes would wait for one another
             return
         with running.aside():
             in_order = rows_in_order(model, call, host, read, rows, y)
@@ -405,6 +402,15 @@ def _on_prompt(route: Route, mix: Mix, prompt: bool | Tensor | None = None) -> R
     if isinstance(prompt, Tensor):
         return Route(*route[:-1], tokens=prompt)
     return route if prompt else Route()
+
+
+def _check_shape(y: Tensor, rows: int, host: nn.Module) -> None:
+    """Raise if y looks like (length, batch, …), where the order of the rows cannot be seen."""
+    if y.dim() > 2 and y.shape[0] != rows == y.shape[1]:
+        raise SteerError(
+            f"the rows of a batch may not stand one after the other in {tuple(y.shape)}, as a {type(host).__name__} "
+            "gets them: run one batch first without torch.compile and in one process, which shows it."
+        )
 
 
 def _check_rows(rows: int, batch: int) -> None:
