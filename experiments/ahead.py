@@ -21,7 +21,7 @@ import torch
 
 from .harness import parser_of, quiet_libraries
 from .ledger import Ledger
-from .placement import EXPERIMENT, FIRST, PLACES, TASKS, arms_of
+from .placement import EXPERIMENT, FIRST, TASKS, arms_of
 from .problem import Arm, Problem
 from .sweep import sweep
 
@@ -36,7 +36,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     found = []
     for number, name in enumerate(options.task):
         task = TASKS[name](options)
-        for arm in arms_of(task, 1, PLACES):
+        for arm in arms_of(task, 1, task.places):
             late = arm.name not in FIRST
             for place, rate in enumerate(RATES):
                 for seed in range(1 if late else options.seeds):
