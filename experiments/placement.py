@@ -5,15 +5,15 @@
 Recall on a GPT-2, a Mamba and a Mamba-2, prose on a GPT-2 and a Mamba, digits on a ViT: the tasks of `retrieval` and
 `compare_methods`, whose small backbones are kept in ~/.cache/residual-steer; no network, no GPU. Each place is tried
 with the paper's start at zero (eq. 5), and one of them with the start of Houlsby et al. 2019 (arXiv 1902.00751) and
-with a learned scale for every channel (Adapter+, arXiv 2406.06820). Every sweep goes on until its best rate has a worse
-one on both sides, LoRA's too. The first seed goes everywhere, the others to the paper's place, the three best and the
-rivals. `--task` runs some of the tasks.
+with a learned scale for every channel (Adapter+, arXiv 2406.06820). Prose and digits are spent on the places that a
+default is chosen from. Every sweep goes on until its best rate has a worse one on both sides, LoRA's too. The first
+seed goes everywhere, the others to those places, the three best and the rivals. `--task` runs some of the tasks, and
+`experiments.ahead` runs many at once, on many cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import statistics
 import sys
@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 import residual_steer as rs
 from residual_steer import HRes
 from residual_steer.errors import UnsuitableError
+from residual_steer.training.loop import RATE_OF_FEW as RATE
 
 from . import compare_methods, retrieval
 from .backbones import small_tasks
@@ -47,10 +48,10 @@ EXPERIMENT = Experiment(
     "backbones. All but the head train about as many parameters as H-Res of the given rank beside the block (eq. 1). "
     "Every sweep goes on, up to three rates beyond its first, until its best rate has a worse one on both sides. The "
     "best place is chosen on validation data, and compared with LoRA on test data. The first seed is run everywhere, "
-    "the others for the paper's place, the three places that are best on validation data, and what is no field.",
+    "the others for the places that a default is chosen from, the three that are best on validation data, and what is "
+    "no field. Prose and digits are spent on the first of these, LoRA and the head.",
 )
 PAPER, RIVAL = "H-Res, block", "LoRA"
-RATE = inspect.signature(rs.fit).parameters["lr"].default
 Layers = Sequence[int] | None
 Place = Callable[..., dict[str, Any]]  # from a size and the blocks that are adapted to the options of `steer`
 
@@ -159,6 +160,7 @@ class Task:
     varied: tuple[str, ...] = ("input",)  # the places that are tried with other starts
     layers: Layers = None  # the blocks that are adapted; None for all
     rivals: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"LoRA": {}, "DoRA": {"dora": True}})
+    places: tuple[str, ...] = tuple(PLACES)  # those that are tried
 
     @property
     def name(self) -> str:
@@ -298,7 +300,9 @@ def small_task(name: str, options: argparse.Namespace) -> Task:
     about = "prose" if task.kind == "text" else "digits"
     digits = 3 if task.kind == "text" else 1
     column = Column("metric", task.unit, "", "down" if task.kind == "text" else "up", digits)
-    return Task(replace(problem, name=f"{about}, {name}"), column, {"hres": 1e-2, "lora": 1e-2, "linear": 3e-2})
+    centres = {"hres": 1e-2, "lora": 1e-2, "linear": 3e-2}
+    few: dict[str, Any] = {"places": CANDIDATES, "varied": (), "rivals": {"LoRA": {}}}
+    return Task(replace(problem, name=f"{about}, {name}"), column, centres, **few)
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
@@ -363,7 +367,7 @@ def study(options: argparse.Namespace, ledger: Ledger) -> Found:
     """Compare the places on each task."""
 
     def compare(task: Task) -> list[Entry]:
-        arms = chosen(arms_of(task, options.rates, PLACES), options.arm)
+        arms = chosen(arms_of(task, options.rates, task.places), options.arm)
         return widened(task.problem, arms, range(options.seeds), ledger, finalists=partial(finalists, task.problem))
 
     def usual(task: Task, entries: Sequence[Entry]) -> Entry | None:

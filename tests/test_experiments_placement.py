@@ -32,16 +32,15 @@ def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path
     for name, row in mamba.items():
         assert name == "head alone" or row["trainable"] == pytest.approx(budget, rel=0.25), name
     assert {"H-Res, input", "H-Res, input, Houlsby's start", "LoRA", "DoRA"} < mamba.keys()
-    assert "H-Res, mlp" in vit
-    assert "H-Res, mlp" not in mamba
+    assert "H-Res, qkv" in vit
+    assert not {"H-Res, mlp", "H-Res, qkv"} & mamba.keys()
     assert result.verdicts == ()
     monkeypatch.setattr("experiments.sweep.fit", lambda *_, **__: pytest.fail("a finished run was done again"))
     assert placement.main(arguments) == 0
 
 
 def test_what_was_run_ahead_in_processes_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "PLACES", {"block": placement.PLACES["block"]})
-    monkeypatch.setattr(placement, "PLACES", ahead.PLACES)
+    monkeypatch.setattr(placement, "CANDIDATES", ("block",))
     arguments = ["--quick", "--seeds", "2", "--task", "small-ViT", "--out", str(tmp_path)]
     arguments += ["--cache", str(tmp_path / "cache")]
     threads = torch.get_num_threads()
@@ -50,7 +49,7 @@ def test_what_was_run_ahead_in_processes_is_not_run_again(tmp_path, monkeypatch)
     finally:
         torch.set_num_threads(threads)
     alone = Ledger(tmp_path / "placement.ledger.jsonl")
-    assert len(alone) == 5 * (2 * 3 + 1)  # block, LoRA and the head with both seeds, DoRA with one
+    assert len(alone) == 6 * 2 * 3  # rates, seeds; block, LoRA and the head
     monkeypatch.setattr("experiments.sweep.fit", lambda *_, **__: pytest.fail("a finished run was done again"))
     assert placement.main([*arguments, "--seeds", "1", "--rates", "1"]) == 0
 
