@@ -21,11 +21,11 @@ import torch
 
 from .harness import parser_of, quiet_libraries
 from .ledger import Ledger
-from .placement import EXPERIMENT, FIRST, TASKS, arms_of
+from .placement import EXPERIMENT, FIRST, RATE, TASKS, arms_of
 from .problem import Arm, Problem
 from .sweep import sweep
 
-RATES = (1e-2, 3e-2, 1e-3, 3.33e-3, 9e-2)  # those of `placement`, and fit's default; the likeliest first
+RATES = (1e-2, 3e-2, RATE, 1e-3, 3.33e-3, 9e-2)  # of `placement`, fit's default and its default for whole networks
 Cell = tuple[Problem, Arm, int]  # the arm with a single rate, and a seed
 CELLS: list[Cell] = []  # processes that fork find them here
 LEDGER: list[Path] = []

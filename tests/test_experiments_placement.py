@@ -49,7 +49,7 @@ def test_what_was_run_ahead_in_processes_is_not_run_again(tmp_path, monkeypatch)
     finally:
         torch.set_num_threads(threads)
     alone = Ledger(tmp_path / "placement.ledger.jsonl")
-    assert len(alone) == 5 * 2 * 3  # rates, seeds; block, LoRA and the head
+    assert len(alone) == 6 * 2 * 3  # rates, seeds; block, LoRA and the head
     monkeypatch.setattr("experiments.sweep.fit", lambda *_, **__: pytest.fail("a finished run was done again"))
     assert placement.main([*arguments, "--seeds", "1", "--rates", "1"]) == 0
 
