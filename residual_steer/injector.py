@@ -261,8 +261,8 @@ class Injector(Attachment):
                 _check_shape(y, noted[2], self.host)
             return
         tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if call is None or call.given is None or tracing or selection_of_backward()[0]:
-            return  # in a backward pass it was checked before
+        if call is None or call.given is None or tracing or selection_of_backward()[0] or not len(y):
+            return  # in a backward pass it was checked before; no row is in no order
         inside = running.blocks.get(id(self))
         if inside is None:
             self._check_given(call.given, self.host, self.read, y, call.ordered)

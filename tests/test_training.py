@@ -280,7 +280,9 @@ def test_training_knows_nothing_of_steering():
     own = {
         name for name in found if name.startswith("residual_steer") and not name.startswith("residual_steer.training")
     }
-    assert own <= {f"residual_steer.{name}" for name in ("_batches", "_checks", "_files", "_shards", "errors")}
+    assert own <= {
+        f"residual_steer.{name}" for name in ("_batches", "_checks", "_files", "_shards", "_undisturbed", "errors")
+    }
 
 
 def test_an_optimizer_of_the_users_own():

@@ -23,7 +23,8 @@ def main(folder="runs/trainer"):
     texts = torch.arange(24 * 8).reshape(24, 8) % 64
     rows = [{"input_ids": ids, "labels": ids} for ids in texts]
     model = get_peft_model(base(), HResConfig(rank=4, task_type="CAUSAL_LM"))
-    arguments = TrainingArguments(folder, max_steps=6, save_steps=3, learning_rate=0.02, report_to=[])
+    more = {"report_to": [], "dataloader_pin_memory": torch.cuda.is_available()}
+    arguments = TrainingArguments(folder, max_steps=6, save_steps=3, learning_rate=0.02, **more)
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(folder)

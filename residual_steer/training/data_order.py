@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from residual_steer import _undisturbed as undisturbed
 from residual_steer._batches import rows_of
+from residual_steer._undisturbed import apart, seed
 from residual_steer.errors import SteerError
 
 # What the loader of one process's rows has as the given one does.
@@ -119,9 +119,9 @@ class BatchStream:
 
     def __next__(self) -> tuple[Any, bool]:
         """Return the next batch, and whether it counts."""
-        with undisturbed.apart(devices=False):
+        with apart(devices=False):
             while True:
-                undisturbed.seed(random.Random(f"{self.seed} {self.epoch} {self._taken}").getrandbits(32))
+                seed(random.Random(f"{self.seed} {self.epoch} {self._taken}").getrandbits(32))
                 self._iterator = self._iterator or self._begin_epoch()
                 for batch in self._iterator:
                     self._taken += 1

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from residual_steer import _undisturbed as undisturbed
 from residual_steer._batches import to_device
 from residual_steer._checks import check_integer, check_model, check_number
 from residual_steer._files import as_path, make_folder
 from residual_steer._shards import is_sharded, like, whole
+from residual_steer._undisturbed import apart, as_before, get_state, seed, set_state, train_mode
 from residual_steer.errors import DivergedError, SteerError
 
 from . import checkpoint
@@ -150,7 +150,7 @@ class _Run:
     def prepare(self, train: Iterable[Any]) -> None:
         """Get ready for the first step."""
         options = self.options
-        self.closing.enter_context(undisturbed.as_before(self.model))
+        self.closing.enter_context(as_before(self.model))
         self.processes = processes = Processes(options.precision, options.trackers, self.folder)
         self.closing.callback(processes.close)
         self.scaler = processes.scaler
@@ -177,7 +177,7 @@ class _Run:
         self.mean = MeanLoss(self.model, self.loss, processes.device, processes.autocast, processes.sum)
         seed, share = options.seed, Share(train, processes.index, processes.number)
         if seed is None:
-            with undisturbed.apart():  # one order of the data for all processes: that which the first one draws
+            with apart():  # one order of the data for all processes: that which the first one draws
                 seed = processes.first(int(torch.randint(2**24, ())))
         self.stream = BatchStream(share, seed, shuffles=options.seed is not None)
         self.closing.callback(self.stream.close)
@@ -228,7 +228,7 @@ class _Run:
         every = options.checkpoint_every or max(1, self.steps // 10)
         hidden = not (options.progress and main)
         with progress(total=self.steps, initial=self.step, unit="step", disable=hidden) as bar:
-            undisturbed.train_mode(self.model, self.trained)
+            train_mode(self.model, self.trained)
             while self.step < self.steps:
                 record = self._advance()
                 bar.set_postfix_str(
@@ -250,8 +250,8 @@ class _Run:
         return self.step % every == 0 or self.step == self.steps
 
     def _evaluate(self, shared: Share) -> dict[str, float]:
-        with undisturbed.apart():
-            undisturbed.seed(self.stream.seed)  # a loader that shuffles gives every process the same batches
+        with apart():
+            seed(self.stream.seed)  # a loader that shuffles gives every process the same batches
             return {"step": self.step, **self.mean.over(shared)}
 
     def _record(self, kind: str, record: dict[str, float]) -> None:
@@ -354,7 +354,7 @@ class _Run:
             "protect": None if protect is None else protect.state_dict(),
         }
         own = {
-            "random": undisturbed.get_state(),
+            "random": get_state(),
             "stream": self.stream.state(),
             "weights": weights if flat else None,  # each process has its pieces
         }
@@ -392,5 +392,5 @@ class _Run:
             state.update({key: like(value, parameter) for key, value in state.items()})
         self.scaler.load_state_dict(shared["scaler"])
         self.stream.restore(own["stream"])
-        undisturbed.set_state(own["random"])
+        set_state(own["random"])
         self.step = shared["step"]
