@@ -123,7 +123,7 @@ def small() -> nn.Module:
 
     torch.manual_seed(0)
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2LMHeadModel(GPT2Config(**SIZE, **dropout, bos_token_id=0, eos_token_id=0))
+    model = GPT2LMHeadModel(GPT2Config(**SIZE, **dropout, bos_token_id=SEPARATOR, eos_token_id=SEPARATOR))
     model.loss_type = "ForCausalLM"
     return model
 
@@ -165,7 +165,7 @@ def accuracy(model: nn.Module, text: Tensor, task: str) -> float:
         max_new_tokens=LENGTH,
         min_new_tokens=LENGTH,
         do_sample=False,
-        pad_token_id=0,
+        pad_token_id=SEPARATOR,
     )
     return 100 * (said[:, LENGTH + 1 :] == TASKS.get(task, torch.clone)(text)).float().mean().item()
 
