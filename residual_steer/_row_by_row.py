@@ -19,7 +19,7 @@ from .field import ACTIVATIONS, HRes
 
 __all__ = ["Run", "add_runs", "runs_of", "saves_time"]
 
-_PRODUCT = 2**18  # multiplications that take as long as a product of their own takes to begin; measured on a CPU
+_PRODUCT = 2**16  # multiplications that take as long as what a product of its own takes more; measured on a CPU
 
 
 class Run(NamedTuple):

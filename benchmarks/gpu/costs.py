@@ -28,7 +28,7 @@ from .part import Job, run_part, why
 
 RANK, ROWS, PROMPT = 32, (1, 16, 64), 128
 LORA_IN_BF16 = "LoRA, adapters in bf16"
-REHEARSED = ("gpt2", "llama", "mamba", "vit")
+REHEARSED = ("gpt2", "mamba", "vit")
 ROUNDS, SECONDS = (5, 25), 3  # of a column: between so many rounds, about so long
 REPEATS = {"graph": 20, "step": 1, "prefill": 1, "decode": 3}  # calls of one measurement
 Make = Callable[[str], Variant]
