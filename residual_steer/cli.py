@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from ._files import write_whole
@@ -210,28 +212,24 @@ def _doctor(chosen: argparse.Namespace) -> int:
         print("GPU: none that torch can use")
     print()
     wrong = 0
-    least: dict[str, tuple[str, bool]] = {}
+    asked: dict[str, tuple[SpecifierSet, bool]] = {}
     for line in importlib.metadata.requires("residual-steer") or ():
-        found = re.match(r"([\w.-]+)>=([\w.]+)(.*)", line)
-        if found:
-            least.setdefault(found[1].replace("_", "-"), (found[2], "extra ==" not in found[3]))
-    for name in dict.fromkeys([*(n for n, (_, needed) in least.items() if needed), *_OPTIONAL]):
-        version, needed = least.get(name, ("0", False))
+        one = Requirement(line)
+        if one.specifier:
+            asked.setdefault(one.name.replace("_", "-"), (one.specifier, "extra" not in str(one.marker)))
+    for name in dict.fromkeys([*(name for name, (_, needed) in asked.items() if needed), *_OPTIONAL]):
+        releases, needed = asked.get(name, (SpecifierSet(), False))
+        how = f"pip install '{name}{releases}'"
         try:
             there = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             wrong += needed
-            wanted = name if version == "0" else f"'{name}>={version}'"
-            print(f"{name:16} –          {_OPTIONAL.get(name, 'needed')}: pip install {wanted}")
+            print(f"{name:16} –          {_OPTIONAL.get(name, 'needed')}: {how}")
             continue
-        old = _release(there) < _release(version)
-        wrong += old
-        print(f"{name:16} {there:10} {f'too old: pip install {name}>={version}' if old else 'ok'}")
+        fits = releases.contains(there, prereleases=True)
+        wrong += not fits
+        print(f"{name:16} {there:10} {'ok' if fits else f'another release is asked for: {how}'}")
     return int(wrong > 0)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _demo(chosen: argparse.Namespace) -> None:

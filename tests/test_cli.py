@@ -1,6 +1,7 @@
 """The command line: each command gives what the public calls give, and what is wrong is said in words."""
 
 import importlib.metadata
+import importlib.util
 import json
 import runpy
 import sys
@@ -210,6 +211,15 @@ def test_doctor_names_what_is_there_and_what_is_missing(capsys):
     shown = capsys.readouterr().out
     assert torch.__version__.partition("+")[0] in shown
     assert "GPU" in shown
+    if importlib.util.find_spec("vllm") is None:
+        assert "pip install 'vllm==0.32.*'" in shown  # the one release that is served
+
+
+def test_doctor_asks_for_another_release(monkeypatch, capsys):
+    there = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "numpy" else there(name))
+    assert main(["doctor"]) == 1
+    assert "pip install 'numpy>=2.0'" in capsys.readouterr().out
 
 
 def test_the_module_is_the_command(monkeypatch, capsys):
