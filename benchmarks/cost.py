@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -57,6 +57,29 @@ def parse(arguments: list[str] | None, about: str | None = __doc__, rounds: int 
     return read(parser, arguments)
 
 
+def recorded(
+    options: argparse.Namespace,
+    about: dict[str, Any],
+    base: nn.Module,
+    methods: Sequence[Method],
+    counts: Mapping[str, Counts],
+    launched: Any,
+    times: Mapping[str, Rounds],
+    refused: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return what was found of a backbone, for a JSON file and a table."""
+    return {
+        "options": {key: value for key, value in vars(options).items() if key != "output"},
+        **about,
+        "blocks": len(rs.find_backbone(base).blocks),
+        "counts": {key: asdict(found) for key, found in counts.items()},
+        "launched": launched,
+        "stored": {method.name: method.stored for method in methods if method.stored is not None},
+        "times": {column: rounds.record(reference_of(column)) for column, rounds in times.items()},
+        "refused": refused,
+    }
+
+
 def report(options: argparse.Namespace) -> None:
     """Measure every backbone, print and save.
 
@@ -77,18 +100,8 @@ def report(options: argparse.Namespace) -> None:
         methods = [method for method in methods if method.name in counts or method.name == FROZEN]
         launched = launches(shape, methods, inputs)
         times = timed(shape, methods, inputs, options, refused)
-        record = {
-            "options": {key: value for key, value in vars(options).items() if key != "output"},
-            "shape": shape.about,
-            "batch": list(inputs.shape),
-            "rank": rank,
-            "blocks": len(rs.find_backbone(base).blocks),
-            "counts": {key: asdict(found) for key, found in counts.items()},
-            "launched": launched,
-            "stored": {method.name: method.stored for method in methods if method.stored is not None},
-            "times": {column: rounds.record(reference_of(column)) for column, rounds in times.items()},
-            "refused": refused,
-        }
+        about = {"shape": shape.about, "batch": list(inputs.shape), "rank": rank}
+        record = recorded(options, about, base, methods, counts, launched, times, refused)
         kind = torch.device(options.device).type
         stem = f"cost-{name}-{kind}" + f"-{options.dtype}" * (options.dtype != "fp32") + "-compiled" * options.compile
         save_json(record, options.output / f"{stem}.json", options.device)

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 
 import residual_steer as rs
-from cost import LENGTHS, counted, launches, reference_of, table, timed
+from cost import LENGTHS, counted, launches, recorded, table, timed
 from methods import FLOOR, FROZEN, USUAL, Method, floor, lora, steered
 from options import add_backbone, add_device, parser_of, read
 from output import exit_status, save_json
@@ -56,19 +55,10 @@ def report(options: argparse.Namespace) -> None:
         methods.append(lora(scan_linearly(twin(base)), USUAL[name], rank))
         inputs = shape.batch(base, options.rows, 8 if options.quick else LENGTHS[name])
         refused: dict[str, str] = {}
-        record = {
-            "options": {key: value for key, value in vars(options).items() if key != "output"},
-            "shape": shape.about,
-            "batch": list(inputs.shape),
-            "rank": rank,
-            "blocks": len(rs.find_backbone(base).blocks),
-            "counts": {key: asdict(found) for key, found in counted(shape, methods, inputs, refused).items()},
-            "launched": launches(shape, methods, inputs),
-            "stored": {method.name: method.stored for method in methods if method.stored is not None},
-        }
+        about = {"shape": shape.about, "batch": list(inputs.shape), "rank": rank}
+        counts, launched = counted(shape, methods, inputs, refused), launches(shape, methods, inputs)
         times = {} if options.counts else timed(shape, methods, inputs, options, refused)
-        record["times"] = {column: rounds.record(reference_of(column)) for column, rounds in times.items()}
-        record["refused"] = refused
+        record = recorded(options, about, base, methods, counts, launched, times, refused)
         save_json(record, options.output / f"places-{name}-{torch.device(options.device).type}.json", options.device)
         print(f"{shape.about}\n\n{table(record)}\n", flush=True)
 

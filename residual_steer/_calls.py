@@ -96,6 +96,8 @@ class _Running(threading.local):
         """Take away the calls of a model, and return the last one, None if there is none."""
         mine = [call for call in self.calls if call.owner is owner]
         self.calls = [call for call in self.calls if call.owner is not owner]
+        if not self.calls:
+            self.blocks.clear()  # of a part that was not reached: it would hold on to what entered the block
         return mine[-1] if mine else None
 
     @contextlib.contextmanager
@@ -215,10 +217,10 @@ def rows_in_order(model: nn.Module, state: Any) -> list[Handle]:
 
 def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -> Any:
     """Encode the sentences of each field under that field alone; return all in the order in which they were given."""
-    own, mix = type(model).encode, state.mix
+    own, mix = Replaced.own(model, "encode", state.handles), state.mix
     names = mix.asked()
     if not isinstance(names, list) or isinstance(sentences, str):
-        return own(model, sentences, *args, **kwargs)
+        return own(sentences, *args, **kwargs)
     if len(sentences) != len(names):
         raise SteerError(
             f"the list given to `use` has {len(names)} rows, and `encode` was given {len(sentences)} sentences. Give "
@@ -230,7 +232,7 @@ def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -
         for name in dict.fromkeys(names):
             places = [place for place, each in enumerate(names) if each == name]
             state.select(model, Mix.parse({} if name is None else {name: 1.0}, mix.names))
-            part = own(model, [sentences[place] for place in places], *args, **kwargs)
+            part = own([sentences[place] for place in places], *args, **kwargs)
             for place, each in zip(places, part, strict=True):
                 found[place] = each
     finally:

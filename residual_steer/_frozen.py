@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,14 +34,25 @@ class Replaced:
     model: nn.Module
     name: str
     by: partial[Any]
+    before: Any = field(init=False)  # what somebody had put there already; None if it was the class's own
 
     def __post_init__(self) -> None:
+        self.before = self.model.__dict__.get(self.name)
         self.model.__dict__[self.name] = self.by
 
+    @staticmethod
+    def own(model: nn.Module, name: str, handles: Iterable[Any]) -> Callable[..., Any]:
+        """Return the method in whose place another stands, given the handles of a model's steering."""
+        mine = (one for one in handles if isinstance(one, Replaced) and one.name == name)
+        before = next((one.before for one in mine), None)
+        return partial(getattr(type(model), name), model) if before is None else before
+
     def remove(self) -> None:
-        """Let the model's own method run again, unless somebody has put a third one there."""
+        """Let the method that was there run again, unless somebody has put a third one there."""
         if getattr(self.model.__dict__.get(self.name), "func", None) is self.by.func:
             del self.model.__dict__[self.name]
+            if self.before is not None:
+                self.model.__dict__[self.name] = self.before
 
 
 class Attachment(nn.Module):

@@ -65,13 +65,13 @@ def generation(model: nn.Module, state: Any) -> list[Replaced]:
 
 
 def _generate(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-    own = type(model).generate
+    own = Replaced.own(model, "generate", state.handles)
     if state.mix.on == "all":
-        return own(model, *args, **kwargs)
+        return own(*args, **kwargs)
     embedded = kwargs.get("inputs_embeds")
     words = _words(args or (kwargs.get("inputs"),), kwargs) if embedded is None else embedded
     with state.prompts.reading(words):
-        return own(model, *args, **kwargs)
+        return own(*args, **kwargs)
 
 
 @dataclass

@@ -69,11 +69,11 @@ def batches_of_requests(model: nn.Module, state: Any) -> list[Handle]:
 
 def _generate_batch(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     """Generate for all requests, whose tokens meet their own field in every call."""
-    own, mix = type(model).generate_batch, state.mix
+    own, mix = Replaced.own(model, "generate_batch", state.handles), state.mix
     mix.check_whole("`generate_batch`")
     if mix.rows is None:
-        return own(model, *args, **kwargs)
-    given = inspect.signature(own).bind(model, *args, **kwargs)
+        return own(*args, **kwargs)
+    given = inspect.signature(own).bind(*args, **kwargs)
     inputs = given.arguments["inputs"]
     if len(inputs) != mix.rows:
         raise SteerError(
@@ -82,18 +82,19 @@ def _generate_batch(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         )
     given.arguments["continuous_batching_config"] = _plain(model, given.arguments.get("continuous_batching_config"))
     managers: list[Any] = []
+    makes = model.init_continuous_batching
 
     def begin(*args: Any, **kwargs: Any) -> Any:
-        managers.append(type(model).init_continuous_batching(model, *args, **kwargs))
+        managers.append(makes(*args, **kwargs))
         return managers[-1]
 
     order = {f"req_{place}": place for place in range(len(inputs))}
-    model.__dict__["init_continuous_batching"] = begin
+    making = Replaced(model, "init_continuous_batching", partial(begin))
     try:
         state.select(model, dataclasses.replace(mix, segments=partial(_requests, managers, order, mix.by_row)))
         return own(*given.args, **given.kwargs)
     finally:
-        del model.__dict__["init_continuous_batching"]
+        making.remove()
         state.select(model, mix)
 
 

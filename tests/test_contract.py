@@ -288,7 +288,9 @@ def test_compiled_training_gives_the_same_gradients(case, device):
     torch._dynamo.reset()
     case.loss(torch.compile(fast, fullgraph=True, backend="aot_eager")).backward()
     for expected, actual in zip(rs.parameters(plain), rs.parameters(fast), strict=True):
-        close(actual.grad, expected.grad, share=1e-5 if device == "cpu" else 1e-3)  # cuDNN rounds as it finds
+        close(
+            actual.grad, expected.grad, share=1e-5 if device == "cpu" else 3e-4
+        )  # cuDNN rounds as it finds: 1.3e-4 on an H200
 
 
 @pytest.mark.parametrize(("case", "site"), EXPORTED, ids=lambda value: getattr(value, "name", value))

@@ -296,3 +296,15 @@ def test_fit_trains_on_the_prompt():
         first = model(ids, labels=answers(ids)).loss
         rs.use(model, None)
         assert first < model(ids, labels=answers(ids)).loss
+
+
+def test_a_generate_that_somebody_put_on_the_model_runs_and_is_there_again_after():
+    model = FAMILIES[0].build()
+    model.generate = lambda *ids, **more: ("mine", more)
+    own = model.generate
+    rs.steer(model, rank=2)
+    assert model.generate(do_sample=False) == ("mine", {"do_sample": False})
+    rs.use(model, "default", on="prompt")
+    assert model.generate(torch.ones(1, 2, dtype=torch.long))[0] == "mine"
+    rs.unsteer(model)
+    assert model.generate is own

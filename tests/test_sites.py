@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import residual_steer as rs
 from cases import CASES, RANK, TABLE, closed_form, first_output, first_tensor, randomise
 from fields import shake
+from residual_steer._calls import running
 from residual_steer._controller import steering_of
 from test_contract import close, recorded
 
@@ -413,3 +414,20 @@ def test_rows_of_a_table_are_not_those_of_the_batch():
             alone.append(model(x))
     with rs.use(model, ["art", None, "art"]):
         close(model(x), torch.stack([alone[0][0], alone[1][1], alone[0][2]]))
+
+
+def test_nothing_is_held_on_to_of_a_block_whose_part_did_not_run():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x * 2
+
+    model = nn.Sequential(Skips())
+    rs.steer(model, rs.Backbone(blocks=[model[0]], width=4, mixer="mixer"), rank=2, site="mixer", name="a")
+    rs.steer(model, rank=2, site="mixer", name="b")
+    rs.use(model, ["a", "b"])
+    model(torch.randn(2, 3, 4))
+    assert not running.blocks
