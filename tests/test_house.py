@@ -7,6 +7,7 @@ import ast
 import importlib
 import inspect
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,15 @@ def public_names():
             else:
                 names[path] = _signature(thing)
     return names
+
+
+def test_no_file_of_a_run_is_committed():
+    listed = subprocess.run(["git", "ls-files"], cwd=PACKAGE.parent, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    folders = {Path(name).parts[0] for name in listed.stdout.splitlines() if "/" in name}
+    rooms = {"residual_steer", "backbones", "tests", "examples", "experiments", "benchmarks", "docs"}
+    assert folders == rooms | {".ci", ".github"}
 
 
 def test_public_names_and_signatures_stay():
