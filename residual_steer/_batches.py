@@ -91,11 +91,16 @@ def to_device(content: Any, device: torch.device) -> Any:
     return send_to_device(content, device)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, the CPU where there is none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
     """Yield the batches of a loader on the model's device; raise if it is none, or gives none with a tensor."""
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
         raise SteerError(f"a loader gives batches when it is iterated over; received {type(loader).__name__}.")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     given, two_stacks = None, has_two_stacks(model)
     for given in loader:
         if not _tensors(given):

@@ -1,9 +1,11 @@
-"""Checks of arguments: numbers, choices, names, models. What fails is a SteerError; what passes is returned."""
+"""Checks of arguments and of what is installed. What fails is a SteerError; what passes is returned."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -19,7 +21,9 @@ __all__ = [
     "check_model",
     "check_number",
     "check_options",
+    "import_optional",
     "is_exporting",
+    "release_of",
 ]
 
 Choice = TypeVar("Choice")
@@ -110,6 +114,22 @@ def check_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SteerError(f"a model is a torch.nn.Module; received {type(model).__name__}.")
     return model
+
+
+def import_optional(name: str, why: str, extra: str) -> Any:
+    """Return a module that an extra of this library installs; raise if it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SteerError(f"{why}: pip install 'residual-steer[{extra}]'.") from error
+
+
+def release_of(package: str) -> str:
+    """Return the version of an installed package, "unknown" for code that was not installed as one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def is_exporting() -> bool:

@@ -13,7 +13,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ._checks import release_of
 from .backbone import Backbone
 from .config import FieldConfig, in_order
 from .errors import SteerError
@@ -104,10 +104,6 @@ class Stored:
 
 def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[str, Any]:
     """Return a field and the backbone in `model` as JSON has them."""
-    try:
-        library = version("residual-steer")
-    except PackageNotFoundError:
-        library = "unknown"
     module, config = model.get_submodule(backbone.path), {}
     its: Any = getattr(module, "config", None)
     if hasattr(its, "to_dict"):
@@ -117,7 +113,7 @@ def describe(spec: FieldConfig, model: nn.Module, backbone: Backbone) -> dict[st
     return {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION if _by_site(spec) else 1,
-        "library_version": library,
+        "library_version": release_of("residual-steer"),
         "field": {
             **{key: _plain(value) for key, value in vars(spec).items() if key != "sites"},
             "site": ", ".join(spec.sites),

@@ -7,7 +7,6 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ._batches import rows_of
+from ._checks import release_of
 from ._files import make_folder
 from ._undisturbed import apart
 from .errors import SteerError
@@ -121,7 +121,7 @@ def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module |
         "classes": [f"{type(module).__module__}.{type(module).__qualname__}" for module in modules],
         "blocks": [str(block) for block in frozen],  # with the fields that act there, frozen
         "above": None if above is None else [f"{name}: {part}" for name, part in own],
-        "versions": {package: _version(package) for package in sorted(packages)},
+        "versions": {package: release_of(package) for package in sorted(packages)},
         "config": config.to_dict() if hasattr(config, "to_dict") else None,
         "depth": len(frozen),
         "precision": precision,
@@ -134,13 +134,6 @@ def prefix_key(model: nn.Module, frozen: Sequence[nn.Module], above: nn.Module |
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()[:32]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def digests(batch: Any) -> list[bytes]:

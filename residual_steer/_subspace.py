@@ -7,7 +7,7 @@ leave the null space again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._internals import version
-from .errors import SteerError
+from .errors import SteerError, some
 from .field import Projection
 
-__all__ = ["Protected", "Protection", "SecondMoment", "extended", "inputs_of", "listed", "share_inside", "unwrapped"]
+__all__ = ["Protected", "Protection", "SecondMoment", "extended", "inputs_of", "share_inside", "unwrapped"]
 
 _ROWS = 8192  # that are taken to fp64 at a time
 _SLACK = 1e-12  # by which a sum of shares may miss what it adds up to
@@ -170,7 +170,7 @@ class Protection:
         if strayed:
             warnings.warn(
                 f"weights were changed in protected directions by something else than this optimizer, at "
-                f"{listed(strayed)}: earlier tasks are changed already, and what these weights do now is protected. "
+                f"{some(strayed)}: earlier tasks are changed already, and what these weights do now is protected. "
                 "Train under `protect` from the first observed task on, and load the weights that it was observed "
                 "with.",
                 stacklevel=2,
@@ -205,12 +205,6 @@ def unwrapped(optimizer: object) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise SteerError(f"what is protected from is a torch.optim.Optimizer; received {type(optimizer).__name__}.")
     return optimizer
-
-
-def listed(keys: Iterable[str]) -> str:
-    """Return a few of some keys, and how many more there are."""
-    keys = list(keys)
-    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 
 def _marks(linear: Projection) -> list[tuple[int, int]]:

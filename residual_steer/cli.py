@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
+from ._checks import import_optional
 from ._files import write_whole
 from .backbone import Backbone
 from .errors import SteerError
@@ -242,15 +243,11 @@ def _demo(chosen: argparse.Namespace) -> None:
     from .data import ByteBlocks, english_prose, python_source
     from .training import evaluate
 
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise SteerError("the demo needs transformers: pip install 'residual-steer[transformers]'.") from error
+    transformers = import_optional("transformers", "the demo needs transformers", "transformers")
     torch.manual_seed(0)
-    make: Callable[[], nn.Module] = lambda: GPT2LMHeadModel(  # noqa: E731
-        GPT2Config(vocab_size=256, n_embd=96, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-    )
-    model = make()
+    sizes = {"vocab_size": 256, "n_embd": 96, "n_layer": 4, "n_head": 4, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
     code, prose = python_source(2_000_000), english_prose()
     fit(model, DataLoader(ByteBlocks(code, 64), 16, shuffle=True), steps=300, lr=3e-3)
     base = {key: value.clone() for key, value in model.state_dict().items()}
@@ -262,7 +259,7 @@ def _demo(chosen: argparse.Namespace) -> None:
     print(f"with a field of rank 16:                  {evaluate(model, held)['loss']:.3f}")
     with TemporaryDirectory() as folder:
         save(model, folder)
-        again = make()
+        again: nn.Module = transformers.GPT2LMHeadModel(config)
         again.load_state_dict(base)
         load(again, folder)
     print(f"saved, and loaded on a fresh copy:        {evaluate(again, held)['loss']:.3f}")

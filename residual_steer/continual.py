@@ -29,9 +29,9 @@ from ._batches import batches, require_finite, tokens_of
 from ._checks import check_number
 from ._controller import Steering, steering_of
 from ._files import as_path, make_folder, write_whole
-from ._subspace import Protected, Protection, SecondMoment, inputs_of, listed, unwrapped
+from ._subspace import Protected, Protection, SecondMoment, inputs_of, unwrapped
 from .diagnostics._results import Table, table_of
-from .errors import SteerError
+from .errors import SteerError, some
 from .field import Projection
 from .recording import record, undisturbed
 
@@ -186,7 +186,7 @@ class NullSpace:
         spec = self._steering()[1].specs[self.name]
         notes = ["The 1 of a bias is one of the dimensions."] if spec.bias else []
         if spec.train:
-            notes.append(f"Not protected, since it trains along with the field: {listed(spec.train)}.")
+            notes.append(f"Not protected, since it trains along with the field: {some(spec.train)}.")
         columns = {
             "point": ("projection", self._protected),
             "inputs": ("dimensions", [one.basis.shape[0] for one in every]),
@@ -282,7 +282,7 @@ class NullSpace:
     def _warn(self, full: list[str]) -> None:
         if full:
             warnings.warn(
-                f"no room is left for another task at {listed(full)} of field {self.name!r}: all directions are "
+                f"no room is left for another task at {some(full)} of field {self.name!r}: all directions are "
                 "protected, and nothing there will learn. Lower `energy`, or steer with a larger rank.",
                 stacklevel=3,
             )
@@ -296,7 +296,7 @@ def _parse(
         raise SteerError("this is no state of a NullSpace, or one of another version; it comes from `state_dict()`.")
     wrong = [f"{key} {state.get(key)!r}, here {value!r}" for key, value in where.items() if state.get(key) != value]
     if state["points"].keys() != linears.keys():
-        there, here = (listed(map(str, keys)) or "none" for keys in (state["points"], linears))
+        there, here = (some([*map(str, keys)]) or "none" for keys in (state["points"], linears))
         wrong.append(f"projections {there}, here {here}")
     if wrong:
         raise SteerError(f"this state belongs to another NullSpace: {'; '.join(wrong)}. Make this one as that one was.")

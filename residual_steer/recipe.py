@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ._checks import check_integer, check_number
+from ._checks import check_integer, check_number, import_optional
 from ._files import as_path, make_folder, write_whole
 from .data import ByteBlocks, TokenBlocks, images, splits, vtab, wikitext
 from .errors import SteerError
@@ -329,10 +329,7 @@ def _at(where: str, make: Callable[[], _Read]) -> _Read:
 
 
 def _package(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise SteerError(f"this needs {name}: pip install 'residual-steer[{name}]'.") from error
+    return import_optional(name, f"this needs {name}", name)
 
 
 def _reason(name: str, make: Callable[[], Any]) -> Any:

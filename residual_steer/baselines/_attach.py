@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from residual_steer._internals import compile_with_hooks
 from residual_steer.backbone import Backbone, compute_dtype
 from residual_steer.config import check_ranks
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, some
 
 __all__ = ["Attached", "Guard", "Part", "Subject", "Trained", "is_linear", "parts_of", "place_of", "require_free"]
 
@@ -205,11 +205,10 @@ class Guard:
             return
         missed = [path for path in self._paths if model.get_submodule(path) not in self._called]
         if missed:
-            listed = ", ".join(missed[:6]) + (", …" if len(missed) > 6 else "")
             raise SteerError(
                 f"{len(missed)} of the {len(self._paths)} modules that the method was attached to were not called in a "
-                f"training step: {listed}. The model does not use them, calls parts of them, or reads their weight "
-                "itself, as fused kernels do; so nothing would be trained there. Leave them out (`targets`, `layers`), "
-                "switch the fused path off, or choose another method."
+                f"training step: {some(missed)}. The model does not use them, calls parts of them, or reads their "
+                "weight itself, as fused kernels do; so nothing would be trained there. Leave them out (`targets`, "
+                "`layers`), switch the fused path off, or choose another method."
             )
         self.remove()

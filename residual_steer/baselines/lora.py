@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from residual_steer._checks import check_flag, check_integer, check_number
+from residual_steer._checks import check_flag, check_integer, check_number, import_optional
 from residual_steer.errors import SteerError, UnsuitableError
 
 from ._attach import Part, Subject, Trained, is_linear, parts_of
@@ -40,14 +40,11 @@ def lora(
     check_flag("dora", dora)
     parts = parts_of(subject, layers, is_linear)
     paths = _usual(subject, parts) if targets is None else _chosen(parts, targets)
-    try:
-        import peft
-    except ImportError as error:
-        raise SteerError("'lora' is PEFT's: pip install 'residual-steer[peft]'.") from error
+    peft = import_optional("peft", "'lora' is PEFT's", "peft")
     model: Any = subject.model
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's hint says int; it divides
+        lora_alpha=alpha,
         lora_dropout=dropout,
         use_dora=dora,
         target_modules="|".join(map(re.escape, paths)),  # matched as a whole, so that nothing else is

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import TensorDataset
 
-from residual_steer._checks import check_choice, check_integer
+from residual_steer._checks import check_choice, check_integer, import_optional
 from residual_steer.errors import SteerError
 
 __all__ = ["character_names", "digits", "english_prose", "python_source"]
@@ -108,12 +108,7 @@ def digits(classes: Iterable[int] = range(10), split: str = "train") -> TensorDa
     if not wanted or len(set(wanted)) < len(wanted) or any(c not in range(10) for c in wanted):
         raise SteerError(f"`classes` are different digits from 0 to 9, at least one; received {wanted!r}.")
     start, end = _SPLITS[check_choice("split", split, _SPLITS)]
-    try:
-        datasets = importlib.import_module("sklearn.datasets")
-    except ImportError as error:
-        raise SteerError(
-            'the digits ship with scikit-learn, which is not installed: pip install "residual-steer[all]".'
-        ) from error
+    datasets = import_optional("sklearn.datasets", "the digits ship with scikit-learn, which is not installed", "all")
     pixels, numbers = datasets.load_digits(return_X_y=True)  # grey levels from 0 to 16
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     labels = torch.as_tensor(numbers, dtype=torch.int64)

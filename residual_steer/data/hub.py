@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from residual_steer._checks import check_choice, check_integer, check_number
+from residual_steer._checks import check_choice, check_integer, check_number, import_optional
 from residual_steer.errors import SteerError
 
 from .synthetic import generator
@@ -150,12 +149,8 @@ def _is_local(source: Source) -> TypeGuard[str | os.PathLike[str]]:
 
 
 def _library() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise SteerError(
-            'data sets of the Hub, and local ones, are read by `datasets`: pip install "residual-steer[datasets]".'
-        ) from error
+    why = "data sets of the Hub, and local ones, are read by `datasets`"
+    return import_optional("datasets", why, "datasets")
 
 
 def _loaded(source: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from residual_steer._batches import to_device
+from residual_steer._batches import device_of, to_device
 from residual_steer._checks import check_integer, check_number
 from residual_steer._undisturbed import apart, as_before
 from residual_steer.errors import SteerError
@@ -147,7 +147,7 @@ def recall(model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> float:
     Raises:
         SteerError: a batch is not of this kind, or the loader has no label that counts.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     right = total = 0
     with as_before(model), apart():
         model.eval()

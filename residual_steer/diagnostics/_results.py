@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from residual_steer._checks import import_optional
 from residual_steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -88,10 +89,8 @@ def layer_table(title: str, blocks: Sequence[int], columns: Columns, *notes: str
 
 def panels(ax: Axes | None, count: int = 1) -> tuple[Figure, list[Axes]]:
     """Return axes side by side in a new figure, to which no window belongs; or the ones that are given, with theirs."""
-    try:
-        from matplotlib import axes, figure
-    except ImportError as error:
-        raise SteerError("plots need matplotlib: pip install residual-steer[plots].") from error
+    why = "plots need matplotlib"
+    axes, figure = (import_optional(f"matplotlib.{part}", why, "plots") for part in ("axes", "figure"))
     if ax is None:
         made = figure.Figure(figsize=(6.4 if count == 1 else 4.0 * count, 4.2), layout="constrained")
         return made, list(made.subplots(1, count, squeeze=False, sharex=True, sharey=True)[0])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer._batches import Batch, batches, require_finite
+from residual_steer._batches import Batch, batches, device_of, require_finite
 from residual_steer._checks import check_integer, check_model
 from residual_steer._controller import steering_of
 from residual_steer.backbone import Backbone
@@ -105,7 +105,7 @@ def compare(model: nn.Module, reference: nn.Module | None = None) -> Iterator[Pa
             "or give a copy that was made before: copy.deepcopy(model)."
         )
     models = {"frozen": frozen, "adapted": adapted}
-    there, here = (next((p.device for p in one.parameters()), torch.device("cpu")) for one in models.values())
+    there, here = map(device_of, models.values())
     if there != here:
         raise SteerError(f"both models see the same batches: one is on {here}, the reference on {there}.")
     backbones = {side: find_backbone(one) for side, one in models.items()}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from residual_steer._batches import labels_of, rows_of, to_device
+from residual_steer._batches import device_of, labels_of, rows_of, to_device
 from residual_steer._undisturbed import apart, as_before
 from residual_steer.errors import SteerError
 
@@ -150,8 +150,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], loss: Loss | None = None) 
     Raises:
         SteerError: the loader is empty, no label counts, or a batch is unusable.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return MeanLoss(model, loss, device).over((batch, True) for batch in loader)
+    return MeanLoss(model, loss, device_of(model)).over((batch, True) for batch in loader)
 
 
 class MeanLoss:
