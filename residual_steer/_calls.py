@@ -210,21 +210,21 @@ class Repeats:
 def rows_in_order(model: nn.Module, state: Any) -> list[Handle]:
     """Keep rows and names together in a library that sorts or splits what it is given before it calls the model."""
     known = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
-    if not known or not callable(getattr(model, "encode", None)):
-        return []
-    return [Replaced(model, "encode", partial(_encode, model, state))]
+    sorting = [name for name in ("encode", "predict") if known and callable(getattr(model, name, None))]
+    return [Replaced(model, name, partial(_by_field, name, model, state)) for name in sorting]
 
 
-def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -> Any:
-    """Encode the sentences of each field under that field alone; return all in the order in which they were given."""
-    own, mix = Replaced.own(model, "encode", state.handles), state.mix
-    names = mix.asked()
-    if not isinstance(names, list) or isinstance(sentences, str):
-        return own(sentences, *args, **kwargs)
-    if len(sentences) != len(names):
+def _by_field(method: str, model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the texts of each field under that field alone; return all in the order in which they were given."""
+    own, mix = Replaced.own(model, method, state.handles), state.mix
+    names, key = mix.asked(), "sentences" if "sentences" in kwargs else "inputs"
+    texts = args[0] if args else kwargs.get(key)
+    if not isinstance(names, list) or texts is None or _is_one(model, method, texts):
+        return own(*args, **kwargs)
+    if len(texts) != len(names):
         raise SteerError(
-            f"the list given to `use` has {len(names)} rows, and `encode` was given {len(sentences)} sentences. Give "
-            "one name or None for every sentence."
+            f"the list given to `use` has {len(names)} rows, and `{method}` was given {len(texts)} texts. Give one "
+            "name or None for every text."
         )
     found: list[Any] = [None] * len(names)
     part: Any = None
@@ -232,7 +232,8 @@ def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -
         for name in dict.fromkeys(names):
             places = [place for place, each in enumerate(names) if each == name]
             state.select(model, Mix.parse({} if name is None else {name: 1.0}, mix.names))
-            part = own([sentences[place] for place in places], *args, **kwargs)
+            some = [texts[place] for place in places]
+            part = own(some, *args[1:], **kwargs) if args else own(**{**kwargs, key: some})
             for place, each in zip(places, part, strict=True):
                 found[place] = each
     finally:
@@ -240,3 +241,10 @@ def _encode(model: Any, state: Any, sentences: Any, *args: Any, **kwargs: Any) -
     if isinstance(part, list):
         return found
     return torch.stack(found) if isinstance(part, Tensor) else np.stack(found)
+
+
+def _is_one(model: Any, method: str, texts: Any) -> bool:
+    """Return whether a text, or a pair of a CrossEncoder, was given that is in no list."""
+    if hasattr(model, "is_singular_input"):
+        return bool(model.is_singular_input(texts))
+    return isinstance(texts, str) or (method == "predict" and isinstance(texts[0], str))

@@ -306,6 +306,9 @@ def test_sentences_that_are_sorted_by_length_meet_their_own_fields(tmp_path):
         for row, name in enumerate(names):
             torch.testing.assert_close(torch.as_tensor(mixed[row]), own[name][row], rtol=0, atol=1e-5)
     assert rs.summary(model).acting == names
+    for method in (model.encode_query, model.encode_document):  # which name what they hand to `encode`
+        for row, name in enumerate(names):
+            torch.testing.assert_close(torch.as_tensor(method(text)[row]), own[name][row], rtol=0, atol=1e-5)
     with pytest.raises(rs.SteerError, match="has 3 rows, and `encode` was given 2"):
         model.encode(text[:2])
     twin = copy.deepcopy(model)
@@ -313,6 +316,30 @@ def test_sentences_that_are_sorted_by_length_meet_their_own_fields(tmp_path):
     torch.testing.assert_close(twin.encode(text, convert_to_tensor=True), own["x"])
     rs.unsteer(model)
     assert "encode" not in model.__dict__
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pairs_that_a_cross_encoder_sorts_by_length_meet_their_own_fields(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    save_encoder(tmp_path, "abcdefgh")
+    model = st.CrossEncoder(str(tmp_path), device="cpu", num_labels=1)
+    for name in ("x", "y"):
+        rs.steer(model, rank=4, name=name)
+    randomise(model)
+    pairs, names, own = [["a", "b"], ["a b c d", "e f"], ["a b", "c"]], ["x", None, "y"], []
+    for name, pair in zip(names, pairs, strict=True):
+        rs.use(model, name)
+        own.append(float(model.predict(pair)))
+    rs.use(model, names)
+    torch.testing.assert_close(torch.as_tensor(model.predict(pairs)), torch.tensor(own))
+    assert model.predict(pairs, convert_to_tensor=True).tolist() == model.predict(pairs).tolist()
+    with pytest.raises(rs.SteerError, match="has 3 rows, and `predict` was given 2"):
+        model.predict(inputs=pairs[:2])
+    rs.use(model, ["x"] * 3)
+    ranked = {each["corpus_id"]: each["score"] for each in model.rank("a", ["b", "c d e f", "a"])}
+    rs.use(model, "x")
+    for each in model.rank("a", ["b", "c d e f", "a"]):
+        assert ranked[each["corpus_id"]] == pytest.approx(each["score"], abs=1e-5)
 
 
 def compiled(model, x):
