@@ -207,8 +207,8 @@ class Repeats:
         )
 
 
-def rows_in_order(model: nn.Module, state: Any) -> list[Handle]:
-    """Keep rows and names together in a library that sorts or splits what it is given before it calls the model."""
+def encoding(model: nn.Module, state: Any) -> list[Handle]:
+    """Keep rows and names together in `encode` of sentence-transformers, which sorts what it is given by length."""
     known = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
     if not known or not callable(getattr(model, "encode", None)):
         return []
