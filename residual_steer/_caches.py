@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["begins_text", "cache_of", "cache_parameter"]
-
 _NAMES = ("cache", "past_key_values", "cache_params")
 _ABILITIES = ("get_seq_length", "seqlen_offset")  # of transformers' caches; of xLSTM's and `mamba_ssm`'s
 

@@ -207,8 +207,8 @@ class Repeats:
         )
 
 
-def rows_in_order(model: nn.Module, state: Any) -> list[Handle]:
-    """Keep rows and names together in a library that sorts or splits what it is given before it calls the model."""
+def encoding(model: nn.Module, state: Any) -> list[Handle]:
+    """Keep rows and names together in `encode` of sentence-transformers, which sorts what it is given by length."""
     known = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
     sorting = [name for name in ("encode", "predict") if known and callable(getattr(model, name, None))]
     return [Replaced(model, name, partial(_by_field, name, model, state)) for name in sorting]

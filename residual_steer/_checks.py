@@ -14,18 +14,6 @@ from torch import nn
 
 from .errors import SteerError
 
-__all__ = [
-    "check_choice",
-    "check_flag",
-    "check_integer",
-    "check_model",
-    "check_number",
-    "check_options",
-    "import_optional",
-    "is_exporting",
-    "release_of",
-]
-
 Choice = TypeVar("Choice")
 
 

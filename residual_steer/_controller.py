@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 
-from ._calls import Call, Repeats, Selected, arrived, batch_of, rows_in_order, running, tensors_in
+from ._calls import Call, Repeats, Selected, arrived, batch_of, encoding, running, tensors_in
 from ._frozen import Frozen, Moving, adapters_own, base_modules, plain_name
 from ._internals import compile_with_hooks, has_hook, owned_tensors
 from ._prompt import MASK, Prompts, check_reads_prompts, compiled_prompt, generation
@@ -26,8 +26,6 @@ from .field import HRes
 from .injector import Injector
 from .routing import OFF, Mix, Tables
 from .trained_modules import Entry, Heads
-
-__all__ = ["ATTRIBUTE", "Steering", "attachments", "base_tensors", "steered_part", "steering_of"]
 
 # From a model that is about to be steered and its controller to what is to be undone with it. Rooms above put it here.
 attachments: list[Callable[[nn.Module, Steering], Sequence[Handle]]] = []
@@ -61,7 +59,7 @@ class Steering:
         self.frozen.close(model, self.backbone.blocks)
         self.handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self.handles.append(model.register_forward_hook(self._leave, always_call=True))
-        self.handles += [*rows_in_order(model, self), *batches_of_requests(model, self), *generation(model, self)]
+        self.handles += [*encoding(model, self), *batches_of_requests(model, self), *generation(model, self)]
         for attach in attachments:
             self.handles += attach(model, self)
         setattr(model, ATTRIBUTE, self)

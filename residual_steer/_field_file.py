@@ -27,19 +27,6 @@ from .backbone import Backbone
 from .config import FieldConfig, in_order
 from .errors import SteerError
 
-__all__ = [
-    "DESCRIPTION",
-    "TENSORS",
-    "Stored",
-    "describe",
-    "differences",
-    "digest",
-    "find_names",
-    "flat_config",
-    "open_field",
-    "pack",
-]
-
 TENSORS, DESCRIPTION = "steering.safetensors", "steering.json"
 _FORMAT, _FORMAT_VERSION = "residual_steer", 2
 _SITES = ("block", "mixer", "mlp", "input")  # a field at one of them is of version 1; others have ranks by site too
@@ -86,11 +73,7 @@ class Stored:
     _file: Any
 
     def read(self) -> dict[str, Tensor]:
-        """Read every tensor, by its key in the file.
-
-        Raises:
-            SteerError: the file is damaged, or not what was saved.
-        """
+        """Read every tensor, by its key in the file; raise if the file is damaged, or not what was saved."""
         with _refusing(self._folder):
             tensors = {key: self._file.get_tensor(key) for key in self.shapes}
             # by plain names, or by the names as they stand, which version 0.1 took where two plain ones were the same
@@ -243,11 +226,7 @@ def pack(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def open_field(folder: Path) -> Stored:
-    """Open a folder that `save` wrote and check all of it but the tensors' values.
-
-    Raises:
-        SteerError: a file is missing, damaged, or not what `save` writes.
-    """
+    """Open a folder that `save` wrote and check all of it but the tensors' values; raise if that fails."""
     with _refusing(folder):
         with open(folder / DESCRIPTION, "rb") as description:
             text = description.read(_LONGEST).decode()
@@ -284,11 +263,7 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _decode(text: str, source: str) -> dict[str, Any]:
-    """Return a description, checked entry by entry.
-
-    Raises:
-        ValueError: `describe` would not have made it.
-    """
+    """Return a description, checked entry by entry; raise ValueError if `describe` would not have made it."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) < len(pairs):

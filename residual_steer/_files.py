@@ -19,8 +19,6 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["as_path", "fcntl", "lock", "make_folder", "sync_folder", "write_whole"]
-
 _SUFFIX = ".partial"
 
 
@@ -96,22 +94,14 @@ def _is_in_place(file: IO[bytes]) -> bool:
 
 
 def as_path(folder: str | os.PathLike[str]) -> Path:
-    """Return `folder` as a path.
-
-    Raises:
-        SteerError: it is none.
-    """
+    """Return a folder as a path; raise if it is none."""
     if not isinstance(folder, (str, os.PathLike)) or not str(folder):
         raise SteerError(f"a folder is a path; received {folder!r}.")
     return Path(folder)
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents.
-
-    Raises:
-        SteerError: it cannot be made, or a file is in the way.
-    """
+    """Make a folder and its parents; raise if it cannot be made, or a file is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name that no folder can have

@@ -106,6 +106,14 @@ def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
             yield from base_modules(child, f"{path}.{name}" if path else name)
 
 
+def chain(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the modules that a path leads through, from the model to what stands at its end."""
+    found = [model]
+    for name in path.split(".") if path else ():
+        found.append(found[-1].get_submodule(name))
+    return found
+
+
 def can_train(parameter: nn.Parameter) -> bool:
     """Return whether gradients make sense for a parameter: no packed integers, float8, or subclass of a quantiser."""
     return type(parameter) is nn.Parameter and parameter.dtype in COMPUTED

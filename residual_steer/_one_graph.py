@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .errors import SteerError
 
-__all__ = ["Place", "add_selected"]
-
 _owners: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ._caches import begins_text, cache_of, cache_parameter
-from ._frozen import Replaced
+from ._frozen import Replaced, chain
 from .errors import SteerError
-
-__all__ = ["MASK", "Prompts", "check_reads_prompts", "compiled_prompt", "generation"]
 
 MASK = "prompt_mask"  # the keyword of a call by which it can be given
 _IGNORED = -100  # as a label, for the loss of PyTorch and transformers
@@ -32,15 +30,14 @@ _GIVE = f"Give the call `{MASK}`, a bool tensor (batch, length) that is True whe
 
 def check_reads_prompts(model: nn.Module, path: str) -> None:
     """Raise unless a model, or one on the path to its blocks, reads a prompt and then writes, with a cache."""
-    parts = path.split(".") if path else []
-    chain = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
-    if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in chain):
+    modules = chain(model, path)
+    if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in modules):
         raise SteerError(
             "`on='prompt'` is for decoders, and this model has an encoder, which reads all of its prompt: steer the "
             "encoder's `layers` alone, with on='all'."
         )
-    writes = any(hasattr(module, "can_generate") and module.can_generate() for module in chain)  # type: ignore[operator]
-    keeps = any(cache_parameter(module) is not None for module in chain)
+    writes = any(hasattr(module, "can_generate") and module.can_generate() for module in modules)  # type: ignore[operator]
+    keeps = any(cache_parameter(module) is not None for module in modules)
     known = {"allocate_inference_cache", "tie_weights"} <= {*dir(model)}  # a language model of `mamba_ssm`
     if not (writes and keeps) and not known:
         raise SteerError(

@@ -17,8 +17,6 @@ from torch import Tensor
 from ._internals import is_plainly_called
 from .field import ACTIVATIONS, HRes
 
-__all__ = ["Run", "add_runs", "runs_of", "saves_time"]
-
 _PRODUCT = 2**16  # multiplications that take as long as what a product of its own takes more; measured on a CPU
 
 

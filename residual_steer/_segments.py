@@ -22,8 +22,6 @@ from ._row_by_row import Run, runs_of
 from .backbone import Handle
 from .errors import SteerError
 
-__all__ = ["Segments", "batches_of_requests"]
-
 Names = Sequence[str | None]
 
 
@@ -41,11 +39,7 @@ class Segments:
 
     @classmethod
     def of(cls, tokens: Any, names: Names) -> Segments:
-        """Return where fields act, given for each token the place of its text in a list of names, -1 for none.
-
-        Raises:
-            SteerError: the tokens are no integers `(batch, length)`, or name a place that is not in the list.
-        """
+        """Return where fields act, given the place of each token's text in a list of names, -1 for none; or raise."""
         kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype not in kinds or not tokens.numel():
             got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)

@@ -17,8 +17,6 @@ from torch.utils._pytree import tree_map
 
 from .errors import SteerError
 
-__all__ = ["align", "alone", "flat_units", "gather", "is_sharded", "like", "once", "several", "whole"]
-
 Returned = TypeVar("Returned")
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)

@@ -20,8 +20,6 @@ from ._internals import version
 from .errors import SteerError, some
 from .field import Projection
 
-__all__ = ["Protected", "Protection", "SecondMoment", "extended", "inputs_of", "share_inside", "unwrapped"]
-
 _ROWS = 8192  # that are taken to fp64 at a time
 _SLACK = 1e-12  # by which a sum of shares may miss what it adds up to
 _STRAYED = 1e-4  # relative to [W, b]: far above what fp32 rounds, far below what training does

@@ -48,6 +48,24 @@ def as_before(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def buffers_as_before(model: nn.Module) -> Iterator[None]:
+    """Give back every buffer with its value, and None where a buffer was registered as None and filled in."""
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    there = {(module, name) for module, name, _, _ in buffers}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for name in [name for name, _ in module.named_buffers(recurse=False) if (module, name) not in there]:
+                setattr(module, name, None)
+        for module, name, buffer, value in buffers:
+            setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
 def apart(*, devices: bool = True) -> Iterator[None]:
     """Leave the generators as they were, whatever happens inside; those of devices too, if they may be drawn from."""
     state = get_state(devices=devices)

@@ -83,11 +83,7 @@ class FieldConfig:
 
 
 def check_name(name: str, taken: Iterable[str]) -> None:
-    """Check the name of a new field.
-
-    Raises:
-        SteerError: it cannot name a field, or is in use.
-    """
+    """Raise if a new field cannot have a name, or the name is in use."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(nn.ModuleDict(), name):
         raise SteerError(
             f"a field's `name` has 1 to 64 letters, digits, '_' or '-', and is no module attribute; received {name!r}."
@@ -159,11 +155,7 @@ def _check_site(site: str, backbone: Backbone) -> None:
 
 
 def check_ranks(rank: int | Mapping[Any, Any], layers: Sequence[int] | None, blocks: int) -> dict[int, int]:
-    """Return block index to rank, in the order of the stream.
-
-    Raises:
-        SteerError: a block that is not there, named twice, or missing in a table of ranks.
-    """
+    """Return block index to rank in the order of the stream; raise if a block is none, is named twice or missing."""
     chosen = _check_layers(range(blocks) if layers is None else layers, blocks)
     if not isinstance(rank, Mapping):
         return dict.fromkeys(chosen, rank)

@@ -28,11 +28,7 @@ def is_repo(name: object) -> bool:
 
 
 def fetch(repo: str, revision: str | None, files: tuple[str, ...], others: tuple[str, ...]) -> Path:
-    """Fetch files of a repository, or others, into the Hub's cache, all of one commit, and return their folder there.
-
-    Raises:
-        SteerError: the Hub cannot be reached, refuses, or has no such repository, revision or files.
-    """
+    """Fetch files of a repository, or others, of one commit into the Hub's cache; return their folder, or raise."""
     from huggingface_hub import snapshot_download
 
     at = f" at revision {revision!r}" if revision is not None else ""
@@ -46,11 +42,7 @@ def fetch(repo: str, revision: str | None, files: tuple[str, ...], others: tuple
 
 
 def upload(repo: str, files: Mapping[str, bytes], message: str, *, private: bool) -> str:
-    """Upload files, contents by name, in one commit, to a repository that is made if need be; return its address.
-
-    Raises:
-        SteerError: the Hub cannot be reached or refuses, or the repository is public and was to be private.
-    """
+    """Upload files, contents by name, in one commit, to a repository made if need be; return its address, or raise."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     failed = f"could not push to {repo}"

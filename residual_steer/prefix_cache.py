@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from ._batches import rows_of
 from ._internals import answering, is_compiled
 from ._stream_store import StreamStore, digests, number_of_rows, prefix_key, refuse_augmentation
-from ._undisturbed import apart
+from ._undisturbed import apart, buffers_as_before
 from .errors import SteerError
 from .injector import Injector
 from .registry import find_backbone
@@ -277,14 +277,8 @@ class PrefixCache:
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Leave random generators and buffers, such as running statistics, as they were."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        with apart():
-            try:
-                yield
-            finally:
-                with torch.no_grad():
-                    for buffer, value in buffers:
-                        buffer.copy_(value)
+        with apart(), buffers_as_before(self._model):
+            yield
 
     def _leaves(self, outputs: list[Any], rows: int) -> list[Tensor]:
         """Return the tensors in what blocks returned; raise if they are no constants of rows."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ._controller import Steering, attachments, steering_of
 from ._files import as_path
-from ._frozen import plain_name
+from ._frozen import chain, plain_name
 from ._internals import saves_adapters_alone
 from ._shards import is_sharded
 from .backbone import Handle
@@ -183,13 +183,11 @@ def _take(root: nn.Module, module: nn.Module, tensors: dict[str, Tensor], prefix
 
 def _attach(model: nn.Module, state: Steering) -> list[Handle]:
     """Let every model of transformers from the steered one down to the one with the blocks save its fields."""
-    parts = state.backbone.path.split(".") if state.backbone.path else []
-    chain = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
-    return [_Saving(model, part) for part in chain if _is_pretrained(part)]
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    return callable(getattr(module, "save_pretrained", None)) and hasattr(module.__dict__.get("config"), "to_json_file")
+    return [
+        _Saving(model, part)
+        for part in chain(model, state.backbone.path)
+        if callable(getattr(part, "save_pretrained", None)) and hasattr(part.__dict__.get("config"), "to_json_file")
+    ]
 
 
 attachments.append(_attach)

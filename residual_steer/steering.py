@@ -10,11 +10,11 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ._checks import check_model
-from ._controller import ATTRIBUTE, Steering, base_tensors, steered_part, steering_of
+from ._controller import Steering, base_tensors, steered_part, steering_of
 from ._frozen import base_modules
 from ._internals import is_compiled
 from ._shards import align
-from .backbone import Backbone, execution_device
+from .backbone import ATTRIBUTE, Backbone, execution_device
 from .config import FieldConfig, Rank, check_name, check_sites, match_train
 from .errors import SteerError
 from .injector import Injector

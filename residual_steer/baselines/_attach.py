@@ -18,8 +18,6 @@ from residual_steer.backbone import Backbone, compute_dtype
 from residual_steer.config import check_ranks
 from residual_steer.errors import SteerError, some
 
-__all__ = ["Attached", "Guard", "Part", "Subject", "Trained", "is_linear", "parts_of", "place_of", "require_free"]
-
 _notes = threading.local()  # of the calls that are running in this thread, by the id of the module that noted them
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from residual_steer._checks import check_choice, check_options
-from residual_steer._controller import ATTRIBUTE, base_tensors
-from residual_steer.backbone import Handle
+from residual_steer._controller import base_tensors
+from residual_steer.backbone import ATTRIBUTE, Handle
 from residual_steer.config import match_train
 from residual_steer.errors import SteerError, UnsuitableError
 from residual_steer.steering import begin, steer
@@ -23,8 +23,6 @@ from .prompt import prompt
 from .selective import bitfit, full, linear
 from .ssf import ssf
 from .vpt import vpt_deep, vpt_shallow
-
-__all__ = ["apply", "merge", "methods"]
 
 Model = TypeVar("Model", bound=nn.Module)
 

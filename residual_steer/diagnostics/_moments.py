@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ClassMoments", "Moments", "Sums", "exact"]
-
 
 def exact(tensor: Tensor) -> Tensor:
     """Return a tensor in fp64, on the CPU where its own device has no such numbers."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_steer._undisturbed import buffers_as_before
 from residual_steer.recording import changed, undisturbed, watch
 from residual_steer.stream import dense
 
@@ -120,20 +121,9 @@ def called(modules: Mapping[str, nn.Module]) -> Iterator[list[Call]]:
 @contextlib.contextmanager
 def probed(model: nn.Module) -> Iterator[None]:
     """Run what is inside in evaluation mode and put back modes, buffers and random generators, whatever happens."""
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    there = {(module, name) for module, name, _, _ in buffers}
-    with undisturbed(model), torch.inference_mode(False), warnings.catch_warnings():
+    with undisturbed(model), torch.inference_mode(False), buffers_as_before(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for module in model.modules():  # registered as None, and filled in by the run
-                for name in [name for name, _ in module.named_buffers(recurse=False) if (module, name) not in there]:
-                    setattr(module, name, None)
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer)
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        yield
 
 
 @contextlib.contextmanager

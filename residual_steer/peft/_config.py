@@ -15,8 +15,6 @@ from residual_steer.errors import SteerError
 
 from ._registry import NAME, extend
 
-__all__ = ["HResConfig", "card", "check_backbone", "place"]
-
 _LINE = "import residual_steer.peft"
 _CARD = f"""
 ## How to load this adapter

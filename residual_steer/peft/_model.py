@@ -26,8 +26,6 @@ from residual_steer.steering import freeze, steer, unsteer, use
 from ._config import HResConfig, check_backbone
 from ._layer import HResLayer, adopt
 
-__all__ = ["HResModel"]
-
 _HEADS = {"classifier", "score", "qa_outputs"}  # PEFT asks for these by the task, whichever of them the model has
 _PLACE = "base_model.model."  # what PEFT's wrappers put in front of a name, once for each wrapper
 
@@ -105,7 +103,8 @@ class HResModel(BaseTuner):
                 activate_adapter=active,
             )
             empty = init_empty_weights() if low_cpu_mem_usage else nullcontext()
-            with empty, _kept(model, steered), alone(config.backbone is not None):
+            kept = use(model, None) if steered else nullcontext()  # what acts now acts again afterwards
+            with empty, kept, alone(config.backbone is not None):
                 steer(
                     model,
                     config.arch,
@@ -264,11 +263,7 @@ class HResModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Find every tensor of a field in a file, however many wrappers stood around the model that it was saved from.
-
-        Raises:
-            SteerError: one is missing, or left over.
-        """
+        """Find each tensor of a field in a file, whatever wrapped the model that was saved; raise if one lacks."""
         names = _names(model, adapter_name)
         wanted = {
             _plain(cls._remove_adapter_name_from_key(key, adapter_name)): key
@@ -330,16 +325,6 @@ def _plain(key: str) -> str:
     while key.startswith(_PLACE):
         key = key.removeprefix(_PLACE)
     return key
-
-
-@contextmanager
-def _kept(model: nn.Module, steered: bool) -> Iterator[None]:
-    """Keep what acts on a steered model, while a field is added to it."""
-    if steered:
-        with use(model, None):
-            yield
-    else:
-        yield
 
 
 def _check_modules_to_save(model: nn.Module, config: HResConfig) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 
 from peft.utils.peft_types import PeftType, register_peft_method
 
-__all__ = ["NAME", "register"]
-
 NAME = "HRES"
 
 

@@ -81,11 +81,7 @@ def sweep(folder: Path) -> None:
 
 
 def read(path: Path, rank: int) -> tuple[Any, Any]:
-    """Read what `write` wrote for the process of index `rank`: the shared tree and its own.
-
-    Raises:
-        SteerError: a file is missing or damaged.
-    """
+    """Read what `write` wrote: the shared tree, and that of process `rank`; raise if a file is missing or damaged."""
     try:
         shared, own = _read_tree(path / "shared"), _read_tree(path / f"process-{rank}")
         return {key: shared[key] for key in _SHARED}, {key: own[key] for key in _OWN}

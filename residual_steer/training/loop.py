@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -199,7 +200,8 @@ class _Run:
             raise SteerError(
                 "`cache_prefix` calls blocks alone, and this model is sharded: its blocks have no weights."
             )
-        cache = cache_makers[-1](self.model, train, self._measure_alone, self.options, self.processes)
+        alone = partial(self._measure, self.model)  # without the other processes
+        cache = cache_makers[-1](self.model, train, alone, self.options, self.processes)
         self.closing.callback(cache.close)
         return cache
 
@@ -260,13 +262,9 @@ class _Run:
             values = {f"{kind}/{key}": value for key, value in record.items() if key != "step"}
             self.processes.accelerate.log(values, step=int(record["step"]))
 
-    def _measure(self, batch: Any, model: nn.Module | None = None) -> Tensor:
+    def _measure(self, model: nn.Module, batch: Any) -> Tensor:
         with self.processes.autocast():
-            return measure(model or self.wrapped, batch, self.loss).loss
-
-    def _measure_alone(self, batch: Any) -> Tensor:
-        """Run a batch by this process alone."""
-        return self._measure(batch, self.model)
+            return measure(model, batch, self.loss).loss
 
     def _next_parts(self) -> tuple[list[tuple[Any, float]], int]:
         """Return the batches of a step, each with its share of the step's mean, and the rows of all processes."""
@@ -301,11 +299,7 @@ class _Run:
         }
 
     def _backward(self, parts: Sequence[tuple[Any, float]]) -> tuple[float, float]:
-        """Fill in the gradients of a step, clipped; return its loss and the gradient's norm before.
-
-        Raises:
-            DivergedError: one of them is not finite; in fp16 a norm at any scale from 1 upwards.
-        """
+        """Fill in a step's clipped gradients; return its loss and their norm before; raise if one is not finite."""
         before = [tensor.clone() for tensor in self.buffers.values()]
         while True:
             self.model.zero_grad()  # also what the optimizer does not hold
@@ -316,7 +310,7 @@ class _Run:
                 apart = model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
                 with apart:
                     with nullcontext() if self.cache is None else self.cache.over(moved):
-                        loss = self._measure(moved)
+                        loss = self._measure(model, moved)
                     # data parallelism takes the mean over processes of what has to be a sum
                     self.scaler.scale(loss * (share * self.processes.number)).backward()  # type: ignore[no-untyped-call]
                 if share:

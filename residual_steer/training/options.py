@@ -115,11 +115,7 @@ class FitOptions:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> FitOptions:
-        """Make options from keywords.
-
-        Raises:
-            SteerError: there is no such option.
-        """
+        """Make options from keywords; raise if there is no such option."""
         check_options("fit", options, (field.name for field in dataclasses.fields(cls)))
         return cls(**options)
 

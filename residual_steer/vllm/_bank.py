@@ -17,8 +17,6 @@ from residual_steer.field import ACTIVATIONS
 
 from ._requests import Units
 
-__all__ = ["Bank"]
-
 
 class Bank:
     """Slots for fields at every place of a model, and the table of the step that is being computed."""

@@ -17,8 +17,6 @@ from residual_steer.errors import SteerError, some
 
 from ._bank import Bank
 
-__all__ = ["FAMILIES", "install"]
-
 # By architecture: the class of its decoder layers in vllm.model_executor.models, and the family of its backbone here.
 # The stream is `hidden_states`, plus `residual` where the layer takes one. tests/serving holds each to transformers.
 FAMILIES = {

@@ -20,8 +20,6 @@ from ._bank import Bank
 from ._layers import FAMILIES, install
 from ._requests import Mix, Units
 
-__all__ = ["FieldManager", "check_number_of", "open_mix"]
-
 _log = logging.getLogger("vllm.residual_steer")  # vLLM shows what is logged under its name
 
 
@@ -114,7 +112,7 @@ class FieldManager:
         if number not in self._units:
             units = self.opened[self._paths[number]].read(self.bank.dtype)
             while len(self._units) >= self._config.lora_config.max_cpu_loras:
-                self._forget(next(old for old in self._units if old not in batch))
+                self.remove_adapter(next(old for old in self._units if old not in batch))
             self._units[number] = units
         self._units.move_to_end(number)
 
@@ -128,19 +126,16 @@ class FieldManager:
             self._slots[number] = slot
         self._slots.move_to_end(number)
 
-    def _forget(self, number: int) -> bool:
+    def remove_adapter(self, number: int) -> bool:
+        """Put a field out of memory; return whether it was there."""
         if number in self._slots:
             self.bank.put(self._slots.pop(number), {})
         return self._units.pop(number, None) is not None
 
-    def remove_adapter(self, number: int) -> bool:
-        """Put a field out of memory; return whether it was there."""
-        return self._forget(number)
-
     def remove_all_adapters(self) -> None:
         """Put all fields out of memory; a batch that needs one reads it again."""
         for number in [*self._units]:
-            self._forget(number)
+            self.remove_adapter(number)
         self.bank.rest()
 
     def list_adapters(self) -> set[int]:

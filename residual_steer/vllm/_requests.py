@@ -28,8 +28,6 @@ from residual_steer.storage import as_type, match_tensors
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-__all__ = ["Mix", "Units", "request"]
-
 
 class Units(NamedTuple):
     """Hidden units of one or more fields side by side at one place, weights and λ multiplied into what they add."""

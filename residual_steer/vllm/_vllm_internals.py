@@ -13,8 +13,6 @@ from residual_steer.errors import SteerError
 from ._layers import FAMILIES
 from ._manager import FieldManager, check_number_of, open_mix
 
-__all__ = ["check_config", "register"]
-
 _TRIED = "0.32."
 _SWITCH = "residual_steer"  # in `--additional-config`, which vLLM takes into the keys of what it compiles
 _registered = False
