@@ -96,7 +96,7 @@ def _alike(runs: Sequence[Run], fields: Mapping[str, HRes]) -> dict[str, _Parts]
     for name in {run.name for run in runs}:
         field = fields[name]
         down, up = field.down, field.up
-        if not (is_plainly_called(down) and is_plainly_called(up)) or (field.dropout and field.training):
+        if not (is_plainly_called(down) and is_plainly_called(up)) or (field.drop is not None and field.drop.training):
             return None
         parts = found[name] = _Parts(
             down.weight, down.bias, up.weight, up.bias, field.scale, ACTIVATIONS[field.activation]

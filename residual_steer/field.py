@@ -147,7 +147,8 @@ class HRes(nn.Module):
         self.rank = rank = check_integer("rank", rank, 1, width, meaning="the width")
         self.scale = check_number("scale", scale)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.dropout = check_number("dropout", dropout, at_least=0, below=1, meaning="a probability")
+        dropped = check_number("dropout", dropout, at_least=0, below=1, meaning="a probability")
+        self.drop = nn.Dropout(dropped) if dropped else None  # a module, which others look for to switch it off
         self.channels = check_choice("channels", channels, (-1, 1))
         check_flag("bias", bias)
         self.down = Projection(width, rank, bias=bias, zero=False, device=device, dtype=dtype)
@@ -157,6 +158,11 @@ class HRes(nn.Module):
         """Return to the start: W_down as in `torch.nn.Linear`, everything else zero (eq. 5)."""
         self.down.reset_parameters()
         self.up.reset_parameters()
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which a hidden unit is dropped in training mode."""
+        return 0.0 if self.drop is None else self.drop.p
 
     @property
     def plain(self) -> bool:
@@ -176,7 +182,8 @@ class HRes(nn.Module):
         else:
             product = down(z, dtype)
         hidden = ACTIVATIONS[self.activation](product)
-        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+        dropped: Tensor = hidden if self.drop is None else self.drop(hidden)
+        return dropped
 
     def forward(self, z: Tensor) -> Tensor:
         """Return H(z), of z's shape but for `out_width`, and in the weights' dtype."""

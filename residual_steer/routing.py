@@ -170,7 +170,7 @@ class Blend:
     names: tuple[str, ...]
     ranks: tuple[int, ...]
     kinds: tuple[tuple[str, float], ...]  # activation and dropout of each
-    runs: tuple[tuple[str, float, int], ...]  # activation, dropout and number of units of each run of like fields
+    runs: tuple[tuple[str, int, int], ...]  # activation, first field and number of units of each run of like fields
     table: Tensor  # coefficients times λ, (1 or rows, fields)
     gates: Tensor  # the same for every hidden unit, (1 or rows, Σ rank)
     rows: tuple[Run, ...] = ()  # which field acts on which rows, where they differ
@@ -179,8 +179,9 @@ class Blend:
     def of(cls, fields: Mapping[str, HRes]) -> Blend:
         """Put fields side by side, without coefficients."""
         chosen = sorted((_kind(field), name, field.rank) for name, field in fields.items())
-        runs = tuple((*kind, sum(rank for _, _, rank in run)) for kind, run in groupby(chosen, itemgetter(0)))
         kinds, names, ranks = zip(*chosen, strict=True)
+        alike = [(kind, sum(rank for _, _, rank in run)) for kind, run in groupby(chosen, itemgetter(0))]
+        runs = tuple((kind[0], kinds.index(kind), size) for kind, size in alike)
         return cls(names, ranks, kinds, runs, table=_EMPTY, gates=_EMPTY)
 
     def fits(self, fields: Mapping[str, HRes]) -> bool:
@@ -232,19 +233,20 @@ class Blend:
                 y = (y + column.view(-1, *[1] * (y.dim() - 1)).to(moved.dtype) * moved).to(y.dtype)
             return y
         hidden = F.linear(z.movedim(channels, -1).to(dtype), *_down(chosen, dtype))
-        hidden = self._activate(hidden, chosen[0].training)
+        hidden = self._activate(hidden, chosen)
         hidden = hidden * gates.view(-1, *[1] * (z.dim() - 2), gates.shape[-1]).to(hidden.dtype)
         weight = torch.cat([field.up.weight for field in chosen], dim=1)
         return add_product(y, hidden, weight, _bias(chosen, table), channels=channels)
 
-    def _activate(self, hidden: Tensor, training: bool) -> Tensor:
+    def _activate(self, hidden: Tensor, fields: Sequence[HRes]) -> Tensor:
         """Apply each run's activation and dropout to its units."""
         done = []
-        for (activation, dropout, _), part in zip(
+        for (activation, first, _), part in zip(
             self.runs, torch.split(hidden, [size for _, _, size in self.runs], dim=-1), strict=True
         ):
             unit = ACTIVATIONS[activation](part)
-            done.append(F.dropout(unit, dropout, training) if dropout else unit)
+            drop = fields[first].drop
+            done.append(unit if drop is None else drop(unit))
         return done[0] if len(done) == 1 else torch.cat(done, dim=-1)
 
 

@@ -310,6 +310,33 @@ def test_copies_and_pickles_are_models_of_their_own(tmp_path):
         assert not torch.equal(GPT2.run(whole.train()), on), "dropout follows the mode"
 
 
+@pytest.mark.parametrize("how", ["native", "adapter"])
+@torch.no_grad()
+def test_whoever_switches_dropout_off_in_a_model_switches_off_that_of_its_fields(how):
+    from residual_steer._undisturbed import undisturbed
+
+    model = GPT2.build()
+    whole = peft.get_peft_model(model, HResConfig(rank=4, dropout=0.5), "a") if how == "adapter" else model
+    if how == "native":
+        rs.steer(model, rank=4, dropout=0.5, name="a")
+    rs.steer(model, rank=4, dropout=0.3, activation="silu", name="b")
+    shake(shake(whole, "a"), "b")
+    for mix in ("a", {"a": 1.0, "b": 0.5}, ["a", "b"]):
+        rs.use(whole, mix)
+        expected, compared = run(GPT2, whole), rs.reference(whole)
+        assert not torch.equal(GPT2.run(whole.train()), expected)
+        assert torch.equal(compared(**GPT2.inputs(whole)).logits, expected)
+        with undisturbed(whole):
+            assert torch.equal(GPT2.run(whole), expected)
+        twin = copy.deepcopy(whole)
+        for module in twin.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        assert torch.equal(GPT2.run(twin), expected)
+        for name in [field.name for field in rs.fields(whole) if field.name.endswith("-reference")]:
+            rs.unsteer(whole, name)
+
+
 def test_compiled_and_exported_models_agree():
     whole = shake(peft.get_peft_model(GPT2.build(), HResConfig(rank=4)))
     on = run(GPT2, whole)

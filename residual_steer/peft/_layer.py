@@ -34,9 +34,9 @@ class Chosen:
 class HResLayer(nn.ModuleDict, BaseTunerLayer):
     """Hold the fields of one point by name, as the injector reads them, under the names that PEFT's loaders expect.
 
-    These have the adapter's name second to last: `hres_down.<name>.weight`. So the projections are the children, and
-    the fields made of them are not. What is done to one layer is done to the whole model, since what acts there is one
-    mix; PEFT and transformers call every layer, and the first call does it.
+    These have the adapter's name second to last: `hres_down.<name>.weight`. So the parts of a field are the children,
+    and the field made of them is not. What is done to one layer is done to the whole model, since what acts there is
+    one mix; PEFT and transformers call every layer, and the first call does it.
 
     Args:
         chosen: shared by the layers of a model.
@@ -49,7 +49,7 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
         super().__init__()
         self._chosen, self._injector = chosen, (injector,)  # in a tuple, since a module would become a child
         self._fields: dict[str, HRes] = {}
-        self.hres_down, self.hres_up = nn.ModuleDict(), nn.ModuleDict()
+        self.hres_down, self.hres_up, self.hres_drop = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.training = injector.training
         for name, field in injector.held.items():
             self[name] = field
@@ -65,9 +65,13 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
     def __setitem__(self, key: str, module: nn.Module) -> None:
         field = cast(HRes, module)
         self._fields[key], self.hres_down[key], self.hres_up[key] = field, field.down, field.up
+        if field.drop is not None:
+            self.hres_drop[key] = field.drop
 
     def __delitem__(self, key: str) -> None:
-        del self._fields[key], self.hres_down[key], self.hres_up[key]
+        for parts in (self._fields, self.hres_down, self.hres_up, self.hres_drop):
+            if key in parts:
+                del parts[key]
 
     def __len__(self) -> int:
         return len(self._fields)
@@ -89,13 +93,6 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
     def items(self) -> ItemsView[str, HRes]:
         """Return the fields and their names."""
         return self._fields.items()
-
-    def train(self, mode: bool = True) -> HResLayer:
-        """Put the fields, which drop units in training mode, into the layer's mode."""
-        super().train(mode)
-        for field in self._fields.values():
-            field.train(mode)
-        return self
 
     def get_base_layer(self) -> nn.Module:
         """Return the module at the point, which stays where it is."""
