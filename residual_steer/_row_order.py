@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ._caches import cache_of
-from .recording import undisturbed, watch
-
-__all__ = ["length_first", "rows_in_order"]
+from ._undisturbed import undisturbed, watch
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 

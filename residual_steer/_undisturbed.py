@@ -1,11 +1,14 @@
-"""What a run or a pass over data leaves as it was: the mode of every module, the state of every random generator."""
+"""What a run or a pass over data leaves as it was: modes, buffers, random generators; and hooks that only look.
+
+All hooks that only look are registered by `watch`; they are gone when its `with` ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,43 @@ def train_mode(model: nn.Module, trained: Iterable[str]) -> None:
     for path, module in model.named_modules():
         if getattr(module, "running_mean", None) is not None and path not in owners:
             module.eval()
+
+
+@contextlib.contextmanager
+def changed(objects: Iterable[Any], name: str, value: object) -> Iterator[None]:
+    """Give an attribute of several objects another value; on leaving, each has its own again, in the same order."""
+    before = [(one, getattr(one, name)) for one in objects]
+    try:
+        for one, _ in before:
+            setattr(one, name, value)
+        yield
+    finally:
+        for one, old in before:
+            setattr(one, name, old)
+
+
+@contextlib.contextmanager
+def watch(
+    modules: Iterable[nn.Module],
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    *,
+    first: bool = False,
+) -> Iterator[None]:
+    """Call functions before and after every call of modules, as torch's hooks with keywords.
+
+    What `before(module, args, kwargs)` returns, unless None, takes the place of `(args, kwargs)`; what
+    `after(module, args, kwargs, output)` returns, that of the output. With `first` they come before the hooks that are
+    there, such as those that steer.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if before is not None:
+                handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+                stack.callback(handle.remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=first).remove)
+        yield
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,7 @@ def export(model: nn.Module, folder: str | Path) -> Path:
 
 def _library(root: nn.Module) -> Any:
     """Return transformers, if the model is one of its own."""
-    try:
-        import transformers
-    except ImportError:
-        transformers = None  # type: ignore[assignment]
+    transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(root, transformers.PreTrainedModel):
         raise SteerError(f"`export` writes models of transformers; received {type(root).__name__}. `save` its field.")
     if getattr(transformers, type(root).__name__, None) is not type(root):
@@ -91,21 +88,19 @@ def _library(root: nn.Module) -> Any:
 
 def _weights(state: Steering) -> dict[str, float]:
     """Return the fields that act, and how strongly."""
-    asked = state.mix.asked()
-    state.mix.check_whole("an exported model")
-    if asked is None or not isinstance(asked, (str, Mapping)):
-        what = "no field acts" if asked is None else "every row has a field of its own"
+    mix = state.mix
+    mix.check_whole("an exported model")
+    if mix.rows is not None or not mix.names:
+        what = "no field acts" if mix.rows is None else "every row has a field of its own"
         raise SteerError(f"`export` bakes in the fields that act, the same in every row; {what}. Select with `use`.")
-    return {asked: 1.0} if isinstance(asked, str) else dict(asked)
+    return dict(zip(mix.names, mix.table[0], strict=True))
 
 
 def _auto_classes(transformers: Any, root: nn.Module) -> list[str]:
     """Return by which of its automatic classes transformers loads such a model."""
     config: Any = type(root.config)
     found = [
-        auto
-        for auto, mapping in _AUTO.items()
-        if hasattr(transformers, mapping) and getattr(transformers, mapping).get(config, None) is type(root)
+        auto for auto, mapping in _AUTO.items() if getattr(transformers, mapping, {}).get(config, None) is type(root)
     ]
     if not found:
         raise SteerError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +28,6 @@ KINDS = ("text", "wikitext", "images", "vtab")
 _FIELD = tuple(name for name in inspect.signature(steer).parameters if name not in ("model", "arch"))
 _FIT = ("steps", "lr", *(option.name for option in dataclasses.fields(FitOptions)))
 _NEITHER = ("protect",)  # an object, which a file cannot name
-_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ class Data:
 
     @property
     def kind(self) -> str:
-        """Which of the sources is given.
-
-        Raises:
-            SteerError: none is, or several are.
-        """
+        """Which of the sources is given; raise if none is, or several are."""
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise SteerError(f"the data are one of {', '.join(KINDS)}; received {', '.join(given) or 'none of them'}.")
@@ -95,27 +91,25 @@ class Recipe:
 
     @classmethod
     def of(cls, words: Any) -> Recipe:
-        """Check a recipe that was read.
-
-        Raises:
-            SteerError: a key that is not known, one that is missing, or a value that is not allowed.
-        """
+        """Check a recipe that was read; raise if a key is unknown or missing, or a value is not allowed."""
         words = _keys("the recipe", words, [option.name for option in dataclasses.fields(cls)])
         for name in ("model", "data"):
             if not words.get(name):
                 raise SteerError(f"the recipe lacks `{name}`; it has {', '.join(words) or 'nothing'}.")
         if not isinstance(words["model"], str):
             raise SteerError(f"`model` is a folder, a name on the Hub or timm:NAME; received {words['model']!r}.")
-        data = _at("data", lambda: Data(**_keys("data", words["data"], [o.name for o in dataclasses.fields(Data)])))
-        _at("data", lambda: data.kind)
+        with _at("data"):
+            data = Data(**_keys("data", words["data"], [option.name for option in dataclasses.fields(Data)]))
+            _ = data.kind  # raises unless one source is given
         field = _keys("field", words.get("field") or {}, _FIELD)
         options = _keys("fit", words.get("fit") or {}, [name for name in _FIT if name not in _NEITHER])
         if "steps" not in options:
             raise SteerError("the recipe lacks `fit.steps`, the number of optimizer steps.")
-        _at("fit", lambda: FitOptions.of({k: v for k, v in options.items() if k not in ("steps", "lr")}))
-        _at("fit", lambda: check_integer("steps", options["steps"], 1))
-        if options.get("lr") is not None:
-            _at("fit", lambda: check_number("lr", options["lr"], above=0))
+        with _at("fit"):
+            FitOptions.of({key: value for key, value in options.items() if key not in ("steps", "lr")})
+            check_integer("steps", options["steps"], 1)
+            if options.get("lr") is not None:
+                check_number("lr", options["lr"], above=0)
         seed = check_integer("seed", words.get("seed", 0), 0, 2**32 - 1)
         return cls(words["model"], data, field, options, words.get("arch"), seed)
 
@@ -237,24 +231,21 @@ def open_model(name: str, *, head: str | None = None, classes: int | None = None
     """
     if name.startswith("timm:"):
         timm = _package("timm")
-        with torch.device("cpu" if weights else "meta"):
-            options = {} if classes is None else {"num_classes": classes}
-            made = _reason(name, lambda: timm.create_model(name[5:], pretrained=weights, **options))
-        return cast(nn.Module, made)
+        options = {} if classes is None else {"num_classes": classes}
+        with _reading(name), torch.device("cpu" if weights else "meta"):
+            return cast(nn.Module, timm.create_model(name[5:], pretrained=weights, **options))
     transformers = _package("transformers")
     if not name or (Path(name).suffix == ".json" and weights):
         raise SteerError(f"a model is a name on the Hub, a folder with weights, or timm:NAME; received {name!r}.")
-    config = _reason(name, lambda: transformers.AutoConfig.from_pretrained(name))
-    named = next(iter(getattr(config, "architectures", None) or ()), "")
-    kind = getattr(transformers, f"AutoModelFor{head}" if head else named, transformers.AutoModel)
-    if weights:
-        loading: dict[str, Any] = (
-            {"dtype": "auto"} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
-        )
-        return cast(nn.Module, _reason(name, lambda: kind.from_pretrained(name, **loading)))
-    with torch.device("meta"):
-        build = getattr(kind, "from_config", kind)
-        return cast(nn.Module, _reason(name, lambda: build(config)))
+    with _reading(name):
+        config = transformers.AutoConfig.from_pretrained(name)
+        named = next(iter(getattr(config, "architectures", None) or ()), "")
+        kind = getattr(transformers, f"AutoModelFor{head}" if head else named, transformers.AutoModel)
+        if not weights:
+            with torch.device("meta"):
+                return cast(nn.Module, getattr(kind, "from_config", kind)(config))
+        labels = {"num_labels": classes, "ignore_mismatched_sizes": True}
+        return cast(nn.Module, kind.from_pretrained(name, **({"dtype": "auto"} if classes is None else labels)))
 
 
 def _text(name: str, data: Data, kind: str, source: str) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -282,7 +273,8 @@ def _text(name: str, data: Data, kind: str, source: str) -> tuple[Dataset[Any], 
 def _tokenizer(name: str) -> Any:
     """Return the tokenizer that stands with a model, None if there is none and the model reads bytes."""
     transformers = _package("transformers")
-    made = _reason(name, lambda: transformers.AutoTokenizer.from_pretrained(name))
+    with _reading(name):
+        made = transformers.AutoTokenizer.from_pretrained(name)
     if made("text")["input_ids"]:  # transformers makes an empty one where it finds no file
         return made
     vocabulary = getattr(transformers.AutoConfig.from_pretrained(name), "vocab_size", None)
@@ -307,7 +299,8 @@ def _prepare(name: str) -> Callable[[Any], Any] | None:
     if name.startswith("timm:"):
         return None
     transformers = _package("transformers")
-    processor = _reason(name, lambda: transformers.AutoImageProcessor.from_pretrained(name))
+    with _reading(name):
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
     return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -321,9 +314,11 @@ def _keys(where: str, words: Any, known: Any) -> dict[str, Any]:
     return dict(words)
 
 
-def _at(where: str, make: Callable[[], _Read]) -> _Read:
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Let an error say where in the recipe it is."""
     try:
-        return make()
+        yield
     except SteerError as error:
         raise SteerError(f"{where}: {error}") from error
 
@@ -332,10 +327,11 @@ def _package(name: str) -> Any:
     return import_optional(name, f"this needs {name}", name)
 
 
-def _reason(name: str, make: Callable[[], Any]) -> Any:
-    """Return what another library makes of a name, its error in one of ours."""
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn what another library raises of a name into an error of ours."""
     try:
-        return make()
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise SteerError(f"the model {name!r} cannot be had: {lines[0]}") from error

@@ -1,7 +1,4 @@
-"""Looking at a model while it runs: `record` keeps what enters and leaves its parts, `undisturbed` leaves no trace.
-
-All hooks that only look are registered here, by `watch`; they are gone when its `with` ends.
-"""
+"""Looking at a model while it runs: `record` keeps what enters and leaves its parts, `undisturbed` leaves no trace."""
 
 from __future__ import annotations
 
@@ -13,47 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._frozen import follow
-from ._undisturbed import undisturbed
+from ._undisturbed import changed, undisturbed, watch
 from .backbone import Backbone, read_stream, site_of
+from .registry import find_backbone
 
 __all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
-
-
-@contextlib.contextmanager
-def changed(objects: Iterable[Any], name: str, value: object) -> Iterator[None]:
-    """Give an attribute of several objects another value; on leaving, each has its own again, in the same order."""
-    before = [(one, getattr(one, name)) for one in objects]
-    try:
-        for one, _ in before:
-            setattr(one, name, value)
-        yield
-    finally:
-        for one, old in before:
-            setattr(one, name, old)
-
-
-@contextlib.contextmanager
-def watch(
-    modules: Iterable[nn.Module],
-    before: Callable[..., Any] | None = None,
-    after: Callable[..., Any] | None = None,
-    *,
-    first: bool = False,
-) -> Iterator[None]:
-    """Call functions before and after every call of modules, as torch's hooks with keywords.
-
-    What `before(module, args, kwargs)` returns, unless None, takes the place of `(args, kwargs)`; what
-    `after(module, args, kwargs, output)` returns, that of the output. With `first` they come before the hooks that are
-    there, such as those that steer.
-    """
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            if before is not None:
-                handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
-                stack.callback(handle.remove)
-            if after is not None:
-                stack.callback(module.register_forward_hook(after, with_kwargs=True, prepend=first).remove)
-        yield
 
 
 @dataclass(frozen=True)
@@ -110,8 +71,6 @@ def record(
         points: dict[Any, nn.Module | None] = dict(where)
         inplace = False
     else:
-        from .registry import find_backbone  # which finds backbones by watching, and so stands above
-
         backbone = find_backbone(where) if isinstance(where, nn.Module) else where
         points = {i: backbone.point(i, site) for i in (range(len(backbone.blocks)) if blocks is None else blocks)}
         inplace = backbone.inplace  # the block writes into what enters, and the next one into what leaves

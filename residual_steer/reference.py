@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._controller import Steering, steering_of
+from ._undisturbed import as_before
 from .errors import SteerError
 from .routing import Asked
 from .steering import freeze, use
@@ -82,15 +83,10 @@ class _Reference(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run `forward`, also one that somebody put in its place, under the selection."""
         model = self._model[0]
-        training = [module for module in model.modules() if module.training]
-        with use(model, self._asked), torch.no_grad():
-            for module in training:
+        with use(model, self._asked), torch.no_grad(), as_before(model):
+            for module in model.modules():
                 module.training = False
-            try:
-                return super().__call__(*args, **kwargs)
-            finally:
-                for module in training:
-                    module.training = True
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""

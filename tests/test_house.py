@@ -56,7 +56,8 @@ HOOKS = {
     "injector.py": "fields act",
     "pretrained.py": "a state dict that is loaded finds the fields",
     "peft/_model.py": "PEFT's wrappers of `modules_to_save` learn whose each row is, as PEFT's own tuners tell them",
-    "recording.py": "everything that only looks",
+    "_undisturbed.py": "everything that only looks",
+    "recording.py": "what leaves a block, behind the fields there",
     "trained_modules.py": "heads and norms that train with a field",
 }
 

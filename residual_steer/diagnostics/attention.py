@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 from residual_steer._batches import Batch, has_two_stacks, require_finite
 from residual_steer._internals import ATTENTION
+from residual_steer._undisturbed import changed, watch
 from residual_steer.backbone import Backbone
 from residual_steer.errors import SteerError
-from residual_steer.recording import changed, watch
 
 from .compare import SIDES, Pair, places
 

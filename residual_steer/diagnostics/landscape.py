@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from residual_steer._batches import require_finite
 from residual_steer._checks import check_integer, check_number
+from residual_steer._undisturbed import watch
 from residual_steer.errors import SteerError
-from residual_steer.recording import watch
 from residual_steer.training.losses import Loss, measure
 
 from ._moments import Moments, Sums, exact

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from residual_steer._batches import Batch, require_finite
+from residual_steer._undisturbed import changed, watch
 from residual_steer.backbone import Backbone, read_stream
 from residual_steer.errors import SteerError
-from residual_steer.recording import changed, watch
 
 from ._moments import Sums, exact
 from ._results import Axes, Figure, Table, layer_table, lines

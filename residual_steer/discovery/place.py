@@ -38,9 +38,7 @@ class Place:
     keyword: str | None = None  # what the argument is called where a call names it
     leave: Path = ()  # positions or keys in what a block returns; () is where `write_stream` looks
     rows: int = 0  # which dimension is the batch, which `read` moves to the front
-    turned: tuple[
-        int, ...
-    ] = ()  # numbers of dimensions at which the width is the second, which `read` moves to the end
+    turned: tuple[int, ...] = ()  # numbers of dimensions at which the width stands second; `read` moves it to the end
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the stream that enters, or raise if the call has no tensor there."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_steer._undisturbed import watch
 from residual_steer.backbone import Backbone, compute_dtype, read_stream, write_stream
 from residual_steer.errors import SteerError
-from residual_steer.recording import watch
 
 from .candidates import Stack, Step, blocks_of, folder, stacks_of, steps_of
 from .example import Example, examples, given

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer._undisturbed import buffers_as_before
-from residual_steer.recording import changed, undisturbed, watch
+from residual_steer._undisturbed import buffers_as_before, changed, undisturbed, watch
 from residual_steer.stream import dense
 
 from .graph import Edge, edge_of

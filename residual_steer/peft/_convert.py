@@ -24,8 +24,6 @@ from residual_steer.steering import begin
 
 from ._config import HResConfig, card, check_backbone, place
 
-__all__ = ["Adapter", "open_adapter", "pack_adapter"]
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"(.*\.steering_\w+)\.fields\.hres_(down|up)\.(\w+)")
 _PLACE = "base_model.model."
@@ -33,21 +31,13 @@ _PLACE = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as `load` takes a stored field.
-
-    Attributes:
-        spec: the field.
-        described: the field and its backbone.
-        shapes: the shape of every tensor, by the names of a field's file.
-        tensors: the tensors.
-        arch: the backbone's name, where the config has it.
-    """
+    """An adapter as `load` takes a stored field: see `_field_file.Stored`."""
 
     spec: FieldConfig
     described: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, Tensor]
-    arch: str | None
+    arch: str | None  # the backbone's name, where the config has it
 
     def read(self) -> Mapping[str, Tensor]:
         """Return the tensors."""
@@ -55,17 +45,7 @@ class Adapter:
 
 
 def pack_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, bytes]:
-    """Return a field as the files of an adapter, by their names.
-
-    Args:
-        model: the steered model.
-        name: the field.
-        tensors: what is stored of it.
-        folder: where the files will be put; a card that is there is kept.
-
-    Raises:
-        SteerError: the field trained a part of a module, and PEFT stores whole ones.
-    """
+    """Return a field as the files of an adapter by their names, with the card of a folder if there is one; or raise."""
     base, state = steering_of(model)
     spec, kind = state.specs[name], type(base)
     by_site = {site: _rank(ranks, len(state.backbone.blocks)) for site, ranks in spec.sites.items()}
@@ -100,11 +80,7 @@ def pack_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], fol
 
 
 def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) -> Adapter:
-    """Read an adapter that PEFT or `save(..., format="peft")` wrote, for a model.
-
-    Raises:
-        SteerError: it is of another method, of another backbone, or damaged.
-    """
+    """Read an adapter for a model; raise if it is of another method or backbone, or damaged."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
         tensors = safetensors.torch.load_file(folder / WEIGHTS)

@@ -20,8 +20,6 @@ from residual_steer.injector import Injector
 from residual_steer.routing import Asked
 from residual_steer.steering import freeze, thaw, unsteer, use
 
-__all__ = ["HResLayer", "adopt", "names_of"]
-
 
 @dataclass
 class Chosen:
@@ -103,17 +101,14 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
         """The names of the fields that act, or did before they were switched off."""
         if self.injector.mix.names:
             self._chosen.asked = self.injector.mix.asked()
-        return names_of(self._chosen.asked)
+        asked = self._chosen.asked
+        names = [asked] if isinstance(asked, str) else asked or ()
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
     def disable_adapters(self) -> bool:
         """Whether fields that were chosen are switched off."""
         return bool(self.active_adapter) and not self.injector.mix.names
-
-    @property
-    def merged(self) -> bool:
-        """A field is no sum with a weight, so it is never merged."""
-        return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the field as it is, while the layers of another adapter of the same model are merged."""
@@ -126,7 +121,7 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
         model, off = self._chosen.model, self.disable_adapters
         there = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         names = [name for name in there if any(name == field.name for field in _fields(model))]
-        asked: Asked = dict.fromkeys(names, 1.0) if len(names) > 1 else next(iter(names), None)
+        asked = _side_by_side(names)
         if not off and self.injector.mix.asked() != asked:
             use(model, asked)
         self._chosen.asked = asked
@@ -164,7 +159,7 @@ class HResLayer(nn.ModuleDict, BaseTunerLayer):
             warnings.warn(
                 f"the adapter {adapter_name!r} acted and is deleted now; {left[0]!r} acts in its place.", stacklevel=2
             )
-        asked: Asked = dict.fromkeys(left, 1.0) if len(left) > 1 else next(iter(left), None)
+        asked = _side_by_side(left)
         if left and not off:
             use(model, asked)
         self._chosen.asked = asked
@@ -184,11 +179,9 @@ def adopt(model: nn.Module) -> None:
             module.fields = HResLayer(chosen, module)
 
 
-def names_of(asked: Asked) -> list[str]:
-    """Return the names in what `use` takes."""
-    if asked is None or isinstance(asked, str):
-        return [] if asked is None else [asked]
-    return list(dict.fromkeys(name for name in asked if name is not None))
+def _side_by_side(names: Sequence[str]) -> Asked:
+    """Return what `use` takes to let these fields act."""
+    return dict.fromkeys(names, 1.0) if len(names) > 1 else next(iter(names), None)
 
 
 def _fields(model: nn.Module) -> list[FieldInfo]:

@@ -120,7 +120,7 @@ class Processes:
                 "tensor parallelism train fields alone."
             )
         meshes: list[Any] = [p for p in model.parameters() if hasattr(p, "full_tensor")]
-        if any(p.device_mesh.size() != self.world or sum(map(_splits, p.placements)) > 1 for p in meshes):
+        if any(p.device_mesh.size() != self.world or sum(one.is_shard() for one in p.placements) > 1 for p in meshes):
             raise SteerError(
                 f"`fit` shares a batch among all {self.world} processes, or has all compute the same one; this model "
                 "is sharded over some of them, or in two ways at once. Shard it in one way, over all."
@@ -187,7 +187,3 @@ class Processes:
         GradientState().plugin_kwargs = self._accumulation
         if self._fresh and is_initialized():
             vars(AcceleratorState()).clear()
-
-
-def _splits(placement: Any) -> bool:
-    return bool(placement.is_shard())
