@@ -11,7 +11,7 @@ from torch import nn
 
 import residual_steer as rs
 from baseline_models import MODELS, applied, shaken, snapshot, trained
-from cases import WIDTH
+from cases import CASES, WIDTH
 from cases.case import before
 from residual_steer.errors import UnsuitableError
 
@@ -69,6 +69,19 @@ def test_it_goes_where_it_acts_and_merging_leaves_the_plain_model_with_the_same_
     assert torch.equal(case.run(model), case.run(copy.deepcopy(rs.unsteer(model))))
 
 
+@torch.no_grad()
+def test_blocks_without_linear_layers_get_it_on_their_pointwise_convolutions():
+    model = shaken(lora(next(case for case in CASES if case.name == "timm-resnet").build(), rank=2, alpha=6))
+    images = torch.randn(2, 3, 32, 32)
+    assert {name.rpartition(".")[2] for name in layers_of(model)} == {"conv1", "conv3"}
+    layer, expected = model.layer1[1].conv1, model(images)
+    update = 3 * (layer.lora_B["default"].weight[:, :, 0, 0] @ layer.lora_A["default"].weight[:, :, 0, 0])
+    weight = layer.get_base_layer().weight[:, :, 0, 0] + update
+    rs.baselines.merge(model)
+    torch.testing.assert_close(model.layer1[1].conv1.weight[:, :, 0, 0], weight)
+    torch.testing.assert_close(model(images), expected)
+
+
 @pytest.mark.parametrize(("method", "words"), [(None, "carries none"), ("bitfit", "carries 'bitfit'")])
 def test_only_lora_merges(method, words):
     model = MODELS["gpt2"].build()
@@ -107,9 +120,9 @@ def test_layers_and_targets_choose():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("timm-vit", {"targets": ["head"]}, "'head' matches no linear layer inside a block; .*: attn.proj, attn"),
-        ("timm-vit", {"targets": ["norm1"]}, "'norm1' matches no linear layer"),
-        ("timm-vit", {"targets": ["qkv", "nothing"]}, "'nothing' matches no linear layer"),
+        ("timm-vit", {"targets": ["head"]}, "'head' matches no linear map inside a block; .*: attn.proj, attn"),
+        ("timm-vit", {"targets": ["norm1"]}, "'norm1' matches no linear map"),
+        ("timm-vit", {"targets": ["qkv", "nothing"]}, "'nothing' matches no linear map"),
         ("timm-vit", {"targets": []}, r"`targets` is a list of names.* received \[\]"),
         ("timm-vit", {"targets": [3]}, r"`targets` is a list of names.* received \[3\]"),
         ("timm-vit", {"rank": 0}, "`rank`.* received 0"),

@@ -155,7 +155,7 @@ def test_bitfit_trains_every_bias_but_those_of_keys_unless_positions_rotate():
 class Bare(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 1, bias=False)])
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1, bias=False)])
 
     def forward(self, z):
         return z + self.blocks[0](z)

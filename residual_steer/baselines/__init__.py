@@ -24,10 +24,11 @@ outputs are those of the image or text alone, but hidden states between the bloc
 
 LoRA's update is alpha/rank · B·A, with `alpha=None` B·A; `dora` is DoRA (2402.09353); `merge` folds it into the
 weights. `targets` are names or globs of linear layers inside the blocks; None is the joint projection of attention, or
-queries and values, or `in_proj` and `x_proj`, or else all of the mixer's. Layers whose weight a model reads without
-calling them are left out, since nothing would train there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s Mamba-1, and
-all its other layers while it takes its fused path; `x_proj` in transformers' Mamba where the kernels are installed;
-`qkv` of timm's EVA, unless its `qkv_bias_separate` is set. The first training step checks the rest.
+queries and values, or `in_proj` and `x_proj`, or else all of the mixer's. In blocks without any, as of a ResNet, they
+are the 1 × 1 convolutions, which are linear maps of the channels. Layers whose weight a model reads without calling
+them are left out, since nothing would train there: `dt_proj` of Mamba; `in_proj` of `mamba_ssm`'s Mamba-1, and all its
+other layers while it takes its fused path; `x_proj` in transformers' Mamba where the kernels are installed; `qkv` of
+timm's EVA, unless its `qkv_bias_separate` is set. The first training step checks the rest.
 """
 
 from ._methods import apply, merge, methods

@@ -33,12 +33,12 @@ def lora(
     targets: Sequence[str] | str | None = None,
     dora: bool = False,
 ) -> Trained:
-    """Add alpha/rank · B·A to the weight of linear layers, at first with B = 0; PEFT's keys for them differ."""
+    """Add alpha/rank · B·A to the weight of linear maps, at first with B = 0; PEFT's keys for them differ."""
     check_integer("rank", rank, 1)
     alpha = float(rank) if alpha is None else check_number("alpha", alpha, above=0)
     check_number("dropout", dropout, at_least=0, below=1)
     check_flag("dora", dora)
-    parts = parts_of(subject, layers, is_linear)
+    parts = parts_of(subject, layers, is_linear) or parts_of(subject, layers, _is_pointwise)
     paths = _usual(subject, parts) if targets is None else _chosen(parts, targets)
     peft = import_optional("peft", "'lora' is PEFT's", "peft")
     model: Any = subject.model
@@ -48,7 +48,7 @@ def lora(
         lora_dropout=dropout,
         use_dora=dora,
         target_modules="|".join(map(re.escape, paths)),  # matched as a whole, so that nothing else is
-        fan_in_fan_out=any(not isinstance(model.get_submodule(path), nn.Linear) for path in paths),
+        fan_in_fan_out=any(type(model.get_submodule(path)).__name__ == "Conv1D" for path in paths),
     )
     try:
         peft.inject_adapter_in_model(config, model)
@@ -83,6 +83,11 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
+def _is_pointwise(module: nn.Module) -> bool:
+    """Return whether a module is a convolution that mixes channels alone: a linear map of every position."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
 def _own(layer: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in layer.named_parameters() if "lora_" in name]
 
@@ -93,7 +98,8 @@ def _usual(subject: Subject, parts: list[Part]) -> list[str]:
     if not called:
         ways = _ways(parts)
         raise UnsuitableError(
-            "'lora' adapts linear layers inside the blocks that are called as modules; here are none. "
+            "'lora' adapts linear layers, or else 1 × 1 convolutions, inside the blocks that are called as modules; "
+            "here are none. "
             + (f"The model reads the weights itself; to change that, {ways}." if ways else "Choose another method.")
         )
     found = []
@@ -111,14 +117,14 @@ def _chosen(parts: list[Part], targets: Sequence[str] | str) -> list[str]:
     """Return what `targets` names, as a path inside a block or the end of one from a dot on."""
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise SteerError(f"`targets` is a list of names or globs of linear layers inside blocks; received {targets!r}.")
+        raise SteerError(f"`targets` is a list of names or globs of linear maps inside blocks; received {targets!r}.")
     found: dict[str, Part] = {}
     for pattern in patterns:
         either = (pattern, f"*.{pattern}")
         hits = {part.name: part for part in parts if any(fnmatch.fnmatchcase(part.path, glob) for glob in either)}
         if not hits:
             there = ", ".join(sorted({part.path for part in parts})) or "none"
-            raise SteerError(f"the target {pattern!r} matches no linear layer inside a block; there are: {there}.")
+            raise SteerError(f"the target {pattern!r} matches no linear map inside a block; there are: {there}.")
         found |= hits
     silent = [part for part in found.values() if part.remedy is not None]
     if silent:
