@@ -36,7 +36,7 @@ from residual_steer._batches import to_device
 from residual_steer.data import TokenRows
 from residual_steer.prefix_cache import PrefixCache
 from residual_steer.training import FitOptions
-from residual_steer.training.losses import measure
+from residual_steer.training.losses import counts, measure
 from residual_steer.training.processes import Processes
 
 from . import real_models
@@ -126,8 +126,9 @@ def score(setting: Setting, fit: Mapping[str, Any], model: nn.Module, split: str
             moved = to_device(batch, device)
             with cache.over(moved) if cache else contextlib.nullcontext(), processes.autocast():
                 outcome = measure(model, moved)
-            sums[0] += float(outcome.loss) * outcome.weight
-            sums[1] += outcome.weight
+            weight = counts(batch, None).behind
+            sums[0] += float(outcome.loss) * weight
+            sums[1] += weight
             if outcome.correct is not None:
                 sums[2:] += outcome.correct.cpu()
     loss_mean = float(sums[0] / sums[1])

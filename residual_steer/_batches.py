@@ -57,10 +57,44 @@ class Batch:
         return torch.ones(tuple(shape), dtype=torch.bool, device=device)
 
     def run(self, model: nn.Module) -> Any:
-        """Call a model, with a dict as keywords, with x of a pair, and return its output."""
-        if isinstance(self.content, Mapping):
-            return model(**self.content)
-        return model(self.content[0] if isinstance(self.content, (tuple, list)) else self.content)
+        """Call a model on what it is given, and return its output."""
+        return call(model, self.content)
+
+
+def call(model: nn.Module, content: Any) -> Any:
+    """Call a model, with a dict as keywords, with x of a pair; where it cannot be, the error says what was given."""
+    try:
+        if isinstance(content, Mapping):
+            return model(**content)
+        return model(content[0] if isinstance(content, (tuple, list)) else content)
+    except SteerError:
+        raise
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        parts = content.items() if isinstance(content, Mapping) else [("x", content)]
+        given = ", ".join(f"{key}: {shown(part)}" for key, part in parts) or "nothing"
+        raise SteerError(
+            f"this {type(model).__name__} cannot be run on {given} ({type(error).__name__}: {error}). A batch holds "
+            "tensors, no lists or arrays, of ids and labels that the model knows, and is no longer than it reads."
+        ) from error
+
+
+def shown(part: Any) -> str:
+    """Return what a part of a batch is, for a message: type, shape and, of whole numbers, range of a tensor."""
+    if isinstance(part, (tuple, list)) and any(isinstance(one, Tensor) for one in part):
+        return f"({', '.join(map(shown, part[:4]))})"
+    if not isinstance(part, Tensor):
+        return type(part).__name__
+    words = f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}"
+    whole = not part.is_floating_point() and not part.is_complex() and part.numel() and not part.is_meta
+    return f"{words} from {int(part.min())} to {int(part.max())}" if whole else words
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Raise if what should give batches is no collection of them."""
+    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
+        raise SteerError(
+            f"`{name}` is a DataLoader, or a list of batches; received {type(loader).__name__}. One batch is [batch]."
+        )
 
 
 def _tensors(content: Any) -> list[Tensor]:
@@ -98,8 +132,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
     """Yield the batches of a loader on the model's device; raise if it is none, or gives none with a tensor."""
-    if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
-        raise SteerError(f"a loader gives batches when it is iterated over; received {type(loader).__name__}.")
+    check_loader("loader", loader)
     device = device_of(model)
     given, two_stacks = None, has_two_stacks(model)
     for given in loader:

@@ -9,7 +9,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from ._files import write_whole
 from .backbone import Backbone
 from .errors import SteerError
 from .export import export
-from .recipe import KINDS, Recipe, changed, open_model
+from .recipe import KINDS, Recipe, changed, open_model, read_yaml
 from .registry import find_backbone
 from .steering import parameters, steer, unsteer
 from .storage import card
@@ -82,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     evaluate = add("eval", help="measure a trained field on the data that its recipe held out")
     evaluate.add_argument("field", help="a folder that `train` wrote")
-    evaluate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for train")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as train, but of field and fit"
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_eval)
 
@@ -156,7 +157,13 @@ _WORDS = {"model", "arch", *(f"data.{kind}" for kind in KINDS), "field.name", "f
 
 
 def _eval(chosen: argparse.Namespace) -> None:
-    recipe = Recipe.read(Path(chosen.field) / "recipe.yaml", _changes(chosen.set))
+    changes = _changes(chosen.set)
+    idle = [key for key in changes if key.partition(".")[0] in ("field", "fit")]
+    if idle:
+        raise SteerError(
+            f"`eval` measures a field as it was trained: `--set` changes model, arch, data and seed; received {idle}."
+        )
+    recipe = Recipe.read(Path(chosen.field) / "recipe.yaml", changes)
     found = recipe.evaluate(chosen.field)
     if chosen.json:
         print(json.dumps(found))
@@ -193,12 +200,8 @@ def _changes(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Return a value as YAML has it; 1e-3, which YAML takes for a text, is a number."""
-    import yaml
-
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
-        return float(text)
-    return yaml.safe_load(text)
+    """Return a value as YAML has it."""
+    return read_yaml(f"the value {text!r}", text)
 
 
 def _doctor(chosen: argparse.Namespace) -> int:

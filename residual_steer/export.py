@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._controller import Steering, steering_of
-from ._files import as_path
+from ._files import as_path, make_folder
 from .backbone import read_stream, site_of, write_stream
 from .errors import SteerError
 from .injector import Injector
@@ -61,6 +61,7 @@ def export(model: nn.Module, folder: str | Path) -> Path:
     ours = tuple(f"{name}." for name, part in root.named_modules() if isinstance(part, (Injector, Switch)))
     tensors |= {key: value for key, value in root.state_dict().items() if not key.startswith(ours)}
     folder = as_path(folder)
+    make_folder(folder)
     kind: Any = type(root)
     kind.save_pretrained(root, folder, state_dict=tensors)
     code = Path(__file__).with_name("exported.py").read_text("utf-8")

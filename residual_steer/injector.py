@@ -65,6 +65,7 @@ class Injector(Attachment):
         self.train(host.training)
         self._enter, block = backbone.read, backbone.blocks[index]
         self._projects = bool(projection)
+        self._width, self._channels = backbone.features(index, site)[0], -1 if projection else backbone.channels
         if moves == "enters":
             self._handles = [host.register_forward_pre_hook(self._before, with_kwargs=True)]
             self._handles.append(block.register_forward_pre_hook(self._expect, with_kwargs=True))
@@ -237,6 +238,11 @@ class Injector(Attachment):
                 added: Tensor = add_selected(y, z, self._place.number)
                 return added
         else:
+            if z.shape[self._channels] != self._width:
+                raise SteerError(
+                    f"the Backbone says that the width is {self._width}, and the stream at this "
+                    f"{type(self.host).__name__} is {tuple(z.shape)}. Describe the blocks with the width they have."
+                )
             if route.rows is not None:
                 _check_rows(route.rows, y.shape[0])
             differs = route.some is not None and self.mix.differs

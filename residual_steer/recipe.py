@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ class Data:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        for kind in KINDS:
+            if not isinstance(getattr(self, kind), (str, type(None))):
+                raise SteerError(f"`{kind}` is a path or a name, a string; received {getattr(self, kind)!r}.")
         check_integer("length", self.length, 2)
         check_integer("batch", self.batch, 1)
         if self.limit is not None:
@@ -124,16 +128,12 @@ class Recipe:
         Raises:
             SteerError: the file cannot be read, is no YAML, or no recipe.
         """
-        import yaml  # which huggingface_hub needs
-
         path = as_path(path)
         try:
-            words = yaml.safe_load(path.read_text("utf-8"))
+            text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SteerError(f"the recipe {str(path)!r} cannot be read: {error}.") from error
-        except yaml.YAMLError as error:
-            raise SteerError(f"the recipe {str(path)!r} is no YAML: {error}.") from error
-        return cls.of(changed(words, changes or {}))
+        return cls.of(changed(read_yaml(f"the recipe {str(path)!r}", text), changes or {}))
 
     def words(self) -> dict[str, Any]:
         """Return the recipe as it is written, without what was left out."""
@@ -207,13 +207,44 @@ class Recipe:
         return model, train, valid
 
 
+def read_yaml(name: str, text: str) -> Any:
+    """Return what a text says, by YAML 1.2 where 1.1 surprises: 1e-3 is a number, `no` is a word, a key stands once."""
+    import yaml  # which huggingface_hub needs
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+        yaml_implicit_resolvers = {  # noqa: RUF012 – yaml's own
+            first: [one for one in each if one[0].rpartition(":")[2] not in ("bool", "float")]
+            for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [str(key.value) for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep=deep)
+
+    number = r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise SteerError(f"{name} is no YAML: {error}.") from error
+
+
 def changed(words: Any, changes: Mapping[str, Any]) -> Any:
     """Return nested words with the values of some keys, `field.rank`, replaced or added."""
     words = dict(words) if isinstance(words, Mapping) else words
     for key, value in changes.items():
         place, _, rest = key.partition(".")
         if isinstance(words, dict):
-            words[place] = changed(words.get(place) or {}, {rest: value}) if rest else value
+            below = words.get(place) or {}
+            if rest and not isinstance(below, Mapping):
+                raise SteerError(f"{key!r} is to be set inside {place!r}, which is {below!r:.100} and has no keys.")
+            words[place] = changed(below, {rest: value}) if rest else value
     return words
 
 

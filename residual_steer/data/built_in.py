@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import unicodedata
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -104,18 +105,19 @@ def digits(classes: Iterable[int] = range(10), split: str = "train") -> TensorDa
     Raises:
         SteerError: an unknown split, no class, one twice, one that is no digit, or scikit-learn is not installed.
     """
-    wanted = list(classes)
-    if not wanted or len(set(wanted)) < len(wanted) or any(c not in range(10) for c in wanted):
-        raise SteerError(f"`classes` are different digits from 0 to 9, at least one; received {wanted!r}.")
+    wanted = list(classes) if isinstance(classes, Iterable) else []
+    digit = all(isinstance(c, Integral) and not isinstance(c, bool) and c in range(10) for c in wanted)
+    if not wanted or len(set(wanted)) < len(wanted) or not digit:
+        raise SteerError(f"`classes` are different digits from 0 to 9, at least one; received {classes!r}.")
     start, end = _SPLITS[check_choice("split", split, _SPLITS)]
     datasets = import_optional("sklearn.datasets", "the digits ship with scikit-learn, which is not installed", "all")
     pixels, numbers = datasets.load_digits(return_X_y=True)  # grey levels from 0 to 16
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     labels = torch.as_tensor(numbers, dtype=torch.int64)
     chosen, new = [], []
-    for label, digit in enumerate(wanted):
-        rows = (labels == digit).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(digit))]
+    for label, number in enumerate(wanted):
+        rows = (labels == number).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(number)))]
         chosen.append(rows[round(start * len(rows)) : round(end * len(rows))])
         new.append(torch.full_like(chosen[-1], label))
     return TensorDataset(images[torch.cat(chosen)], torch.cat(new))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from residual_steer._checks import check_choice, check_integer, check_number, import_optional
-from residual_steer.errors import SteerError
+from residual_steer.errors import SteerError, some
 
 from .synthetic import generator
 
@@ -255,9 +255,10 @@ class Pixels:
 
     def __post_init__(self) -> None:
         check_integer("size", self.size, 1)
-        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+        listed = all(isinstance(values, Sequence) and not isinstance(values, str) for values in (self.mean, self.std))
+        if not listed or len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise SteerError(
-                "`mean` and `std` have a number per channel, of which there are one or three; received "
+                "`mean` and `std` list a number per channel, of which there are one or three; received "
                 f"{self.mean!r} and {self.std!r}."
             )
         for mean, std in zip(self.mean, self.std, strict=True):
@@ -265,9 +266,14 @@ class Pixels:
             check_number("std", std, at_least=1e-6)
 
     def __call__(self, image: Any) -> Tensor:
-        """Return the tensor of a PIL image, fp32 `(channels, size, size)`."""
+        """Return the tensor of a PIL image of 8 bits a channel, fp32 `(channels, size, size)`; raise for another."""
         from PIL import Image
 
+        if image.mode.startswith(("I", "F")):  # PIL would cut off what is above 255
+            raise SteerError(
+                f"an image of mode {image.mode!r} has more than 8 bits a channel, and what its white is depends on "
+                "where it comes from. Give a `prepare` of your own that divides by that."
+            )
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(self.size, self.size, -1).permute(2, 0, 1)
@@ -329,7 +335,8 @@ def images(
         Pairs of what `prepare` makes and a class from 0; `classes` has their names, the same for all splits.
 
     Raises:
-        SteerError: the source cannot be had, or has no such split, no images or no labels.
+        SteerError: the source cannot be had, or has no such split, no images or no labels, or its splits number their
+            classes differently.
     """
     parts = splits(source, config)
     rows = _pick(parts, split, source)
@@ -351,7 +358,15 @@ def images(
 def _classes(rows: Any, parts: Mapping[str, Any], label: str, source: Source) -> tuple[list[int], list[str]]:
     """Return the class of each row and the names of the classes, those without a name counted over all splits."""
     values = list(rows[label])
-    names = getattr(rows.features[label], "names", None)
+    features = [part.features[label] for part in (rows, *parts.values()) if label in part.column_names]
+    names, *others = (getattr(feature, "names", None) for feature in features)
+    other = next((each for each in others if each and each != names), None)
+    if other:
+        raise SteerError(
+            f"the splits of {named(source)} number their classes differently: {label!r} is "
+            f"{some(names or ['a text or a number'])} in one and {some(other)} in another. Give all of them the same "
+            "datasets.ClassLabel."
+        )
     missing = sum(value is None or (names is not None and value < 0) for value in values)
     if missing:
         raise SteerError(f"{missing} of {len(values)} rows of {named(source)} have no {label!r}. Leave them out.")

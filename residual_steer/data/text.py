@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from residual_steer._batches import shown
 from residual_steer._checks import check_choice, check_integer, check_number
 from residual_steer.errors import SteerError
 from residual_steer.training.losses import IGNORE
@@ -44,15 +45,18 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         share: share of the windows that is validation, between 0 and 1.
 
     Raises:
-        SteerError: an argument outside these ranges, or too short a sequence for one window in the split.
+        SteerError: an argument outside these ranges, no tensor of integers, or too short a sequence for one window in
+            the split.
     """
 
     def __init__(self, ids: Tensor, length: int, split: str = "train", share: float = 0.1) -> None:
         check_integer("length", length, 2, meaning="one token and the next")
         check_choice("split", split, ("train", "valid", "all"))
         check_number("share", share, above=0, below=1, meaning="of the windows that are validation")
-        if ids.dim() != 1:
-            raise SteerError(f"the tokens are one sequence, of shape (tokens,); received {tuple(ids.shape)}.")
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
+            raise SteerError(
+                f"the tokens are one sequence, a tensor of integers of shape (tokens,); received {shown(ids)}."
+            )
         count = ids.numel() // length
         stretches = max(1, min(_STRETCHES, int(count * share)))
         position = torch.arange(count) * stretches % max(1, count)  # in its stretch
@@ -111,6 +115,8 @@ def wikitext(
         SteerError: the source cannot be had, or has no such split or column, or no text for one window.
     """
     check_integer("length", length, 2)
+    if not callable(tokenizer):
+        raise SteerError(f"`tokenizer` is a tokenizer, not its name; received {tokenizer!r}.")
     if limit is not None:
         check_integer("limit", limit, length)
     rows = one_split(source, split, config)
@@ -295,8 +301,11 @@ def squad_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]
         )
     exact = f1 = 0.0
     for prediction, right in zip(predictions, references, strict=True):
-        if isinstance(right, str) or not right:
-            raise SteerError(f"the references of a question are a list of at least one answer; received {right!r}.")
+        if isinstance(right, str) or not right or not all(isinstance(each, str) for each in (prediction, *right)):
+            raise SteerError(
+                "a prediction is a string, and the references of a question are a list of at least one; received "
+                f"{prediction!r} and {right!r}."
+            )
         said, wanted = _words(prediction), [_words(answer) for answer in right]
         exact += said in wanted
         f1 += max(_f1(said, answer) for answer in wanted)

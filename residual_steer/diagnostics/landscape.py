@@ -14,7 +14,7 @@ from residual_steer._batches import require_finite
 from residual_steer._checks import check_integer, check_number
 from residual_steer._undisturbed import watch
 from residual_steer.errors import SteerError
-from residual_steer.training.losses import Loss, measure
+from residual_steer.training.losses import Loss, MeanLoss, measure
 
 from ._moments import Moments, Sums, exact
 from ._results import Axes, Figure, Table, bars, panels, table_of
@@ -255,15 +255,19 @@ def _losses(
         step = ((point.to(states) - now) @ over.directions).expand_as(states).movedim(-1, backbone.channels)
         return backbone.write(output, lambda z: z + step.to(z.device, z.dtype))
 
-    for batch in pair.batches(loader):
+    adapted, parts = pair.models["adapted"], [batch.content for batch in pair.batches(loader)]
+    shares, _ = MeanLoss(adapted, loss, over.mean.device).shares([(part, True) for part in parts])
+    if not any(shares):
+        raise SteerError("the loader gave no label that counts. Look at the labels.")
+    for part, share in zip(parts, shares, strict=True):
+        if not share:  # its mean is one over nothing
+            continue
         for side in SIDES:
             with pair.on(side) as model:
-                outcome = measure(model, batch.content, loss)
-            total.add(side, exact(outcome.loss) * outcome.weight)
-        total.add("weight", torch.tensor(outcome.weight))
+                total.add(side, exact(measure(model, part, loss).loss) * share)
         moved = []
         for point in points:
             with watch([backbone.blocks[over.layer]], after=partial(move, point)):
-                moved.append(measure(pair.models["adapted"], batch.content, loss).loss * outcome.weight)
+                moved.append(measure(adapted, part, loss).loss * share)
         total.add("moved", torch.stack(moved))
-    return total["moved"] / total["weight"], [float(total[side] / total["weight"]) for side in SIDES]
+    return total["moved"], [float(total[side]) for side in SIDES]

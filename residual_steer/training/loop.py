@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from residual_steer._batches import to_device
+from residual_steer._batches import check_loader, to_device
 from residual_steer._checks import check_integer, check_model, check_number
 from residual_steer._files import as_path, make_folder
 from residual_steer._shards import is_sharded, like, whole
 from residual_steer._undisturbed import apart, as_before, get_state, seed, set_state, train_mode
-from residual_steer.errors import DivergedError, SteerError
+from residual_steer.errors import DivergedError, SteerError, some
 
 from . import checkpoint
 from .data_order import BatchStream, Share
@@ -87,6 +87,8 @@ def fit(
     lr = _usual_rate(model) if lr is None else check_number("lr", lr, above=0)
     if loss is not None and not callable(loss):
         raise SteerError(f"`loss` is a function of the model and a batch; received {loss!r}.")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise SteerError(f"`optimizer` is a torch optimizer that was made, or None; received {optimizer!r}.")
     _check_loader("train", train)
     if valid is not None:
         _check_loader("valid", valid)
@@ -98,6 +100,8 @@ def fit(
             "nothing to train: no parameter of the model requires a gradient. Steer it, select a field by its name, or "
             "`thaw` one."
         )
+    if any(p.requires_grad and p.is_meta for p in model.parameters()):
+        raise SteerError("what trains is on the meta device and has no values. Load the weights, then train.")
     found = None if folder is None else checkpoint.newest(folder)
     if found is not None and not settings.resume:
         raise SteerError(
@@ -117,7 +121,8 @@ def _usual_rate(model: nn.Module) -> float:
 
 def _check_loader(name: str, loader: Any) -> None:
     """Refuse what cannot be read again and again."""
-    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+    check_loader(name, loader)
+    if isinstance(loader, Iterator):
         raise SteerError(
             f"`{name}` is a DataLoader, or a list of batches: it is read in every epoch; received "
             f"{type(loader).__name__}."
@@ -194,6 +199,12 @@ class _Run:
             stored = module.state_dict(prefix=f"{path}." if path else "")
             found.update({key: own for key, own in module.named_buffers(path, recurse=False) if key in stored})
         return found
+
+    def _around(self) -> dict[str, str]:
+        """Return what the modules around everything that trains say of themselves, such as a field's scale."""
+        parts = (path.split(".")[:-1] for path in self.trained)
+        paths = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(len(part) + 1))
+        return {path: words for path in paths if (words := self.model.get_submodule(path).extra_repr())}
 
     def _make_cache(self, train: Any) -> Any:
         if any(map(is_sharded, self.model.parameters())) or self.processes.flat:
@@ -311,6 +322,8 @@ class _Run:
                 with apart:
                     with nullcontext() if self.cache is None else self.cache.over(moved):
                         loss = self._measure(model, moved)
+                    if not loss.requires_grad:
+                        raise SteerError("the loss depends on nothing that trains: it was detached, or made without.")
                     # data parallelism takes the mean over processes of what has to be a sum
                     self.scaler.scale(loss * (share * self.processes.number)).backward()  # type: ignore[no-untyped-call]
                 if share:
@@ -340,6 +353,7 @@ class _Run:
         protect, flat = self.options.protect, self.processes.flat
         # what trains, and the buffers beside it
         weights = {"model": {**self.trained, **self.buffers}, "optimizer": self.optimizer.state_dict()}
+        weights["modules"] = self._around()
         shared = {
             "step": self.step,
             "identity": self.identity,
@@ -369,6 +383,13 @@ class _Run:
         if wrong:
             raise SteerError(
                 f"the checkpoint {path} belongs to a model that trains other tensors: {', '.join(wrong[:6])} differ."
+            )
+        modules = self._around()
+        changed = [f"{k} {v} → {modules.get(k)}" for k, v in weights.get("modules", {}).items() if modules.get(k) != v]
+        if changed:
+            raise SteerError(
+                f"the checkpoint {path} belongs to a model that computes otherwise: {some(changed)}. Steer and select "
+                "as in the first run, or give another `save_to`."
             )
         try:
             self.optimizer.load_state_dict(weights["optimizer"])

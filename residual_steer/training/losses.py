@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from residual_steer._batches import device_of, labels_of, rows_of, to_device
+from residual_steer._batches import call, check_loader, device_of, labels_of, rows_of, shown, to_device
+from residual_steer._checks import check_number
 from residual_steer._undisturbed import apart, as_before
 from residual_steer.errors import SteerError
 
 IGNORE = -100  # labels with this value count for nothing, as everywhere in transformers
+_SLACK = 0.02  # by which shares of classes, rounded to bf16, may miss their sum
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -23,21 +25,15 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Counts(NamedTuple):
     """What the mean loss of a batch may have been taken over."""
 
-    all: int  # labels that are not -100; rows where there are no labels
-    behind: int  # those of them behind the first of every row, which a causal model has nothing to predict from
+    all: float  # labels that are not -100; rows where there are no labels; a number that the loss gives
+    behind: float  # those of them behind the first of every row, which a causal model has nothing to predict from
 
 
 class Outcome(NamedTuple):
     """One batch, measured."""
 
     loss: Tensor  # the mean, a scalar
-    counts: Counts  # what it was taken over
     correct: Tensor | None  # for pairs, how many labels were classified correctly, and how many at all, `(2,)`
-
-    @property
-    def weight(self) -> int:
-        """What the mean was most likely taken over."""
-        return self.counts.behind or self.counts.all
 
 
 def measure(model: nn.Module, batch: Any, loss: Loss | None = None) -> Outcome:
@@ -49,14 +45,15 @@ def measure(model: nn.Module, batch: Any, loss: Loss | None = None) -> Outcome:
         loss: takes the model and the batch and returns a scalar, in place of all that.
 
     Raises:
-        SteerError: the batch is neither, the model returned no loss, or the loss is no scalar.
+        SteerError: the batch is neither, or no batch of this model, y is neither, the model returned no loss, or the
+            loss is no scalar.
     """
     value: Any
     correct = None
     if loss is not None:
         value = loss(model, batch)
     elif isinstance(batch, Mapping):
-        output = model(**batch)
+        output = call(model, batch)
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if value is None:
             raise SteerError(
@@ -64,13 +61,9 @@ def measure(model: nn.Module, batch: Any, loss: Loss | None = None) -> Outcome:
                 f"{', '.join(batch)}. Add 'labels' to the batch, or give `loss=`."
             )
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        x, y = batch
-        logits = model(x)
-        logits = logits if isinstance(logits, Tensor) else logits.logits
-        value = F.cross_entropy(logits, y)
-        classes = y.argmax(1) if y.is_floating_point() else y
-        classified = classes != IGNORE
-        correct = torch.stack([((logits.argmax(1) == classes) & classified).sum(), classified.sum()])
+        output = call(model, batch)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        value, correct = _classified(logits, batch[1])
     else:
         raise SteerError(
             f"a batch is a dict or a pair (x, y); this one is a {type(batch).__name__}. Give `loss=`, a function of "
@@ -79,7 +72,29 @@ def measure(model: nn.Module, batch: Any, loss: Loss | None = None) -> Outcome:
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.dtype.is_floating_point:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise SteerError(f"a loss is a scalar tensor; received {shape}.")
-    return Outcome(value.squeeze(), counts(batch, loss), correct)
+    return Outcome(value.squeeze(), correct)
+
+
+def _classified(logits: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy, how many labels were classified correctly, and how many at all."""
+    fits = isinstance(logits, Tensor) and logits.dim() > 1 and logits.shape[1] > 1 and isinstance(y, Tensor)
+    if fits and y.is_floating_point():
+        fits = y.shape == logits.shape and bool((y >= 0).all() and ((y.float().sum(1) - 1).abs() < _SLACK).all())
+    elif fits:
+        y = y.long()
+        known = (y == IGNORE) | (y >= 0) & (y < logits.shape[1])
+        fits = y.shape == (len(logits), *logits.shape[2:]) and bool(known.all())
+    if not fits:
+        raise SteerError(
+            "a pair (x, y) goes through cross-entropy: logits (batch, classes, …) of at least two classes, and y the "
+            f"index of each row's class, or its shares of all classes, which sum to 1; received logits {shown(logits)} "
+            f"and y {shown(y)}. For regression, or several labels of a row, give `loss=`, a function of the model and "
+            "the batch."
+        )
+    classes = y.argmax(1) if y.is_floating_point() else y
+    classified = classes != IGNORE
+    correct = torch.stack([((logits.argmax(1) == classes) & classified).sum(), classified.sum()])
+    return F.cross_entropy(logits, y), correct
 
 
 def counts(batch: Any, loss: Loss | None) -> Counts:
@@ -87,7 +102,8 @@ def counts(batch: Any, loss: Loss | None) -> Counts:
     own = getattr(loss, "weight", None)
     labels = _labels(batch, loss)
     if callable(own) or labels is None:
-        number = int(own(batch)) if callable(own) else rows_of(batch)
+        weight = float(own(batch)) if callable(own) else rows_of(batch)
+        number = check_number("loss.weight", weight, at_least=0, meaning="of a batch")
         return Counts(number, number)
     counted = labels != IGNORE
     behind = counted[:, 1:] if _may_shift(batch, labels, loss) else counted
@@ -98,7 +114,7 @@ def counts(batch: Any, loss: Loss | None) -> Counts:
 def counting(batch: Any, loss: Loss | None) -> Any:
     """Return a batch that weighs nothing with one label that counts, so that its mean is a number, to be left out."""
     labels = _labels(batch, loss)
-    if labels is None:
+    if labels is None or not labels.numel():
         return batch
     labels = labels.clone()
     labels[..., -1] = 0
@@ -148,9 +164,13 @@ def evaluate(model: nn.Module, loader: Iterable[Any], loss: Loss | None = None) 
         first of their row; over rows where there are no labels. For `(x, y)` pairs also `accuracy` from 0 to 1.
 
     Raises:
-        SteerError: the loader is empty, no label counts, or a batch is unusable.
+        SteerError: the loader is empty, no label counts, a batch is unusable, or the model is on the meta device.
     """
-    return MeanLoss(model, loss, device_of(model)).over((batch, True) for batch in loader)
+    check_loader("loader", loader)
+    device = device_of(model)
+    if device.type == "meta":
+        raise SteerError("this model is on the meta device and has no values. Load its weights, then evaluate.")
+    return MeanLoss(model, loss, device).over((batch, True) for batch in loader)
 
 
 class MeanLoss:
@@ -178,7 +198,7 @@ class MeanLoss:
         """
         found = [counts(batch, self._loss) if here else Counts(0, 0) for batch, here in parts]
         sums = [sum(c.all for c in found), sum(c.behind for c in found), sum(rows_of(b) for b, here in parts if here)]
-        every, behind, rows = self._sum(torch.tensor(sums)).tolist()
+        every, behind, rows = self._sum(torch.tensor(sums, dtype=torch.float64)).tolist()
         if self._first is None and every != behind:
             uneven = any(c.all * behind != c.behind * every or c.behind < 1 <= c.all for c in found)
             if self._sum(torch.tensor(float(uneven))) > 0:
@@ -186,7 +206,7 @@ class MeanLoss:
                 self._settle(parts[most][0])
         total = every if self._first else behind
         weights = [c.all if self._first else c.behind for c in found]
-        return [weight / total for weight in weights] if total else [], rows
+        return [weight / total for weight in weights] if total else [], int(rows)
 
     def over(self, batches: Iterable[tuple[Any, bool]]) -> dict[str, float]:
         """Return the means over batches, each with whether it counts; modes and random generators stay as they were."""
@@ -244,7 +264,7 @@ class MeanLoss:
         first[:, 0], rest[:, 0] = others[:, 0], labels[:, 0]
         variants = (batch, batch, _with_labels(batch, first), _with_labels(batch, rest))
         one, again, moved, control = (float(self._run(variant).loss) for variant in variants)
-        if math.isnan(one) or math.isnan(moved):  # a mean over nothing, where no label but the first counts
-            return not math.isnan(moved)
+        if math.isnan(one) or math.isnan(moved):  # a mean over nothing: all along, or without the first
+            return not math.isnan(one)
         noise = 2 * abs(again - one)
         return abs(moved - one) > noise or abs(control - one) <= noise  # a loss that no label moves is one over all
