@@ -26,6 +26,7 @@ MASK = "prompt_mask"  # the keyword of a call by which it can be given
 _IGNORED = -100  # as a label, for the loss of PyTorch and transformers
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _GIVE = f"Give the call `{MASK}`, a bool tensor (batch, length) that is True where a token belongs to the prompt"
+_OR_GIVE = f"or: g{_GIVE[1:]}"
 
 
 def check_reads_prompts(model: nn.Module, path: str) -> None:
@@ -148,7 +149,7 @@ class Prompts:
             if (getattr(getattr(model, "config", None), "use_cache", None) if asked is None else asked) is False:
                 raise SteerError(
                     "without a cache every call has the whole text, and it cannot be told how much of it is the "
-                    f"prompt. Generate with use_cache=True, or: {_GIVE[0].lower()}{_GIVE[1:]}."
+                    f"prompt. Generate with use_cache=True, {_OR_GIVE}."
                 )
             return True
         if begins_text({"cache": cache}):
@@ -161,8 +162,7 @@ class Prompts:
             raise SteerError(
                 f"this call goes on with a cache {what}, by {number} tokens: they may be the rest of a prompt (read in "
                 "chunks, or behind a prefix), a next turn, or guesses of an assistant model. Read the prompt in one "
-                f"call and decode token by token from its cache. Or: {_GIVE[0].lower()}"
-                f"{_GIVE[1:]}."
+                f"call and decode token by token from its cache, {_OR_GIVE}."
             )
         return False
 

@@ -136,7 +136,7 @@ def _backbone(model: nn.Module, arch: str | None) -> Backbone:
 
 
 def _stored(model: nn.Module) -> str:
-    """Say in what types the weights are, and how they are quantised."""
+    """Return in what types the weights are, and how they are quantised."""
     types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     quantised = getattr(getattr(model, "config", None), "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)

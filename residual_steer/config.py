@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Integral
 from typing import Any
 
@@ -194,7 +195,9 @@ def match_train(tensors: Mapping[str, Tensor], patterns: Sequence[str] | str) ->
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str) or not pattern:
             raise SteerError(f"a `train` pattern is the name or glob of a module or parameter; received {pattern!r}.")
-        hits = [name for name in tensors if any(fnmatch.fnmatchcase(part, pattern) for part in _prefixes(name))]
+        # `a.b.w` stands in `a` and in `a.b`
+        within = {name: accumulate(name.split("."), "{}.{}".format) for name in tensors}
+        hits = [name for name, parts in within.items() if any(fnmatch.fnmatchcase(part, pattern) for part in parts)]
         if not any(isinstance(tensors[name], nn.Parameter) for name in hits):
             heads = ", ".join(dict.fromkeys(name.partition(".")[0] for name in tensors))
             raise SteerError(
@@ -202,9 +205,3 @@ def match_train(tensors: Mapping[str, Tensor], patterns: Sequence[str] | str) ->
             )
         found.update(dict.fromkeys(hits))
     return tuple(found)
-
-
-def _prefixes(name: str) -> list[str]:
-    """Return a tensor's name and those of all modules around it: `a.b.w` gives `a`, `a.b`, `a.b.w`."""
-    parts = name.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]

@@ -275,8 +275,7 @@ def route(
     alone, some = None, None
     if mix.segments is not None:
         here = mix.segments if isinstance(mix.segments, Segments) else None
-        blend = Blend.of(acting) if acting else None
-        return Route(bool(acting), None, None, blend, None, False, here)
+        return Route(bool(acting), some=Blend.of(acting) if acting else None, segments=here)
     if len(acting) == 1 and len(set(mix.columns[next(iter(acting))])) == 1:
         alone = next((name, mix.columns[name][0]) for name in acting)
     elif acting:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from residual_steer._checks import check_choice, check_integer, check_number, import_optional
 from residual_steer.errors import SteerError, some
+from residual_steer.hub import is_repo
 
 from .synthetic import generator
 
@@ -190,7 +191,7 @@ def _local(path: Path, config: str | None, cache: str | None) -> Any:
 
 def _builder(name: str, config: str | None, cache: str | None) -> Any:
     """Return what will download and prepare a data set of the Hub."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII):
+    if not is_repo(name):
         raise SteerError(
             f"there is no file or folder {name!r}, and it is no name on the Hub, as 'owner/name' is. A local source is "
             f"{_LOCAL}."
