@@ -256,6 +256,44 @@ def test_a_head_beside_a_bf16_base_keeps_small_updates(name, tmp_path):
     assert {type(m) for m in model.modules()} == {type(m) for m in case.build().modules()}
 
 
+SELECTED = ["a", None, {"a": 1.0, "b": 0.5}, ["a", "b"]]
+
+
+@pytest.mark.parametrize("then", SELECTED, ids=str)
+@pytest.mark.parametrize("now", SELECTED, ids=str)
+@torch.no_grad()
+def test_a_state_dict_has_every_fields_head_whatever_is_selected(then, now):
+    case = TABLE["gpt2-classifier"]
+
+    def outputs(model):
+        found = []
+        for name in ("a", "b", "plain", None, now):
+            rs.use(model, name)
+            found.append(case.run(model))
+        return found
+
+    def made():
+        model = case.build()
+        for name in ("a", "b"):
+            rs.steer(model, rank=2, name=name, train=case.head)
+        return rs.steer(model, rank=2, name="plain")
+
+    first, second = randomise(made()), made()
+    for place, name in enumerate(("a", "b", "plain")):
+        for parameter in rs.parameters(first, name):
+            parameter += 0.1 * (place + 1)
+    rs.use(first, then)
+    state = {key: value.clone() for key, value in first.state_dict().items()}
+    rs.use(second, now)
+    second.load_state_dict(state)
+    given = case.run(second)
+    for one, other in zip(outputs(second), outputs(first), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(given, case.run(first)), "what was in place while it was loaded, too"
+    rs.unsteer(second)
+    assert second.state_dict().keys() == case.build().state_dict().keys()
+
+
 def test_ids_of_tokens_and_storage_make_no_other_backbone(tmp_path):
     rs.save(rs.steer(tiny(), rank=2), tmp_path)
     rs.load(tiny(pad_token_id=3, eos_token_id=5, bos_token_id=4, id2label={0: "x"}), tmp_path)
