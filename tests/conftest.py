@@ -1,9 +1,11 @@
 """One thread, no network, a fixed seed; the registry and accelerate's state are left as every test found them."""
 
+import gc
 import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 
 import hypothesis
 import pytest
@@ -14,6 +16,9 @@ from residual_steer._calls import running
 
 collect_ignore = ["serving"]  # which `make test-vllm` runs
 torch.set_num_threads(1)
+if not torch.accelerator.is_available():  # whom a seed waits for in a list, with the whole stack of its call: slow
+    torch.manual_seed = torch.default_generator.manual_seed
+gc.set_threshold(100_000, 20, 20)  # else a tenth of the time goes into it
 hypothesis.settings.register_profile("shared", deadline=None)  # of a machine that other work shares
 hypothesis.settings.load_profile("shared")
 
