@@ -1,6 +1,8 @@
 """One thread, no network, a fixed seed; the registry and accelerate's state are left as every test found them."""
 
 import gc
+import io
+import logging
 import os
 import sys
 
@@ -44,6 +46,21 @@ def _seed():
     torch.manual_seed(0)
     yield
     assert not running.calls, "a call of a steered model has begun and not ended"
+
+
+@pytest.fixture
+def logged():
+    """A text to which warnings are logged."""
+    handler = logging.StreamHandler(io.StringIO())
+    loggers = [logging.getLogger(name) for name in ("residual_steer", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+    yield handler.stream
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -4,38 +4,31 @@ import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import residual_steer as rs
+from beside import BENCHMARKS, scripts
 from streams import Block, ConvBlock, Model, PlainNet
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def table():
     """The script as a module, under another name than that of the coverage of tests."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with scripts(BENCHMARKS) as script:
         specified = importlib.util.spec_from_file_location("coverage_table", BENCHMARKS / "coverage.py")
         module = importlib.util.module_from_spec(specified)
         specified.loader.exec_module(module)
-        import coverage_check
-
-        module.check = coverage_check.check
+        module.check = script("coverage_check").check
         module.models = sys.modules["coverage_models"]
-        module.shrink = importlib.import_module("coverage_shrink")
+        module.shrink = script("coverage_shrink")
         module.report = sys.modules["coverage_report"]
         yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.mark.parametrize(
