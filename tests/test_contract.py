@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import residual_steer as rs
 from cases import CASES, DEVICES, RANK, TABLE, closed_form, first_output, first_tensor, randomise
+from cases.ssm import in_steps
 from residual_steer._controller import Steering
 from residual_steer.injector import Injector
 
@@ -234,16 +235,7 @@ def test_generation_with_and_without_the_cache_agree(case, site, device):
 @torch.no_grad()
 def test_prefill_and_steps_agree_with_the_whole_sequence(case, site, device):
     model = steered(case, site, device)
-    from mamba_ssm.utils.generation import InferenceParams
-
-    ids = case.inputs(model)["input_ids"]
-    state = InferenceParams(max_seqlen=8, max_batch_size=2)
-    state.key_value_memory_dict = model.allocate_inference_cache(2, 8)
-    parts = [model(ids[:, :4], inference_params=state).logits]
-    for position in range(4, ids.shape[1]):
-        state.seqlen_offset = position
-        parts.append(model(ids[:, position : position + 1], inference_params=state).logits)
-    close(torch.cat(parts, dim=1), case.run(model))
+    close(in_steps(model, case.inputs(model)["input_ids"]), case.run(model))
 
 
 @every_point
