@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,14 +26,19 @@ _BASE = ""  # in the place of a field's name, for the base's own where a sum is 
 
 def _put(root: nn.Module, module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """After a state dict was made: add what is not in place."""
-    heads = steering_of(root)[1].heads
+    heads, added = steering_of(root)[1].heads, {}
     for name, own in heads.own.items():
         for key, tensor in own.items():
             there = heads.there.get(key)
             if there != name:
-                tensors[f"{prefix}{ENTRY}.{name}.train.{key}"] = tensor.detach()
+                added[f"{ENTRY}.{name}.train.{key}"] = tensor.detach()
             if there == "":
-                tensors[f"{prefix}{ENTRY}.{_BASE}.train.{key}"] = heads.base[key].detach()
+                added[f"{ENTRY}.{_BASE}.train.{key}"] = heads.base[key].detach()
+    for key, tensor in added.items():
+        tensors[prefix + key] = tensor
+        place = vars(root)
+        for part in key.split("."):  # torch.distributed.checkpoint takes every key for a path from the model on
+            place = vars(place.setdefault(part, SimpleNamespace()))
 
 
 @torch.no_grad()
@@ -108,10 +114,20 @@ def finding(root: nn.Module, module: nn.Module) -> Handle:
     return handle
 
 
+class _Paths:
+    """What stands in a model where the added keys lead, until `remove`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def remove(self) -> None:
+        vars(self._model).pop(ENTRY, None)
+
+
 def _attach(model: nn.Module, state: Steering) -> list[Handle]:
     """Watch the state dicts of a steered model."""
     made = model.register_state_dict_post_hook(partial(_put, model))  # type: ignore[no-untyped-call]
-    return [made, finding(model, model)]
+    return [made, finding(model, model), _Paths(model)]
 
 
 attachments.append(_attach)

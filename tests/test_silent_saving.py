@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.utils import prune
 
 import residual_steer as rs
@@ -292,6 +293,23 @@ def test_a_state_dict_has_every_fields_head_whatever_is_selected(then, now):
     assert torch.equal(given, case.run(first)), "what was in place while it was loaded, too"
     rs.unsteer(second)
     assert second.state_dict().keys() == case.build().state_dict().keys()
+
+
+@torch.no_grad()
+def test_a_distributed_checkpoint_has_every_fields_head():
+    case = TABLE["gpt2-classifier"]
+    first, second = case.build(), case.build()
+    for model in (first, second):
+        for name in ("a", "b"):
+            rs.steer(model, rank=2, name=name, train=case.head)
+    randomise(first)
+    rs.use(first, None)
+    set_model_state_dict(second, get_model_state_dict(first))
+    for name in ("a", "b"):
+        for model in (first, second):
+            rs.use(model, name)
+        assert torch.equal(case.run(second), case.run(first))
+    assert "residual_steer" not in vars(rs.unsteer(first))
 
 
 def test_ids_of_tokens_and_storage_make_no_other_backbone(tmp_path):
