@@ -324,7 +324,8 @@ def found_on(
     tables, every, known, steps = [], [], [], {}
     for task in tasks:
         entries = results[task.name] = compare(task)
-        tables.append(comparison(task.name, task.problem, entries, task.column, scale=task.scale))
+        # runs of several processes and days: `benchmarks/places.py` takes times
+        tables.append(comparison(task.name, task.problem, entries, task.column, scale=task.scale, timed=False))
         tables.append(sweeps(f"{task.name}: every rate", task.problem, entries, task.column, scale=task.scale))
         every += records(task.problem, entries)
         known.append(task)

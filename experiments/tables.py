@@ -56,7 +56,14 @@ def gap(entries: Sequence[Entry], one: str, other: str, metric: str, *, scale: f
 
 
 def comparison(
-    title: str, problem: Problem, entries: Sequence[Entry], column: Column, *, scale: float = 1.0, merged: bool = False
+    title: str,
+    problem: Problem,
+    entries: Sequence[Entry],
+    column: Column,
+    *,
+    scale: float = 1.0,
+    merged: bool = False,
+    timed: bool = True,
 ) -> Table:
     """Return a table with a row for every method.
 
@@ -67,6 +74,7 @@ def comparison(
         column: how the problem's metric is shown; its key is the metric's name.
         scale: what to multiply it by.
         merged: whether LoRA gets a second row, for its weights folded in.
+        timed: whether to show the time of a step, which says something where all ran alike, one after the other.
 
     Raises:
         SteerError: the metric is none of the scores.
@@ -77,11 +85,12 @@ def comparison(
         Column("share", "share of all", "%", digits=2),
         Column("rate", "learning rate", digits=5),
         column,
-        Column("step", "time of a step", "ms", digits=1),
+        *([Column("step", "time of a step", "ms", digits=1)] if timed else []),
     )
     rows: list[dict[str, Any]] = []
     for entry in entries:
-        rows.append({"method": entry.arm.name, **_sizes(entry), column.key: measured(entry, column.key, scale=scale)})
+        sizes = {key: value for key, value in _sizes(entry).items() if timed or key != "step"}
+        rows.append({"method": entry.arm.name, **sizes, column.key: measured(entry, column.key, scale=scale)})
         if merged and entry.results(column.key, merged=True):
             value = measured(entry, column.key, scale=scale, merged=True)
             rows.append({"method": f"{entry.arm.name}, merged", column.key: value})

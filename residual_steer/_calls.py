@@ -208,7 +208,7 @@ class Repeats:
 
 
 def encoding(model: nn.Module, state: Any) -> list[Handle]:
-    """Keep rows and names together in `encode` of sentence-transformers, which sorts what it is given by length."""
+    """Keep rows and names together in sentence-transformers, which sorts texts by length before it calls the model."""
     known = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
     sorting = [name for name in ("encode", "predict") if known and callable(getattr(model, name, None))]
     return [Replaced(model, name, partial(_by_field, name, model, state)) for name in sorting]

@@ -107,9 +107,9 @@ class Library:
         """
         with self._lock:
             before, rows = self._mix(), _rows(mix)
-            asked = rows or (list(mix) if isinstance(mix, Mapping) else [mix if isinstance(mix, str) else None])
             if not rows and not isinstance(mix, (str, Mapping)):
                 Mix.parse(mix, ())  # None, or an error
+            asked = rows or ([mix] if isinstance(mix, str) else [*(mix or ())])
             wanted = list(dict.fromkeys(name for name in asked if name is not None))
             if len(wanted) > self.slots:
                 raise SteerError(f"the library has {self.slots} slots, and {len(wanted)} fields are to act at once.")

@@ -119,15 +119,7 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-        """Read a recipe from a YAML file.
-
-        Args:
-            path: the file.
-            changes: values put over it, by key: `{"field.rank": 8}`.
-
-        Raises:
-            SteerError: the file cannot be read, is no YAML, or no recipe.
-        """
+        """Read a recipe from a YAML file, with changes put over it by key, `{"field.rank": 8}`; raise if it is none."""
         path = as_path(path)
         try:
             text = path.read_text("utf-8")
@@ -142,14 +134,7 @@ class Recipe:
         return {key: value for key, value in words.items() if value not in (None, {})} | {"seed": self.seed}
 
     def train(self, folder: str | Path) -> tuple[nn.Module, History]:
-        """Steer the model, train its field, and save field and recipe in a folder.
-
-        Returns:
-            The steered model, and the run's history.
-
-        Raises:
-            SteerError: as the calls that it is made of: `steer`, `fit`, `save`.
-        """
+        """Steer the model, train its field, save field and recipe in a folder; return the model and the history."""
         import yaml
 
         folder = as_path(folder)
@@ -163,20 +148,12 @@ class Recipe:
         return model, history
 
     def read_field(self, folder: str | Path) -> nn.Module:
-        """Return the model under the field in a folder.
-
-        Raises:
-            SteerError: as `load`, or the data, which say how many classes there are, cannot be had.
-        """
+        """Return the model under the field in a folder; the data are read too, to know how many classes there are."""
         torch.manual_seed(self.seed)
         return load(self._open()[0], folder, arch=self.arch)
 
     def evaluate(self, folder: str | Path) -> dict[str, dict[str, float]]:
-        """Measure the held-out data under the field in a folder, and under the frozen model.
-
-        Raises:
-            SteerError: as `load` and `residual_steer.training.evaluate`.
-        """
+        """Measure the held-out data under the field in a folder, and under the frozen model."""
         torch.manual_seed(self.seed)
         model, _, valid = self._open()
         frozen = evaluate(model, self._batches(valid))

@@ -89,10 +89,11 @@ class Heads:
         self._take_stock(entries)
         versions: dict[int, Versions] = {}  # by the id of the tensor in place, which may go by several names
         groups: dict[int, list[Entry]] = {}
+        having = mix.names if mix.rows is None else self.own
         for entry in entries:
             key, place = entry[0], id(entry[3])
             groups.setdefault(place, []).append(entry)
-            for name in (mix.names if mix.rows is None else self.own) if key in self.base else ():
+            for name in having if key in self.base else ():
                 if key in self.own.get(name, {}):
                     versions.setdefault(place, {}).setdefault(name, self.own[name][key])
         switched = {} if mix.rows is None else self._by_row(mix, entries, versions)

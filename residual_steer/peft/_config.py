@@ -15,6 +15,7 @@ from residual_steer.errors import SteerError
 
 from ._registry import NAME, extend
 
+WRAPPER = "base_model.model."  # what PEFT's wrappers put in front of a name, once for each wrapper
 _LINE = "import residual_steer.peft"
 _CARD = f"""
 ## How to load this adapter

@@ -22,11 +22,10 @@ from residual_steer.errors import SteerError, some
 from residual_steer.injector import key_of
 from residual_steer.steering import begin
 
-from ._config import HResConfig, card, check_backbone, place
+from ._config import WRAPPER, HResConfig, card, check_backbone, place
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"(.*\.steering_\w+)\.fields\.hres_(down|up)\.(\w+)")
-_PLACE = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def pack_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor], fol
         if inner == key:
             point, side, what = key.rsplit(".", 2)
             inner = f"{points[point]}.fields.hres_{side}.{what}"
-        stored[_PLACE + inner] = tensor
+        stored[WRAPPER + inner] = tensor
     files = {
         WEIGHTS: safetensors.torch.save(stored, {"format": "pt"}),
         CONFIG: json.dumps(config.to_dict(), indent=2, sort_keys=True).encode(),
@@ -96,7 +95,7 @@ def open_adapter(folder: Path, model: nn.Module, arch: str | Backbone | None) ->
     named = {}
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
-        plain = (found.group(1) if found else key).removeprefix(_PLACE)
+        plain = (found.group(1) if found else key).removeprefix(WRAPPER)
         if found:
             point = spec.point(points[plain]) if plain in points else f"blocks.{plain}"
             named[f"{point}.{found.group(2)}.{found.group(3)}"] = tensor

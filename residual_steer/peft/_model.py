@@ -23,11 +23,10 @@ from residual_steer.errors import SteerError
 from residual_steer.injector import Injector
 from residual_steer.steering import freeze, steer, unsteer, use
 
-from ._config import HResConfig, check_backbone
+from ._config import WRAPPER, HResConfig, check_backbone
 from ._layer import HResLayer, adopt
 
 _HEADS = {"classifier", "score", "qa_outputs"}  # PEFT asks for these by the task, whichever of them the model has
-_PLACE = "base_model.model."  # what PEFT's wrappers put in front of a name, once for each wrapper
 
 
 class HResModel(BaseTuner):
@@ -322,8 +321,8 @@ def _names(model: nn.Module, adapter_name: str) -> set[str]:
 
 def _plain(key: str) -> str:
     """Drop what PEFT's wrappers put in front of a name."""
-    while key.startswith(_PLACE):
-        key = key.removeprefix(_PLACE)
+    while key.startswith(WRAPPER):
+        key = key.removeprefix(WRAPPER)
     return key
 
 
