@@ -120,6 +120,11 @@ def release_of(package: str) -> str:
         return "unknown"
 
 
+def is_tracing() -> bool:
+    """Return whether `torch.jit.trace` runs a model, in which sizes are tensors."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
 def is_exporting() -> bool:
     """Return whether `torch.export` traces; torch before 2.7 cannot tell it from compiling."""
     known = getattr(torch.compiler, "is_exporting", None)

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_choice
 from ._frozen import COMPUTED, Attachment, base_modules
 from ._internals import offload_hooks
 from .errors import SteerError
@@ -279,7 +280,7 @@ def parts(blocks: Sequence[nn.Module], *paths: str) -> tuple[str | None, ...]:
 def site_of(site: str) -> Site:
     """Return what a site is, by its name: one of `SITES`, or `mixer.…` or `mlp.…` with the path of a linear map."""
     part, _, path = site.partition(".")
-    return Site(part, projection=path) if path else SITES[site]
+    return Site(part, projection=path) if path else SITES[check_choice("site", site, SITES)]
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_flag, check_integer, check_number
+from ._checks import check_choice, check_flag, check_integer, check_number, is_tracing
 from ._internals import is_plainly_called
 
 __all__ = ["ACTIVATIONS", "HRes", "Projection", "add_product"]
@@ -24,10 +24,10 @@ _FEW = 1024  # numbers
 
 def _gelu(x: Tensor) -> Tensor:
     """GELU; past oneDNN for few numbers on a CPU, whose call then takes longer than all else that a field does."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing():
+        return F.gelu(x)
     few = x.numel() <= _FEW and x.dtype == torch.float32 and x.device.type == "cpu"
-    if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return F.gelu(x.double()).float()  # which oneDNN leaves to torch
-    return F.gelu(x)
+    return F.gelu(x.double()).float() if few else F.gelu(x)  # oneDNN leaves fp64 to torch
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

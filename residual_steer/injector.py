@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._calls import Given, Selected, running, selection_of_backward
-from ._checks import is_exporting
+from ._checks import is_exporting, is_tracing
 from ._frozen import Attachment, follow
 from ._internals import version
 from ._prompt import compiled_prompt
@@ -65,7 +65,7 @@ class Injector(Attachment):
         self.train(host.training)
         self._enter, block = backbone.read, backbone.blocks[index]
         self._projects = bool(projection)
-        self._width, self._channels = backbone.features(index, site)[0], -1 if projection else backbone.channels
+        self._widths, self._channels = backbone.features(index, site), -1 if projection else backbone.channels
         if moves == "enters":
             self._handles = [host.register_forward_pre_hook(self._before, with_kwargs=True)]
             self._handles.append(block.register_forward_pre_hook(self._expect, with_kwargs=True))
@@ -238,10 +238,12 @@ class Injector(Attachment):
                 added: Tensor = add_selected(y, z, self._place.number)
                 return added
         else:
-            if z.shape[self._channels] != self._width:
+            at, (read, written) = self._channels, self._widths
+            if not is_tracing() and (z.shape[at] != read or not y.dim() or y.shape[at] != written):
                 raise SteerError(
-                    f"the Backbone says that the width is {self._width}, and the stream at this "
-                    f"{type(self.host).__name__} is {tuple(z.shape)}. Describe the blocks with the width they have."
+                    f"the Backbone says that the width is {written}, and this {type(self.host).__name__} is given "
+                    f"{tuple(z.shape)} and returns {tuple(y.shape)}. Describe the blocks with the width they have, and "
+                    "with `read` and `write` if the stream is not the first tensor."
                 )
             if route.rows is not None:
                 _check_rows(route.rows, y.shape[0])
@@ -266,8 +268,7 @@ class Injector(Attachment):
             if noted is not None:
                 _check_shape(y, noted[2], self.host)
             return
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if call is None or call.given is None or tracing or selection_of_backward()[0] or not len(y):
+        if call is None or call.given is None or is_tracing() or selection_of_backward()[0] or not len(y):
             return  # in a backward pass it was checked before; no row is in no order
         inside = running.blocks.get(id(self))
         if inside is None:

@@ -152,8 +152,11 @@ def _base(root: nn.Module, state: Steering, module: nn.Module, tensors: Mapping[
     """Return the tensors of a module as they are in the base: none of steering, and no trained head in place."""
     ours = [f"{name}." for name, part in module.named_modules() if isinstance(part, (Injector, Switch))]
     before = next(f"{name}." if name else "" for name, part in root.named_modules() if part is module)
+    placed = {plain_name(key): id(tensor) for key, tensor in root.state_dict(keep_vars=True).items()}
+    # by what is in place, since a head that is tied to the embedding stands under its name too
+    base = {placed[key]: tensor for key, tensor in state.heads.base.items() if key in placed}
     return {
-        key: state.heads.base.get(plain_name(before + key), tensor).detach()
+        key: base.get(placed.get(plain_name(before + key), 0), tensor).detach()
         for key, tensor in tensors.items()
         if not key.startswith((*ours, f"{ENTRY}."))
     }

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._checks import check_integer
 from ._frozen import follow
 from ._undisturbed import changed, undisturbed, watch
 from .backbone import Backbone, read_stream, site_of
+from .errors import SteerError
 from .registry import find_backbone
 
 __all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
@@ -62,6 +64,9 @@ def record(
         site: at the whole block, its mixer or mlp, or a linear map; `"input"` is what enters the mixer before fields
             add to it; at `"after"` what enters is what the fields there read, and leaves the block.
         alone: whether what leaves is recorded as the module returns it, before fields add to it.
+
+    Raises:
+        SteerError: no such site or block, or none of the blocks has the site.
     """
     seen = Recording()
     read: Callable[..., Tensor] = read_stream
@@ -72,9 +77,13 @@ def record(
         inplace = False
     else:
         backbone = find_backbone(where) if isinstance(where, nn.Module) else where
-        points = {i: backbone.point(i, site) for i in (range(len(backbone.blocks)) if blocks is None else blocks)}
+        count, place = len(backbone.blocks), site_of(site)
+        for index in () if blocks is None else (blocks := tuple(blocks)):
+            check_integer("blocks", index, -count, count - 1, meaning="each of them")
+        points = {i: backbone.point(i, site) for i in (range(count) if blocks is None else blocks)}
+        if points and all(point is None for point in points.values()):
+            raise SteerError(f"none of these blocks of backbone {backbone.name!r} has the site {site!r}.")
         inplace = backbone.inplace  # the block writes into what enters, and the next one into what leaves
-        place = site_of(site)
         behind = place.reads == "leaves"
         if place.part == "block":
             read, leave = backbone.read, backbone.left

@@ -13,6 +13,7 @@ from cases import randomise
 from residual_steer.cli import main
 from residual_steer.data.hub import Pixels
 from residual_steer.recipe import read_yaml
+from residual_steer.recording import record
 from residual_steer.training import evaluate
 from silent import Residual, ids, tiny
 
@@ -167,7 +168,7 @@ def test_a_run_is_resumed_with_fields_that_compute_what_they_did(tmp_path):
 
 def test_a_width_that_the_blocks_do_not_have_is_said_when_they_run():
     model = classifier(width=9)
-    with pytest.raises(rs.SteerError, match=r"width is 9, and the stream at this Residual is \(6, 5, 8\)"):
+    with pytest.raises(rs.SteerError, match=r"width is 9, and this Residual is given \(6, 5, 8\)"):
         model(X)
     rs.use(model, None)
     model(X)
@@ -247,3 +248,75 @@ def test_a_field_is_measured_as_it_was_trained(capsys, tmp_path):
     for key in ("field.rank=8", "fit.steps=3"):
         assert main(["eval", str(tmp_path), "--set", "data.limit=3", "--set", key]) == 1
         assert "measures a field as it was trained" in capsys.readouterr().err
+
+
+def test_a_recording_of_nothing_is_an_error():
+    model = rs.steer(tiny(), rank=2)
+    for options in ({"site": "blok"}, {"site": "mixer.nothing"}, {"blocks": [2]}, {"blocks": [0, "1"]}):
+        with pytest.raises(rs.SteerError), record(model, **options):
+            pass
+    by_hand = classifier()
+    with pytest.raises(rs.SteerError, match="has the site 'mixer'"), record(by_hand, site="mixer"):
+        pass
+    with record(model, (index for index in [-1])) as seen:
+        model(ids())
+    assert seen.leaving[-1].shape == (2, 6, 32)
+
+
+def test_a_loop_of_ones_own_behind_fit_begins_without_its_last_gradient():
+    model = classifier()
+    fit(model, [(X, Y)])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")
+def test_a_trace_of_few_numbers_is_checked_without_a_word():
+    model = randomise(classifier()).eval()
+    traced = torch.jit.trace(model, X)  # which compares with a pass without gradients
+    torch.testing.assert_close(traced(X + 1), model(X + 1))
+
+
+class Pair(Residual):
+    def forward(self, x):
+        return x.mean(), super().forward(x), x
+
+
+class Pairs(Classifier):
+    """A classifier whose blocks return the stream at a place of a tuple, which are called or not."""
+
+    def __init__(self, place, called=True):
+        super().__init__(3)
+        self.blocks, self.place, self.called = nn.ModuleList([Pair(8), Pair(8)]), place, called
+
+    def forward(self, x):
+        for block in self.blocks if self.called else ():
+            x = block(x)[self.place]
+        return self.head(x.mean(1))
+
+
+def test_what_trains_without_a_part_in_the_loss_is_said():
+    model = Pairs(1)
+    rs.steer(model, rs.Backbone(blocks=model.blocks, width=8), rank=2)
+    with pytest.raises(rs.SteerError, match=r"returns \(\)\. .*`read` and `write` if the stream is not the first"):
+        model(X)
+
+    def last(output, f):
+        return (*output[:-1], f(output[-1]))
+
+    for place, called in ((1, True), (2, False)):
+        model = Pairs(place, called)
+        rs.steer(model, rs.Backbone(blocks=model.blocks, width=8, write=last), rank=2, train="head")
+        with pytest.warns(UserWarning, match=r"blocks\.0\.steering_block.* got no gradient in the first step"):
+            fit(model, [(X, Y)])
+
+
+def test_a_base_whose_head_is_tied_to_its_embedding_is_saved_as_it_was(tmp_path):
+    model = randomise(rs.steer(tiny(), rank=2, train="lm_head"))
+    with torch.no_grad():
+        on, off = model(ids()).logits, tiny()(ids()).logits
+        model.save_pretrained(tmp_path)
+        again = rs.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(ids()).logits, on)
+        rs.use(again, None)
+        assert torch.equal(again(ids()).logits, off)
+        assert torch.equal(transformers.GPT2LMHeadModel.from_pretrained(tmp_path)(ids()).logits, off)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer._batches import require_finite
+from residual_steer._batches import device_of, require_finite
 from residual_steer._checks import check_integer, check_number
 from residual_steer._undisturbed import watch
 from residual_steer.errors import SteerError
@@ -256,7 +256,7 @@ def _losses(
         return backbone.write(output, lambda z: z + step.to(z.device, z.dtype))
 
     adapted, parts = pair.models["adapted"], [batch.content for batch in pair.batches(loader)]
-    shares, _ = MeanLoss(adapted, loss, over.mean.device).shares([(part, True) for part in parts])
+    shares, _ = MeanLoss(adapted, loss, device_of(adapted)).shares([(part, True) for part in parts])
     if not any(shares):
         raise SteerError("the loader gave no label that counts. Look at the labels.")
     for part, share in zip(parts, shares, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, fields
@@ -172,6 +173,7 @@ class _Run:
         }
         self.wrapped = processes.prepare(self.model, self.optimizer)
         self.model = processes.accelerate.unwrap_model(self.wrapped)
+        self.closing.callback(self.model.zero_grad)  # or a loop of one's own would begin with the last step's gradient
         opened = {name: p for name, p in self.model.named_parameters() if p.requires_grad}  # as they are from now on
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = {name: p for name, p in opened.items() if id(p) in optimized}
@@ -296,6 +298,8 @@ class _Run:
         self._set_rates(factor)
         parts, rows = self._next_parts()
         mean, norm = self._backward(parts)
+        if not self.step and self.processes.number == 1:
+            self._warn_of_idle()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -338,6 +342,16 @@ class _Run:
             if not math.isfinite(mean) or self.scaler.get_scale() <= 1:  # which is 1 in other precisions than fp16
                 self._stop(mean, norm)
             self.scaler.update(self.scaler.get_scale() / 2)
+
+    def _warn_of_idle(self) -> None:
+        """Warn of what trains and has no part in the loss, as fields of blocks that the model does not call."""
+        idle = [name for name, parameter in self.trained.items() if parameter.grad is None]
+        if idle:
+            warnings.warn(
+                f"{some(idle)} got no gradient in the first step, and stay as they are: the loss does not depend on "
+                "them. Look at what the model calls, and at what its blocks return.",
+                stacklevel=4,
+            )
 
     def _stop(self, loss: float, norm: float) -> NoReturn:
         self.model.zero_grad()
