@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -178,7 +179,7 @@ def test_saved_steering_loads_on_a_fresh_backbone_of_its_shape_alone(case, site,
         assert torch.equal(case.run(fresh), frozen_output(case.name, device))
 
     short, number = case.build(device), len(case.paths("block"))
-    blocks, _, last = case.paths("block")[-1].rpartition(".")
+    blocks, last = re.match(r"(.*)\.(\d+)", case.paths("block")[-1]).groups()
     short.get_submodule(blocks).__delattr__(last)
     before = list(short.state_dict())
     with pytest.raises(rs.SteerError, match=rf"{number} blocks of width .*; this model has .*{number - 1} blocks"):
