@@ -48,6 +48,12 @@ def _seed():
     assert not running.calls, "a call of a steered model has begun and not ended"
 
 
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """The folder into which experiments pre-train, each backbone once."""
+    return str(tmp_path_factory.mktemp("backbones"))
+
+
 @pytest.fixture
 def logged():
     """A text to which warnings are logged."""

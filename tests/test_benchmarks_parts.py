@@ -28,7 +28,7 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def folder(script, tmp_path_factory):
+def folder(script, backbones, tmp_path_factory):
     """What the benchmarks leave that run here."""
     folder = tmp_path_factory.mktemp("results")
     common = ["--quick", "--output", str(folder)]
@@ -38,7 +38,7 @@ def folder(script, tmp_path_factory):
     assert script("ssm").main(common) == 0
     assert script("startup").main(common) == 0
     pytest.importorskip("sklearn")
-    assert script("experiments.last_blocks").main([*common, "--cache", str(folder / "cache")]) == 0
+    assert script("experiments.last_blocks").main([*common, "--cache", backbones]) == 0
     return folder
 
 
