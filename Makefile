@@ -8,6 +8,7 @@ NEWEST ?= .venv-newest
 VLLM ?= .venv-vllm
 LOCK ?= -c constraints.txt
 RESULTS ?= runs/claims
+export PYTHONDONTWRITEBYTECODE :=  # where it is set, every process of the tests would compile them and the package anew
 
 .PHONY: demo serve bench bench-loreft coverage claims claims-recall claims-tasks test test-newest test-oldest test-vllm check format \
 	lock clean

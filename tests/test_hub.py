@@ -109,7 +109,7 @@ def test_the_card_on_the_hub_states_what_is_known(told):
     assert "base_model" not in card
     for line in (
         "library_name: residual-steer",
-        "| backbone | net: `small_net.Net`, 2 blocks of width 8 |",
+        "| backbone | small_net: `small_net.Net`, 2 blocks of width 8 |",
         "| base model | not recorded |",
         "| site | `block` |",
         "| steered blocks | 0, 1 |",
