@@ -106,9 +106,10 @@ class Steering:
 
     def unsaved(self, model: nn.Module) -> list[str]:
         """Return the names of the base's parameters that train and belong neither to a field nor to another adapter."""
+        entries, found = _base_entries(model), dict[int, str]()
+        self.heads.take_stock(entries)  # a head that somebody put in the place of a field's is the field's
         known = self._own_values() | adapters_own(module for _, module in base_modules(model))
-        found: dict[int, str] = {}
-        for key, _, _, tensor in _base_entries(model):
+        for key, _, _, tensor in entries:
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in known:
                 found.setdefault(id(tensor), key)
         return list(found.values())

@@ -65,7 +65,7 @@ class Heads:
 
     def values(self, name: str, entries: list[Entry]) -> dict[str, Tensor]:
         """Return a field's tensors, as they are in place if they are."""
-        self._take_stock(entries)
+        self.take_stock(entries)
         return dict(self.own.get(name, {}))
 
     def lost(self, names: Iterable[str], entries: list[Entry]) -> list[str]:
@@ -86,7 +86,7 @@ class Heads:
         Raises:
             SteerError: rows cannot differ in what a field trained, or statistics cannot be summed.
         """
-        self._take_stock(entries)
+        self.take_stock(entries)
         versions: dict[int, Versions] = {}  # by the id of the tensor in place, which may go by several names
         groups: dict[int, list[Entry]] = {}
         having = mix.names if mix.rows is None else self.own
@@ -119,7 +119,7 @@ class Heads:
         for switch in self.switches:
             switch.select(mix, switched.get(id(switch.host), {}), trains)
 
-    def _take_stock(self, entries: list[Entry]) -> None:
+    def take_stock(self, entries: list[Entry]) -> None:
         """Note what is in place now: somebody may have replaced it, as `.to()` does with buffers."""
         for key, _, _, tensor in entries:
             if key in self.base:

@@ -312,6 +312,22 @@ def test_a_distributed_checkpoint_has_every_fields_head():
     assert "residual_steer" not in vars(rs.unsteer(first))
 
 
+def test_a_head_in_the_place_of_a_fields_own_is_the_fields(tmp_path):
+    case = TABLE["gpt2-classifier"]
+    model = rs.steer(case.build(), rank=2, train=case.head)
+    owner, _, name = case.head.rpartition(".")
+    old = model.get_submodule(case.head)
+    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    setattr(model.get_submodule(owner), name, new)
+    case.loss(model.train())  # without a warning that it is not saved
+    rs.save(model, tmp_path)
+    with torch.no_grad():
+        expected = case.run(model.eval())
+        assert torch.equal(case.run(rs.load(case.build(), tmp_path)), expected)
+        rs.use(model, None)
+        assert torch.equal(case.run(model), case.run(case.build()))
+
+
 def test_ids_of_tokens_and_storage_make_no_other_backbone(tmp_path):
     rs.save(rs.steer(tiny(), rank=2), tmp_path)
     rs.load(tiny(pad_token_id=3, eos_token_id=5, bos_token_id=4, id2label={0: "x"}), tmp_path)
