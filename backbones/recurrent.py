@@ -19,7 +19,7 @@ HYBRIDS = (
     "Bamba BailingHybrid FalconH1 GraniteMoeHybrid Jamba KimiLinear Lfm2 Lfm2Moe NemotronH OlmoHybrid Qwen3Next "
     "Qwen3_5Text Qwen3_5MoeText RecurrentGemma Zamba Zamba2"
 )
-MIXERS = ("mamba", "linear_attn", "conv", "temporal_block", "self_attn", "mamba_decoder.mamba")
+MIXERS = ("mamba", "linear_attn", "conv", "temporal_block", "self_attn")
 MLPS = ("feed_forward", "mlp", "mlp_block", "block_sparse_moe", "shared_mlp")
 
 
@@ -73,9 +73,10 @@ def hybrid(model: nn.Module) -> Backbone:
 
     Blocks with one part only, as in Nemotron-H, have a mixer or a feed-forward. Where an SSM and an attention run in
     parallel (Falcon-H1), the SSM is the mixer. Zamba uses one attention block many times inside entries of its list:
-    what is steered is each entry, with a field of its own.
+    what is steered is the layer that each entry ends with, which takes and returns the entry's stream, and of which
+    transformers captures hidden states.
     """
-    blocks = model.layers
+    blocks = [first_of(entry, "mamba_decoder") or entry for entry in model.layers]
     mixer, mlp = parts(blocks, *MIXERS), parts(blocks, *MLPS)
     if first_of(blocks[0], "mixer") is not None:  # Nemotron-H calls every part so, whatever it does
         mixes = [block.block_type in {"linear_attention", "full_attention"} for block in blocks]

@@ -89,11 +89,16 @@ def shown(part: Any) -> str:
     return f"{words} from {int(part.min())} to {int(part.max())}" if whole else words
 
 
-def check_loader(name: str, loader: Any) -> None:
-    """Raise if what should give batches is no collection of them."""
+def check_loader(name: str, loader: Any, *, read: str = "") -> None:
+    """Raise if what should give batches is no collection of them, or an iterator although it is `read` "twice"."""
     if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, Mapping, str)):
         raise SteerError(
             f"`{name}` is a DataLoader, or a list of batches; received {type(loader).__name__}. One batch is [batch]."
+        )
+    if read and isinstance(loader, Iterator):
+        raise SteerError(
+            f"`{name}` is a DataLoader, or a list of batches: it is read {read}, which an iterator cannot be; received "
+            f"{type(loader).__name__}."
         )
 
 

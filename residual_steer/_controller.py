@@ -285,7 +285,23 @@ class Steering:
 
     def _check_what_trains(self, model: nn.Module) -> None:
         """In the first call in training mode after a selection, warn of what is not saved, and watch buffers."""
+        trained = [name for name in self.mix.names if self.trains(name)]
+        for name in trained:
+            blocks = [self.backbone.blocks[index] for index in self.specs[name].ranks]
+            if any(p.is_meta for p in self.parameters(name)) and execution_device(blocks[0]).type != "meta":
+                raise SteerError(
+                    f"the field {name!r} was offloaded after it was made, and would not train: gradients go to copies "
+                    "of its tensors. Offload the model first and steer it then, which keeps the field on its device."
+                )
         self.unchecked = False
+        there = {id(module) for _, module in base_modules(model)}
+        gone = {index: None for (_, index), injector in self.injectors.items() if id(injector.host) not in there}
+        if gone and self.mix.names:
+            warnings.warn(
+                f"block {', '.join(map(str, gone))} was taken out of the model, or replaced, since it was steered: "
+                "fields there neither act nor train. Undo that change, or `unsteer` and steer again.",
+                stacklevel=4,
+            )
         lost = self.unsaved(model) if self.mix.names else []
         if lost:
             warnings.warn(
@@ -293,7 +309,6 @@ class Steering:
                 "with `train=[...]` to train them along with a field, or save them yourself.",
                 stacklevel=4,
             )
-        trained = filter(self.trains, self.mix.names)
         shut = [name for name in trained if not any(p.requires_grad for p in self.parameters(name))]
         if shut:
             warnings.warn(

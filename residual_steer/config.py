@@ -184,11 +184,7 @@ def _check_layers(layers: Sequence[int], blocks: int) -> list[int]:
 
 
 def match_train(tensors: Mapping[str, Tensor], patterns: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the names of the tensors that the patterns select: names or globs of tensors or of modules around them.
-
-    Raises:
-        SteerError: a pattern that matches no parameter, or is no string.
-    """
+    """Return the tensors that patterns select, names or globs of them or modules around; raise if one finds none."""
     if not isinstance(patterns, (Sequence, Set)):
         raise SteerError(f"`train` is a list of names or globs of base modules; received {patterns!r}.")
     found: dict[str, None] = {}

@@ -11,7 +11,6 @@ to every [h, 1] leaves H(z), and so the stream enters the next block as it did.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import warnings
@@ -33,7 +32,7 @@ from ._subspace import Protected, Protection, SecondMoment, inputs_of, unwrapped
 from .diagnostics._results import Table, table_of
 from .errors import SteerError, some
 from .field import Projection
-from .recording import record, undisturbed
+from .recording import record_sites, undisturbed
 
 __all__ = ["NullSpace"]
 
@@ -116,11 +115,7 @@ class NullSpace:
         moments = {key: SecondMoment(linear) for key, linear in linears.items()}
         with undisturbed(base):
             for batch in batches(base, loader):
-                with contextlib.ExitStack() as stack:
-                    seen = {
-                        site: stack.enter_context(record(state.backbone, ranks, site=site))
-                        for site, ranks in spec.sites.items()
-                    }
+                with record_sites(state.backbone, spec.sites) as seen:
                     batch.run(base)
                 for place, field in fields.items():
                     dtype, point = state.injectors[place].compute_dtype, spec.point(place)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._controller import Steering, steering_of
 from ._files import as_path, make_folder
+from ._state_dict import ENTRY
 from .backbone import read_stream, site_of, write_stream
 from .errors import SteerError
 from .injector import Injector
@@ -58,8 +59,8 @@ def export(model: nn.Module, folder: str | Path) -> Path:
         )
     autos = _auto_classes(transformers, root)
     points, tensors = _points(root, state, weights)
-    ours = tuple(f"{name}." for name, part in root.named_modules() if isinstance(part, (Injector, Switch)))
-    tensors |= {key: value for key, value in root.state_dict().items() if not key.startswith(ours)}
+    ours = [f"{name}." for name, part in root.named_modules() if isinstance(part, (Injector, Switch))]
+    tensors |= {k: value for k, value in root.state_dict().items() if not k.startswith((*ours, f"{ENTRY}."))}
     folder = as_path(folder)
     make_folder(folder)
     kind: Any = type(root)

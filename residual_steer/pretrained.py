@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from logging import ERROR
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ._files import as_path
 from ._frozen import chain, plain_name
 from ._internals import saves_adapters_alone
 from ._shards import is_sharded
+from ._state_dict import ENTRY, finding
 from .backbone import Handle
 from .errors import SteerError
 from .injector import Injector
@@ -32,7 +32,7 @@ from .trained_modules import Switch
 
 __all__ = ["from_pretrained"]
 
-_FOLDER = _ENTRY = "residual_steer"  # of the fields beside the base, and in its config
+_FOLDER = ENTRY  # of the fields beside the base
 _NOTE = "residual_steer.from_pretrained_loads_this_field"  # which the report of a plain `from_pretrained` shows
 
 
@@ -59,10 +59,10 @@ def from_pretrained(folder: str | Path, kind: type[Any] | None = None, **options
     config = transformers.AutoConfig.from_pretrained(
         folder, **_passed(options, "revision", "trust_remote_code", "token")
     )
-    stored = getattr(config, _ENTRY, None)
+    stored = getattr(config, ENTRY, None)
     if not isinstance(stored, Mapping) or not stored.get("fields"):
         raise SteerError(
-            f"no field was saved with the model in {str(folder)!r}: its config has no {_ENTRY!r}. Load it with "
+            f"no field was saved with the model in {str(folder)!r}: its config has no {ENTRY!r}. Load it with "
             "transformers, and a field that `residual_steer.save` wrote with `residual_steer.load`."
         )
     named = next(iter(config.architectures or ()), "")
@@ -75,7 +75,7 @@ def from_pretrained(folder: str | Path, kind: type[Any] | None = None, **options
         folder = snapshot_download(
             str(folder), allow_patterns=[f"{_FOLDER}/*"], **_passed(options, "revision", "token")
         )
-    delattr(config, _ENTRY)
+    delattr(config, ENTRY)
     before = logging.get_verbosity()
     logging.set_verbosity(ERROR)  # the report names the fields' tensors, which `load` reads
     try:
@@ -98,14 +98,14 @@ class _Saving:
     def __init__(self, root: nn.Module, module: nn.Module) -> None:
         self._root, self._module = root, module
         module.__dict__["save_pretrained"] = self
-        # a partial, whose copies follow those of the model
-        self._handle = module.register_load_state_dict_pre_hook(partial(_take, root))  # type: ignore[no-untyped-call]
+        self._handles = [] if module is root else [finding(root, module)]  # the root does so in any case
 
     def remove(self) -> None:
         """Let the module's own `save_pretrained` run again."""
         if self._module.__dict__.get("save_pretrained") is self:
             del self._module.__dict__["save_pretrained"]
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def __call__(
         self,
@@ -131,14 +131,14 @@ class _Saving:
         device = next((tensor.device for tensor in tensors.values()), None)
         for name in state.specs:
             for key, value in state.tensors(root, name).items():
-                tensors[f"{_ENTRY}.{name}.{key}"] = (given or {}).get(id(value), value).detach()
+                tensors[f"{ENTRY}.{name}.{key}"] = (given or {}).get(id(value), value).detach()
         tensors[_NOTE] = torch.ones(1, device=device)
         config = module.config
-        setattr(config, _ENTRY, {"fields": list(state.specs), "selected": state.mix.asked(), "on": state.mix.on})
+        setattr(config, ENTRY, {"fields": list(state.specs), "selected": state.mix.asked(), "on": state.mix.on})
         try:
             return type(module).save_pretrained(module, save_directory, is_main_process, tensors, *args, **kwargs)
         finally:
-            delattr(config, _ENTRY)
+            delattr(config, ENTRY)
 
 
 def _gathered(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[int, Tensor] | None:
@@ -150,7 +150,7 @@ def _gathered(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[int, Ten
 
 def _base(root: nn.Module, state: Steering, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a module as they are in the base: none of steering, and no trained head in place."""
-    ours = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, (Injector, Switch)))
+    ours = [f"{name}." for name, part in module.named_modules() if isinstance(part, (Injector, Switch))]
     before = next(f"{name}." if name else "" for name, part in root.named_modules() if part is module)
     placed = {plain_name(key): id(tensor) for key, tensor in root.state_dict(keep_vars=True).items()}
     # by what is in place, since a head that is tied to the embedding stands under its name too
@@ -158,30 +158,8 @@ def _base(root: nn.Module, state: Steering, module: nn.Module, tensors: Mapping[
     return {
         key: base.get(placed.get(plain_name(before + key), 0), tensor).detach()
         for key, tensor in tensors.items()
-        if not key.startswith(ours)
+        if not key.startswith((*ours, f"{ENTRY}."))
     }
-
-
-@torch.no_grad()
-def _take(root: nn.Module, module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: let the module find the fields' tensors under its own names for them."""
-    before = f"{prefix}{_ENTRY}."
-    stored = {key.removeprefix(before): tensors.pop(key) for key in list(tensors) if key.startswith(before)}
-    if not stored:
-        return
-    root, state = steering_of(root)
-    places = {id(tensor): f"{prefix}{key}" for key, tensor in module.state_dict(keep_vars=True).items()}
-    for name in state.specs:
-        for key, tensor in state.tensors(root, name).items():
-            value = stored.get(f"{name}.{key}")
-            if value is None:
-                continue
-            if id(tensor) in places:
-                tensors[places[id(tensor)]] = value
-            elif tensor.shape == value.shape:  # of a head that is not in place
-                tensor.copy_(value)
-            else:
-                raise SteerError(f"{key} of field {name!r} has shape {tuple(value.shape)}; here {tuple(tensor.shape)}.")
 
 
 def _attach(model: nn.Module, state: Steering) -> list[Handle]:

@@ -16,7 +16,7 @@ from .backbone import Backbone, read_stream, site_of
 from .errors import SteerError
 from .registry import find_backbone
 
-__all__ = ["Call", "Recording", "changed", "record", "uncompiled", "undisturbed", "watch"]
+__all__ = ["Call", "Recording", "changed", "record", "record_sites", "uncompiled", "undisturbed", "watch"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,18 @@ def record(
                     if first:
                         follow(module, handle)
         yield seen
+
+
+@contextlib.contextmanager
+def record_sites(
+    backbone: Backbone, sites: Mapping[str, Iterable[int]], *, alone: bool = False
+) -> Iterator[dict[str, Recording]]:
+    """Record the blocks of several sites at once, and hand out what is recorded by site."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            site: stack.enter_context(record(backbone, blocks, site=site, alone=alone))
+            for site, blocks in sites.items()
+        }
 
 
 def _noting(seen: Recording, key: Any, read: Any, leave: Any, inplace: bool) -> tuple[Any, Any, Any]:

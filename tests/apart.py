@@ -13,6 +13,7 @@ _processes.set_forkserver_preload(
     ["torch.distributed.fsdp", "timm", "peft", "transformers.models.llama.modeling_llama"]
 )
 _LONG = 600  # seconds
+OF_THE_HUB = {"huggingface_hub", "accelerate", "datasets", "peft", "timm", "transformers"}
 
 
 def killed(function, *arguments, when=None):
@@ -49,13 +50,22 @@ def _answered(send, function, arguments):
     send.send(answer)
 
 
-def printed(code, folder=".", paths=()):
-    """Return what a script prints, and what it says of warnings, run in a folder, with these places to import from."""
-    return apart(_run, code, str(folder), [str(path) for path in paths])
+def printed(code, folder=".", paths=(), **hub):
+    """Return what a script prints, and what it says of warnings, run in a folder, with these places to import from.
+
+    With variables of the Hub it has these alone, and imports afresh what reads them.
+    """
+    return apart(_run, code, str(folder), [str(path) for path in paths], hub)
 
 
-def _run(code, folder, paths):
+def _run(code, folder, paths, hub):
     assert not any(name.partition(".")[0] == "residual_steer" for name in sys.modules)
+    if hub:
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+            del os.environ[name]
+        os.environ.update(hub, NO_PROXY="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1")
+        for name in [name for name in sys.modules if name.partition(".")[0] in OF_THE_HUB]:
+            del sys.modules[name]
     os.chdir(folder)
     sys.path[:0] = paths
     warnings.simplefilter("always")

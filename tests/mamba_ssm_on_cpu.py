@@ -50,9 +50,10 @@ def _use_references() -> None:
     from mamba_ssm.ops import selective_scan_interface
     from mamba_ssm.ops.triton import layer_norm, layernorm_gated
 
-    mamba_simple.selective_scan_fn = selective_scan_interface.selective_scan_ref
+    opaque = torch.compiler.allow_in_graph  # as a kernel is: a graph holds one call of it
+    mamba_simple.selective_scan_fn = opaque(selective_scan_interface.selective_scan_ref)
     mamba_simple.selective_state_update = None
-    mamba2.mamba_chunk_scan_combined = _chunk_scan
+    mamba2.mamba_chunk_scan_combined = opaque(_chunk_scan)
     mamba2.selective_state_update = None
     layernorm_gated.rmsnorm_fn = layernorm_gated.rms_norm_ref
     layer_norm.rms_norm_fn = _rms_norm

@@ -124,9 +124,14 @@ def test_left_padding_changes_nothing_for_the_tokens_that_are_there():
 def test_zambas_entries_have_fields_of_their_own_around_shared_weights_and_learn_apart():
     case, model = steered("zamba2")
     first, second = case.modules(model, "block")
-    ties = zip(first.shared_transformer.parameters(), second.shared_transformer.parameters(), strict=True)
-    assert all(a is b for a, b in ties)
-    assert not any("steering" in name for name, _ in first.shared_transformer.named_modules())
+    shared, twin = (entry.shared_transformer for entry in model.model.layers)
+    assert all(a is b for a, b in zip(shared.parameters(), twin.parameters(), strict=True))
+    assert not any("steering" in name for name, _ in shared.named_modules())
+    with torch.no_grad():  # eq. 1 in the hidden states that transformers captures
+        on = model(**case.inputs(model), output_hidden_states=True).hidden_states
+        with rs.use(model, None):
+            off = model(**case.inputs(model), output_hidden_states=True).hidden_states
+        close(on[1], off[1] + field_of(first)(on[0]))
     assert field_of(first) is not field_of(second)
     case.loss(model).backward()
     one, other = (field_of(block).up.weight.grad for block in (first, second))

@@ -1,26 +1,17 @@
 """A package of models that registers itself by its entry point, and is steered like any other."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from apart import printed
+
+OURS = "import residual_steer as rs; rs.list_backbones()"
 PLUGIN = Path(__file__).parent / "plugins" / "whole"
-FIRST = ("", "import whole_plugin.steering", "import residual_steer as rs; rs.list_backbones()")
-APART = """
-import os, sys, torch  # once, since it takes most of the time
-sys.path.insert(0, {plugin!r})
-for script in {scripts!r}:
-    if not (child := os.fork()):
-        exec(script, {{"__name__": "__main__"}})
-        sys.exit()
-    if os.waitpid(child, 0)[1]:
-        sys.exit(script)
-"""
 STEER = """
-{first}
+import warnings
+warnings.simplefilter("error", UserWarning)
+FIRST
 import torch
 import residual_steer as rs
 from whole_plugin import Stack
@@ -44,13 +35,12 @@ print(rs.find_backbone(model))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_an_installed_package_is_steered_whoever_is_imported_first():
-    script = APART.format(plugin=str(PLUGIN), scripts=[STEER.format(first=first) for first in FIRST])
-    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == 3 * [
+@pytest.mark.parametrize(
+    "first", ["", "import whole_plugin.steering", "import residual_steer as rs; rs.list_backbones()"]
+)
+def test_an_installed_package_is_steered_whoever_is_imported_first(first):
+    found, _ = printed(STEER.replace("FIRST", first), paths=[PLUGIN])
+    assert found.splitlines() == [
         *("whole at 0", "├─ blocks: 2 × Layer", "├─ width:  8"),
         "└─ sites:  block, mixer, mlp, input, after  (mixer: .mix; mlp: .mlp)",
     ]

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import residual_steer as rs
 from baseline_models import MODELS, applied, shaken, trained
 from cases import VOCABULARY, WIDTH
+from cases.ssm import in_steps
 from residual_steer._caches import cache_of, cache_parameter
 from residual_steer.baselines.vpt import behind_padding, insert, take_out
 
@@ -179,16 +180,8 @@ ON_PAIRS = [(name, m) for name in ("mamba_ssm-1", "mamba_ssm-2") for m in ("prom
 @torch.no_grad()
 def test_prefill_and_steps_agree_with_the_whole_sequence(name, method):
     model, ids = ready(name, method), words(7)
-    from mamba_ssm.utils.generation import InferenceParams
-
-    state = InferenceParams(max_seqlen=8, max_batch_size=2)
-    state.key_value_memory_dict = model.allocate_inference_cache(2, 8)
-    parts = [model(ids[:, :4], inference_params=state).logits]
-    for position in range(4, ids.shape[1]):
-        state.seqlen_offset = position
-        parts.append(model(ids[:, position : position + 1], inference_params=state).logits)
     whole = model(ids).logits
-    close(torch.cat(parts, dim=1), whole)
+    close(in_steps(model, ids), whole)
     assert not torch.allclose(whole, MODELS[name].build()(ids).logits, atol=1e-3)
 
 

@@ -1,31 +1,24 @@
 """The benchmarks' arithmetic, with a clock of our own, and that they time what they say. Nothing here asks how fast."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import residual_steer as rs
+from beside import BENCHMARKS, scripts
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--tiny", "--rank", "2", "--rows", "4", "--length", "5", "--counts", "1", "2", "4", "--weighted", "3"]
 
 
 @pytest.fixture(scope="module")
 def bench():
     """The script as a module; its siblings are imported as if it had been run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import many_fields
-
-        yield many_fields
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    with scripts(BENCHMARKS) as script:
+        yield script("many_fields")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ import datetime
 import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from hypothesis import given, settings, strategies
 
 import residual_steer as rs
 from benchmarks.rounds import Spread
+from beside import BENCHMARKS, scripts
 from experiments.problem import Arm
 from experiments.sweep import Entry, Run
 
@@ -20,20 +19,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 pytest.importorskip("peft")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def script():
     """Import a script; its siblings are imported as if it had been run."""
-    path = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module
-    sys.path[:] = path
+    with scripts(BENCHMARKS) as importing:
+        yield importing
 
 
 @pytest.fixture(scope="module")
-def folder(script, tmp_path_factory):
+def folder(script, backbones, tmp_path_factory):
     """What the benchmarks leave that run here."""
     folder = tmp_path_factory.mktemp("results")
     common = ["--quick", "--output", str(folder)]
@@ -43,7 +38,7 @@ def folder(script, tmp_path_factory):
     assert script("ssm").main(common) == 0
     assert script("startup").main(common) == 0
     pytest.importorskip("sklearn")
-    assert script("experiments.last_blocks").main([*common, "--cache", str(folder / "cache")]) == 0
+    assert script("experiments.last_blocks").main([*common, "--cache", backbones]) == 0
     return folder
 
 
@@ -112,10 +107,9 @@ def test_the_exponent_of_a_power_is_its_exponent(script):
 
 @settings(deadline=None, max_examples=20)
 @given(count=strategies.integers(1, 60))
-def test_an_interval_of_the_median_holds_it_as_often_as_it_says(count):
+def test_an_interval_of_the_median_holds_it_as_often_as_it_says(script, count):
     """Of n numbers that are each above or below the median with even chances, it lies outside as often as counted."""
-    sys.path.insert(0, str(BENCHMARKS))
-    found = importlib.import_module("closer").interval([float(i) for i in range(1, count + 1)])
+    found = script("closer").interval([float(i) for i in range(1, count + 1)])
     k = int(found.low)
     assert found.high == count + 1 - k
     assert found.median == (count + 1) / 2

@@ -262,7 +262,7 @@ NAN = {"x": torch.full((2, 3, 16, 16), float("nan"))}
     ("loader", "error", "match"),
     [
         ([], rs.SteerError, "gave no batch"),
-        (3, rs.SteerError, "a loader gives batches"),
+        (3, rs.SteerError, "is a DataLoader, or a list of batches"),
         (Broken(NAN), rs.SteerError, r"what enters blocks\.0\.down has .* NaN"),
         (Broken(RuntimeError("disk")), RuntimeError, "disk"),
         (Broken({"x": "text"}), rs.SteerError, "a batch is"),

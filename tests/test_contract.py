@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import residual_steer as rs
 from cases import CASES, DEVICES, RANK, TABLE, closed_form, first_output, first_tensor, randomise
+from cases.ssm import in_steps
 from residual_steer._controller import Steering
 from residual_steer.injector import Injector
 
@@ -177,7 +179,7 @@ def test_saved_steering_loads_on_a_fresh_backbone_of_its_shape_alone(case, site,
         assert torch.equal(case.run(fresh), frozen_output(case.name, device))
 
     short, number = case.build(device), len(case.paths("block"))
-    blocks, _, last = case.paths("block")[-1].rpartition(".")
+    blocks, last = re.match(r"(.*)\.(\d+)", case.paths("block")[-1]).groups()
     short.get_submodule(blocks).__delattr__(last)
     before = list(short.state_dict())
     with pytest.raises(rs.SteerError, match=rf"{number} blocks of width .*; this model has .*{number - 1} blocks"):
@@ -234,16 +236,7 @@ def test_generation_with_and_without_the_cache_agree(case, site, device):
 @torch.no_grad()
 def test_prefill_and_steps_agree_with_the_whole_sequence(case, site, device):
     model = steered(case, site, device)
-    from mamba_ssm.utils.generation import InferenceParams
-
-    ids = case.inputs(model)["input_ids"]
-    state = InferenceParams(max_seqlen=8, max_batch_size=2)
-    state.key_value_memory_dict = model.allocate_inference_cache(2, 8)
-    parts = [model(ids[:, :4], inference_params=state).logits]
-    for position in range(4, ids.shape[1]):
-        state.seqlen_offset = position
-        parts.append(model(ids[:, position : position + 1], inference_params=state).logits)
-    close(torch.cat(parts, dim=1), case.run(model))
+    close(in_steps(model, case.inputs(model)["input_ids"]), case.run(model))
 
 
 @every_point

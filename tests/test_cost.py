@@ -3,20 +3,18 @@
 import dataclasses
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import residual_steer as rs
 from benchmarks.counters import operations
+from beside import BENCHMARKS, scripts
 from residual_steer import field
 
 pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RANK, WIDTH, BLOCKS = 8, 32, 2
 
 
@@ -28,13 +26,8 @@ def many_numbers(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cost():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import cost
-
-        yield cost
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    with scripts(BENCHMARKS) as script:
+        yield script("cost")
 
 
 @pytest.fixture(scope="module", params=["gpt2", "vit", "mamba"])

@@ -1,6 +1,5 @@
 """What every machine has: Python's library, its language reference and names, scikit-learn's digits."""
 
-import subprocess
 import sys
 import sysconfig
 
@@ -98,12 +97,3 @@ def test_what_is_not_installed_is_named(monkeypatch, module, make, words):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SteerError, match=words):
         make()
-
-
-def test_importing_the_data_imports_nothing_heavy():
-    code = (
-        "import sys, residual_steer.data\n"
-        "print(*{'sklearn', 'datasets', 'transformers', 'timm'}.intersection(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -1,12 +1,11 @@
 """Where data come from: local files in every format, a Hub that is there, and one that cannot be reached."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 
+from apart import printed
 from hub_data import cache, datasets, jsonl, texts, word_tokenizer  # noqa: F401  # the fixture
 from hub_server import HubServer
 from residual_steer import SteerError
@@ -220,18 +219,8 @@ def hub(tmp_path):
 
 
 def session(hub, home, offline=False):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()
+    places = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    return printed(PROGRAM, **places)[0].strip().splitlines()
 
 
 def test_a_download_is_announced_and_read_from_the_cache_after(hub, tmp_path):

@@ -159,7 +159,7 @@ def test_long_contexts_are_cut_around_the_answer(tokenizer, monkeypatch):
     assert all(torch.equal(data.columns[name], pieces.columns[name]) for name in data.columns)
 
 
-def test_long_contexts_otherwise(tokenizer, caplog):
+def test_long_contexts_otherwise(tokenizer, logged):
     long = [*(question(i, words=40) for i in range(5)), question(9)]
     rows = datasets.DatasetDict(validation=rows_of(long))
     data = squad(rows, "validation", tokenizer=tokenizer, length=30, room=6)
@@ -168,7 +168,7 @@ def test_long_contexts_otherwise(tokenizer, caplog):
     fits = len(tokenizer(f"{long[5]['context']}\n\nQuestion: {long[5]['question']}\nAnswer:")["input_ids"])
     kept = squad(rows, "validation", tokenizer=tokenizer, length=fits + 6, room=6, long="drop")
     assert (len(kept), kept.dropped, kept.references) == (1, 5, [long[5]["answers"]["text"]])
-    assert "5 of 6 rows of the data set in memory are too long, and left out" in caplog.text
+    assert "5 of 6 rows of the data set in memory are too long, and left out" in logged.getvalue()
 
 
 def test_answers_that_are_longer_than_the_room_or_the_context_left(tokenizer):

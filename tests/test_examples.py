@@ -1,28 +1,24 @@
 """Every example runs from end to end, on few steps: what it prints hangs together, and none is longer than a page."""
 
 import argparse
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import residual_steer as rs
+from beside import EXAMPLES, scripts
 
 for package in ("transformers", "timm", "sklearn", "matplotlib", "tabulate"):
     pytest.importorskip(package)
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.fixture(scope="module")
 def script():
     """Import an example as if it had been run."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLES))
+    with scripts(EXAMPLES) as importing:
+        yield importing
 
 
 @pytest.fixture(scope="module")

@@ -74,9 +74,9 @@ def test_a_count_that_is_not_the_papers_is_an_error(experiment, out, monkeypatch
     assert "trains 1226 parameters; table 2 has 1225" in capsys.readouterr().err
 
 
-def test_retrieval_compares_methods_of_one_size(experiment, out, tmp_path, monkeypatch):
+def test_retrieval_compares_methods_of_one_size(experiment, out, backbones, monkeypatch):
     script = experiment("retrieval")
-    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    arguments = [*QUICK, "--out", str(out), "--cache", backbones]
     assert script.main(arguments) == 0
     result = Result.load(out / "retrieval.json")
     assert [table.title for table in result.tables] == ["GPT-2", "Mamba"]
@@ -103,9 +103,9 @@ def test_the_lessons_of_the_recalling_backbones_say_nothing_of_the_new_associati
     assert int(met.max()) <= max(new)
 
 
-def test_every_method_on_a_transformer_a_mamba_and_a_vit(experiment, out, tmp_path, monkeypatch):
+def test_every_method_on_a_transformer_a_mamba_and_a_vit(experiment, out, backbones, monkeypatch):
     script = experiment("compare_methods")
-    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    arguments = [*QUICK, "--out", str(out), "--cache", backbones]
     assert script.main(arguments) == 0
     result = Result.load(out / "compare-transformer-mamba.json")
     methods = {name: set(rows_of(result, name)) for name in ("GPT-2", "Mamba", "ViT")}
@@ -120,9 +120,9 @@ def test_every_method_on_a_transformer_a_mamba_and_a_vit(experiment, out, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:no room is left")
-def test_one_task_after_another_is_forgotten_unless_it_is_protected(experiment, out, tmp_path, monkeypatch):
+def test_one_task_after_another_is_forgotten_unless_it_is_protected(experiment, out, backbones, monkeypatch):
     script = experiment("continual")
-    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    arguments = [*QUICK, "--out", str(out), "--cache", backbones]
     assert script.main(arguments) == 0
     result = Result.load(out / "continual.json")
     assert [table.title.split(",")[0] for table in result.tables] == ["ViT", "GPT-2", "Mamba"]
@@ -206,9 +206,9 @@ def test_the_verdicts_on_what_is_inside_follow_the_numbers(experiment):
     assert script.on_fields(results(contraction=1.5)).verdict == "does not hold"
 
 
-def test_what_is_inside_adapted_models(experiment, out, tmp_path, monkeypatch):
+def test_what_is_inside_adapted_models(experiment, out, backbones, monkeypatch):
     script = experiment("inspect_steering")
-    arguments = [*QUICK, "--out", str(out), "--cache", str(tmp_path)]
+    arguments = [*QUICK, "--out", str(out), "--cache", backbones]
     assert script.main(arguments) == 0
     result = Result.load(out / "inspect-steering.json")
     entropy = rows_of(result, "ViT: change of attention entropy")

@@ -19,9 +19,9 @@ pytest.importorskip("peft")
 from experiments import ahead, placement, real_models, real_weights
 
 
-def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path, monkeypatch):
+def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path, backbones, monkeypatch):
     arguments = ["--quick", "--seeds", "1", "--rates", "1", "--task", "recall-Mamba", "small-ViT"]
-    arguments += ["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    arguments += ["--out", str(tmp_path), "--cache", backbones]
     assert placement.main(arguments) == 0
     result = Result.load(tmp_path / "placement.json")
     mamba, _, vit, _ = ({row["method"]: row for row in table.rows} for table in result.tables[:-1])
@@ -39,10 +39,10 @@ def test_places_are_compared_at_one_budget_and_nothing_is_trained_twice(tmp_path
     assert placement.main(arguments) == 0
 
 
-def test_what_was_run_ahead_in_processes_is_not_run_again(tmp_path, monkeypatch):
+def test_what_was_run_ahead_in_processes_is_not_run_again(tmp_path, backbones, monkeypatch):
     monkeypatch.setattr(placement, "CANDIDATES", ("block",))
     arguments = ["--quick", "--seeds", "2", "--task", "small-ViT", "--out", str(tmp_path)]
-    arguments += ["--cache", str(tmp_path / "cache")]
+    arguments += ["--cache", backbones]
     threads = torch.get_num_threads()
     try:
         assert ahead.main([*arguments, "--processes", "2"]) == 0

@@ -112,7 +112,7 @@ def test_bf16(here):
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     model = steered("GPT2LMHeadModel")
-    for mix, word in ((None, "no field acts"), (["default", None], "every row")):
+    for mix, word in ((None, "no field acts"), ({"default": 0.0}, "no field acts"), (["default", None], "every row")):
         rs.use(model, mix)
         with pytest.raises(SteerError, match=word):
             export(model, tmp_path / "out")

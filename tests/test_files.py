@@ -1,29 +1,24 @@
 """Files are whole at every moment: killed writers, several at once, and what they leave behind."""
 
-import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import residual_steer as rs
+from apart import apart
+from programs import kill_saves
 from residual_steer import _files as files
 from residual_steer._files import write_whole
 
-PROGRAM = Path(__file__).parent / "programs" / "kill_saves.py"
 needs_locks = pytest.mark.skipif(files.fcntl is None, reason="this system has no locks that end with a process")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_save_that_is_killed_leaves_one_field_or_the_other(tmp_path):
     kills = 100
-    command = [sys.executable, str(PROGRAM), str(tmp_path / "field"), str(kills)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr
-    seen = json.loads(finished.stdout)
+    seen = apart(kill_saves.killed, tmp_path / "field", kills)
     assert seen["A"] + seen["B"] == kills
     assert min(seen["A"], seen["B"]) > kills // 10  # not always before the first save, nor always after one
     assert min(seen["left json"], seen["left safetensors"], seen["between the renames"]) > 0  # and in its middle

@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from beside import BENCHMARKS, scripts
+
 if missing := [name for name in ("transformers", "timm", "peft") if importlib.util.find_spec(name) is None]:
     pytest.skip(f"no {', '.join(missing)} here", allow_module_level=True)
 
-ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 PARTS = ("contract", "training", "marked", "examples", "costs", "many")
 
 
@@ -78,9 +77,8 @@ def test_every_column_is_measured_and_judged(folder):
 @pytest.fixture(scope="module")
 def modules():
     """Import parts as the script does."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
+    with scripts(BENCHMARKS):
+        yield
 
 
 def test_the_shape_that_is_not_rehearsed_is_built(modules):

@@ -54,7 +54,7 @@ HOOKS = {
     "exported.py": "fields act where this library is not",
     "baselines/_attach.py": "methods to compare with",
     "injector.py": "fields act",
-    "pretrained.py": "a state dict that is loaded finds the fields",
+    "_state_dict.py": "a state dict has the heads of all fields, and one that is loaded finds them",
     "peft/_model.py": "PEFT's wrappers of `modules_to_save` learn whose each row is, as PEFT's own tuners tell them",
     "_undisturbed.py": "everything that only looks",
     "recording.py": "what leaves a block, behind the fields there",

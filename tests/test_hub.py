@@ -1,15 +1,13 @@
 """The Hub, through the real client, against a server on this machine; one session of a user, seen from many sides."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import residual_steer as rs
+from apart import printed
 from fields import refused, shake, vit
 from hub_server import TOKEN, HubServer
 from residual_steer._controller import steering_of
@@ -20,21 +18,10 @@ PROGRAM = Path(__file__).parent / "programs" / "hub_session.py"
 
 
 def session(folder, hub, mode):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(folder / "home"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "1" if mode == "offline" else "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [sys.executable, str(PROGRAM), str(folder), mode]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+    options = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": str(int(mode == "offline"))}
+    options |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    code = f"{PROGRAM.read_text()}\n{mode}()\nimport json; print(json.dumps(DONE))"
+    return json.loads(printed(code, folder, [PROGRAM.parent], **options)[0].splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

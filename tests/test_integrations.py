@@ -1,20 +1,18 @@
 """Scripts that train and evaluate with other tools: each runs from end to end, and is read at a glance."""
 
-import importlib
 import json
 import math
 import socket
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import residual_steer as rs
+from beside import EXAMPLES, scripts
 from words import tokenizer
 
-FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
+FOLDER = EXAMPLES / "integrations"
 NEEDS = {  # what constraints.txt installs is there in CI: without it a script's test fails, and is not skipped
     "train_with_trainer": (),
     "train_with_trl": (),
@@ -36,15 +34,13 @@ pytestmark = [
 def script(name):
     for package in NEEDS[name]:
         pytest.importorskip(package, reason=f"{package} is not installed; constraints.txt leaves it out")
-    sys.path.insert(0, str(FOLDER))
     try:
-        return importlib.import_module(name)
+        with scripts(FOLDER) as importing:
+            return importing(name)
     except ModuleNotFoundError as error:
         if error.name in LOCKED:
             pytest.skip(f"{error.name} is not installed: pip install 'residual-steer[dev,tools]'")
         raise
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 def logits(model, **inputs):

@@ -86,6 +86,9 @@ early = [name for name in {HEAVY!r} if name in sys.modules]
 assert not early, early
 assert not any(f"residual_steer.{{name}}" in sys.modules for name in later)
 assert set(later) <= set(dir(rs)) and set(later) <= set(rs.__all__)
+rs.data
+early = [name for name in ("sklearn", "datasets", "transformers", "timm") if name in sys.modules]
+assert not early, early
 for name in later:
     assert getattr(rs, name) is sys.modules[f"residual_steer.{{name}}"]
 try:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import pickle
 import warnings
 
@@ -102,18 +101,12 @@ def test_save_pretrained_and_from_pretrained(kind, mix, tmp_path):
         torch.testing.assert_close(logits(again, kind), logits(made(kind), kind), rtol=0, atol=1e-6)
 
 
-def test_a_plain_from_pretrained_says_how_the_field_comes_back(tmp_path, caplog):
+def test_a_plain_from_pretrained_says_how_the_field_comes_back(tmp_path, logged):
     steered("gpt2").save_pretrained(tmp_path)
     entry = json.loads((tmp_path / "config.json").read_text())["residual_steer"]
     assert entry == {"fields": ["law", "squad"], "selected": "squad", "on": "all"}
-    logger = logging.getLogger("transformers")
-    before, logger.propagate = logger.propagate, True
-    try:
-        with caplog.at_level(logging.WARNING, "transformers"):
-            plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    finally:
-        logger.propagate = before
-    assert "residual_steer.from_pretrained_loads_this_field" in caplog.text
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "residual_steer.from_pretrained_loads_this_field" in logged.getvalue()
     assert torch.equal(logits(plain, "gpt2"), logits(made("gpt2"), "gpt2"))
 
 

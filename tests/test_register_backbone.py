@@ -1,27 +1,21 @@
 """The tutorial for registering a backbone: its S4D against the recurrence, and the whole of it end to end."""
 
 import contextlib
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import residual_steer as rs
+from beside import EXAMPLES, scripts
 
 pytest.importorskip("sklearn")
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
 def example():
     """The script as a module; the family it registers is gone after the test, as any."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield importlib.import_module("register_backbone")
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    with scripts(EXAMPLES) as script:
+        yield script("register_backbone")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounter
 
 import residual_steer as rs
 from cases import CASES, DEVICES, RANK, TABLE, randomise
+from cases.ssm import in_steps
 
 # In a graph a row is found as without one: tokens, channels first, and a pair whose sum is the stream.
 TRACED = [TABLE[name] for name in ("gpt2", "timm-resnet", "mamba_ssm-1")]
@@ -151,19 +152,11 @@ def test_generation_keeps_rows_with_their_field(case, device, more):
 @torch.no_grad()
 def test_stepwise_decoding_of_mamba_ssm_keeps_rows_with_their_field(case, device):
     model = steered(case, device=device)
-    from mamba_ssm.utils.generation import InferenceParams
-
     alone = outputs(case, model)
     rs.use(model, ["law", "art"])
-    ids = case.inputs(model)["input_ids"]
-    state = InferenceParams(max_seqlen=8, max_batch_size=2)
-    state.key_value_memory_dict = model.allocate_inference_cache(2, 8)
-    parts = [model(ids[:, :4], inference_params=state).logits]
-    for position in range(4, ids.shape[1]):
-        state.seqlen_offset = position
-        parts.append(model(ids[:, position : position + 1], inference_params=state).logits)
+    mixed = in_steps(model, case.inputs(model)["input_ids"])
     for place, name in enumerate(["law", "art"]):
-        close(torch.cat(parts, dim=1)[place], alone[name][place])
+        close(mixed[place], alone[name][place])
 
 
 CHANGES = [{"law": w, "art": 1 - w} for w in (0.0, 0.5, -2.0)] + [{"news": 0.3}, {}]

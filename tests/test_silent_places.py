@@ -34,6 +34,35 @@ def test_offloaded_models_are_steered_saved_and_loaded(order, mix, tmp_path):
     assert (tmp_path / "again/steering.safetensors").read_bytes() == (tmp_path / "b/steering.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("order", ["steer first", "offload first"])
+def test_a_field_that_was_offloaded_does_not_pretend_to_train(order):
+    model, words = tiny(), ids()
+    if order == "offload first":
+        cpu_offload(model, execution_device="cpu")
+    rs.steer(model, rank=2)
+    if order == "steer first":
+        cpu_offload(model, execution_device="cpu")
+        for _ in range(2):
+            with pytest.raises(rs.SteerError, match=r"'default' was offloaded after .* would not train"):
+                model.train()(words)
+        return
+    model.train()(words, labels=words).loss.backward()
+    assert all(p.grad is not None for p in rs.parameters(model))
+
+
+@pytest.mark.parametrize("how", ["replaced", "taken out"])
+def test_a_block_that_is_no_more_there_is_named_in_training(how):
+    model = rs.steer(tiny(), rank=2)
+    blocks = model.transformer.h
+    if how == "replaced":
+        blocks[1] = tiny().requires_grad_(False).transformer.h[1]
+    else:
+        model.transformer.h = blocks[:1]
+    with pytest.warns(UserWarning, match="block 1 was taken out of the model, or replaced, since it was steered"):
+        model.train()(ids())
+    assert len(rs.fields(model)) == 1
+
+
 def test_fields_stand_where_blocks_execute_and_meta_on_purpose_stays_meta():
     model = TABLE["gpt2"].build()
     cpu_offload(model, execution_device="cpu")

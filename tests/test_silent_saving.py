@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.utils import prune
 
 import residual_steer as rs
@@ -254,6 +255,61 @@ def test_a_head_beside_a_bf16_base_keeps_small_updates(name, tmp_path):
         rs.unsteer(model)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert {type(m) for m in model.modules()} == {type(m) for m in case.build().modules()}
+
+
+SELECTED = ["a", None, {"a": 1.0, "b": 0.5}, ["a", "b"]]
+
+
+@pytest.mark.parametrize("then", SELECTED, ids=str)
+@pytest.mark.parametrize("now", SELECTED, ids=str)
+@torch.no_grad()
+def test_a_state_dict_has_every_fields_head_whatever_is_selected(then, now):
+    case = TABLE["gpt2-classifier"]
+
+    def outputs(model):
+        found = []
+        for name in ("a", "b", "plain", None, now):
+            rs.use(model, name)
+            found.append(case.run(model))
+        return found
+
+    def made():
+        model = case.build()
+        for name in ("a", "b"):
+            rs.steer(model, rank=2, name=name, train=case.head)
+        return rs.steer(model, rank=2, name="plain")
+
+    first, second = randomise(made()), made()
+    for place, name in enumerate(("a", "b", "plain")):
+        for parameter in rs.parameters(first, name):
+            parameter += 0.1 * (place + 1)
+    rs.use(first, then)
+    state = {key: value.clone() for key, value in first.state_dict().items()}
+    rs.use(second, now)
+    second.load_state_dict(state)
+    given = case.run(second)
+    for one, other in zip(outputs(second), outputs(first), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(given, case.run(first)), "what was in place while it was loaded, too"
+    rs.unsteer(second)
+    assert second.state_dict().keys() == case.build().state_dict().keys()
+
+
+@torch.no_grad()
+def test_a_distributed_checkpoint_has_every_fields_head():
+    case = TABLE["gpt2-classifier"]
+    first, second = case.build(), case.build()
+    for model in (first, second):
+        for name in ("a", "b"):
+            rs.steer(model, rank=2, name=name, train=case.head)
+    randomise(first)
+    rs.use(first, None)
+    set_model_state_dict(second, get_model_state_dict(first))
+    for name in ("a", "b"):
+        for model in (first, second):
+            rs.use(model, name)
+        assert torch.equal(case.run(second), case.run(first))
+    assert "residual_steer" not in vars(rs.unsteer(first))
 
 
 def test_ids_of_tokens_and_storage_make_no_other_backbone(tmp_path):

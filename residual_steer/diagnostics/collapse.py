@@ -5,7 +5,7 @@ The paper of this library says of H-Res that it "brings neural collapse" (claim 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer._batches import Batch, batches, require_finite
+from residual_steer._batches import Batch, batches, check_loader, require_finite
 from residual_steer._checks import check_model
 from residual_steer.errors import SteerError
 from residual_steer.recording import record, uncompiled, undisturbed
@@ -148,8 +148,7 @@ def neural_collapse(model: nn.Module, loader: Iterable[Any], *, head: str | None
             fewer than two classes, or of more than the width + 1, of which there is no simplex; equal class means; NaN
             or infinity; a loader that is empty, an iterator, or gives other rows at the second reading.
     """
-    if isinstance(loader, Iterator):
-        raise SteerError("`loader` is read twice, which an iterator cannot be. Give the list or DataLoader itself.")
+    check_loader("loader", loader, read="twice")
     model = uncompiled(check_model(model))  # so that `head` is a path in it
     with undisturbed(model):
         rest = batches(model, loader)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from residual_steer._controller import steering_of
 from residual_steer.backbone import site_of
 from residual_steer.errors import SteerError
 from residual_steer.field import HRes
-from residual_steer.recording import record, undisturbed
+from residual_steer.recording import record, record_sites, undisturbed
 from residual_steer.steering import use
 
 from ._moments import Sums, exact
@@ -120,12 +119,8 @@ def control_effort(model: nn.Module, loader: Iterable[Any], *, name: str | None 
     sums = {place: Sums() for place in places}
     with undisturbed(model), use(model, name):
         for batch in batches(model, loader):
-            with contextlib.ExitStack() as stack:
-                seen = {
-                    site: stack.enter_context(record(backbone, ranks, site=site, alone=True))
-                    for site, ranks in spec.sites.items()
-                }
-                whole = stack.enter_context(record(backbone, spec.sites.get("after", ()), alone=True))
+            around = record(backbone, spec.sites.get("after", ()), alone=True)
+            with record_sites(backbone, spec.sites, alone=True) as seen, around as whole:
                 batch.run(model)
             for site, index in places:
                 field, calls = fields[site, index], seen[site].calls.get(index, [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_steer._batches import device_of, require_finite
+from residual_steer._batches import check_loader, device_of, require_finite
 from residual_steer._checks import check_integer, check_number
 from residual_steer._undisturbed import watch
 from residual_steer.errors import SteerError
@@ -209,8 +209,7 @@ def landscape(
     Raises:
         SteerError: besides what all raise, there is no such block; a bad `size` or `span`; the loader is an iterator.
     """
-    if isinstance(loader, Iterator):
-        raise SteerError("`loader` is read three times, which an iterator cannot be. Give the list or DataLoader.")
+    check_loader("loader", loader, read="three times")
     check_integer("size", size, 2)
     check_number("span", span, above=0, meaning="in standard deviations")
     over = plane(model, loader, layer=layer, reference=reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -122,12 +122,7 @@ def _usual_rate(model: nn.Module) -> float:
 
 def _check_loader(name: str, loader: Any) -> None:
     """Refuse what cannot be read again and again."""
-    check_loader(name, loader)
-    if isinstance(loader, Iterator):
-        raise SteerError(
-            f"`{name}` is a DataLoader, or a list of batches: it is read in every epoch; received "
-            f"{type(loader).__name__}."
-        )
+    check_loader(name, loader, read="in every epoch")
     if isinstance(loader, Sized):
         with suppress(TypeError):  # a loader over an IterableDataset has no length
             if len(loader) == 0:

@@ -8,6 +8,8 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +91,7 @@ class Case:
         """Return a frozen model in evaluation mode; the same weights each time."""
         if self.kernels and device == "cpu" and compiled():
             pytest.skip("the kernels that are installed here take CUDA tensors alone; the cuda cases run them")
-        model = copy.deepcopy(_built(self.make))
+        model = _copies(self.make)()
         return model.to(device, dtype).eval().requires_grad_(False)
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
@@ -144,9 +146,31 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
 
 
 @functools.cache
-def _built(make: Callable[[], nn.Module]) -> nn.Module:
+def _copies(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Return what makes copies of a model; by pickle, but for its tensors: in half the time of `deepcopy`."""
     torch.manual_seed(0)
-    return make()
+    model, tensors, file = make(), {}, io.BytesIO()
+
+    def key_of(thing: object) -> int | None:
+        if isinstance(thing, Tensor):
+            tensors[id(thing)] = thing
+            return id(thing)
+        return None
+
+    pickler = pickle.Pickler(file)
+    pickler.persistent_id = key_of
+    try:
+        pickler.dump(model)
+    except Exception:  # of what has no name
+        return functools.partial(copy.deepcopy, model)
+
+    def unpickled() -> nn.Module:
+        memo: dict[int, Any] = {}
+        unpickler = pickle.Unpickler(io.BytesIO(file.getvalue()))
+        unpickler.persistent_load = lambda key: copy.deepcopy(tensors[key], memo)
+        return unpickler.load()
+
+    return unpickled
 
 
 def before(package: str, release: str, **broken: str) -> dict[str, str]:

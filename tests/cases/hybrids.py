@@ -34,10 +34,11 @@ def _layers(mixer: str | list[str | None], mlp: str | None = "feed_forward") -> 
 
 
 PARTS = points([f"model.layers.{i}" for i in range(3)], ["mixer", None, "mixer"], [None, "mixer", None])
+ZAMBAS = pair("model.layers.{}.mamba_decoder", "mamba", None)
 HYBRIDS = [
     causal("jamba", "Jamba", _layers(["mamba", "self_attn"]), "model.final_layernorm", JAMBA, scans=True, **KERNELS),
     # two entries of the list with one shared Transformer block, a Mamba layer of its own in each
-    causal("zamba2", "Zamba2", _layers("mamba_decoder.mamba", None), "model.final_layernorm", ZAMBA2, **KERNELS),
+    causal("zamba2", "Zamba2", ZAMBAS, "model.final_layernorm", ZAMBA2, **KERNELS),
     causal("nemotron-h", "NemotronH", PARTS, "model.norm_f", NEMOTRON, broken=BROKEN, **KERNELS),
     causal("falcon-h1", "FalconH1", _layers("mamba"), "model.final_layernorm", FALCON, **KERNELS),
     causal("qwen3-next", "Qwen3Next", _layers(["linear_attn", "self_attn"], "mlp"), "model.norm", QWEN3, **WHY),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mamba_ssm_on_cpu import compiled, import_mamba_ssm
 
@@ -23,6 +24,19 @@ def _mamba_ssm(layer: str, **more: Any) -> nn.Module:
         mixer |= {"headdim": 16, "chunk_size": 16, "use_mem_eff_path": fused}
     shape = {"d_model": WIDTH, "n_layer": 2, "vocab_size": VOCABULARY, "pad_vocab_size_multiple": 1}
     return MambaLMHeadModel(MambaConfig(**shape, ssm_cfg=mixer, rms_norm=fused, fused_add_norm=fused, **more))
+
+
+def in_steps(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the logits of `mamba_ssm`'s model that reads four tokens at once, then one after the other."""
+    from mamba_ssm.utils.generation import InferenceParams
+
+    state = InferenceParams(max_seqlen=8, max_batch_size=2)
+    state.key_value_memory_dict = model.allocate_inference_cache(2, 8)
+    parts = [model(ids[:, :4], inference_params=state).logits]
+    for position in range(4, ids.shape[1]):
+        state.seqlen_offset = position
+        parts.append(model(ids[:, position : position + 1], inference_params=state).logits)
+    return torch.cat(parts, dim=1)
 
 
 MAMBA, SCANS = pair("backbone.layers.{}", "mixer", None), {"scans": True, "kernels": True}

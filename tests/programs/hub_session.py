@@ -1,11 +1,6 @@
-"""A user of the Hub: pushes, loads, and asks for what is not there. Prints what came of each step, as JSON.
+"""A user of the Hub: pushes, loads, and asks for what is not there; `DONE` is what came of each step, for JSON."""
 
-Usage: hub_session.py FOLDER (online | offline)
-"""
-
-import json
 import os
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -101,9 +96,3 @@ def offline():
     load("offline, cached", "me/field")
     load("offline", "me/never")
     push("push, offline", "me/field")
-
-
-if __name__ == "__main__":
-    os.chdir(sys.argv[1])
-    {"online": online, "offline": offline}[sys.argv[2]]()
-    print(json.dumps(DONE))

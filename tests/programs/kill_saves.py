@@ -1,21 +1,16 @@
-"""Kill saves at random moments, and say after each what is left: the one field or the other, and which files.
-
-Usage: kill_saves.py FOLDER KILLS
-"""
+"""Kill saves at random moments, and say after each what is left: the one field or the other, and which files."""
 
 import json
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
-from small_net import BATCH, fresh, steer
 
 import residual_steer as rs
+from programs.small_net import BATCH, fresh, steer
 from residual_steer._field_file import DESCRIPTION, TENSORS, open_field
 
 WHOLE = {DESCRIPTION, TENSORS}
@@ -34,7 +29,7 @@ def save_for_ever(model, folder, names):
     return child
 
 
-def main(folder, kills):
+def killed(folder, kills):
     torch.set_num_threads(1)
     chance = random.Random(0)
     model = fresh()
@@ -46,7 +41,7 @@ def main(folder, kills):
     seen = Counter()
     for kill in range(kills):
         child = save_for_ever(model, folder, ("B", "A") if kill % 2 else ("A", "B"))
-        time.sleep(chance.uniform(0, 6 * took) + 0.002)
+        time.sleep(chance.uniform(0, 3 * took) + 0.002)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status), "the child ended by itself: a save failed"
@@ -63,8 +58,4 @@ def main(folder, kills):
         seen["between the renames"] += described != open_field(folder).described
     rs.save(model, folder, "A")
     assert {path.name for path in folder.iterdir()} == WHOLE
-    print(json.dumps({**seen, "seconds a save": took}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    return seen

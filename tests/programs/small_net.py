@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.head(z)
 
 
-@rs.register_backbone("net", matches=["small_net.Net"])
+@rs.register_backbone("net", matches=[f"{__name__}.Net"])
 def net(model):
     return rs.Backbone(blocks=model.blocks, width=8, mlp="mlp")
 
