@@ -120,6 +120,7 @@ def test_it_starts_where_the_frozen_model_is(method, name):
         assert torch.equal(actual, expected) is (method not in CHANGED)
 
 
+@pytest.mark.filterwarnings("ignore:.*got no gradient in the first step")  # a bias behind what the loss reads
 @every_sense
 def test_fit_trains_what_it_names_and_moves_nothing_else(method, name):
     run = run_of(method, name)
@@ -135,6 +136,7 @@ def test_fit_trains_what_it_names_and_moves_nothing_else(method, name):
     assert (names - run.idle) & set(run.before) <= moved <= names
 
 
+@pytest.mark.filterwarnings("ignore:.*got no gradient in the first step")
 @every_sense
 def test_a_copy_and_a_saved_state_compute_the_same(method, name):
     case, model = MODELS[name], run_of(method, name).model

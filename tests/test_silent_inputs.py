@@ -103,6 +103,8 @@ def test_what_fit_and_evaluate_cannot_begin_with_is_said(tmp_path):
             evaluate(model, wrong)
     with pytest.raises(rs.SteerError, match="`optimizer` is a torch optimizer that was made"):
         fit(model, [batch], optimizer=torch.optim.SGD)
+    with pytest.raises(rs.SteerError, match="`cache_prefix` is True, False or a folder; received 'no'"):
+        fit(model, [batch], cache_prefix="no")
     with pytest.raises(rs.SteerError, match="depends on nothing that trains"):
         fit(model, [batch], loss=lambda model, batch: model(**batch).loss.detach())
     meta = rs.steer(tiny().to("meta"), rank=2)
@@ -320,3 +322,12 @@ def test_a_base_whose_head_is_tied_to_its_embedding_is_saved_as_it_was(tmp_path)
         rs.use(again, None)
         assert torch.equal(again(ids()).logits, off)
         assert torch.equal(transformers.GPT2LMHeadModel.from_pretrained(tmp_path)(ids()).logits, off)
+
+
+def test_evaluation_leaves_generators_as_they_were_also_with_a_loader_that_draws():
+    model, loader = classifier(), DataLoader(TensorDataset(X, Y), batch_size=2, shuffle=True)
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    torch.manual_seed(5)
+    evaluate(model, loader)
+    assert torch.equal(torch.rand(1), wanted)

@@ -322,7 +322,7 @@ class _Run:
                     with nullcontext() if self.cache is None else self.cache.over(moved):
                         loss = self._measure(model, moved)
                     if not loss.requires_grad:
-                        raise SteerError("the loss depends on nothing that trains: it was detached, or made without.")
+                        raise SteerError("the loss depends on nothing that trains: it is detached, or under no_grad.")
                     # data parallelism takes the mean over processes of what has to be a sum
                     self.scaler.scale(loss * (share * self.processes.number)).backward()  # type: ignore[no-untyped-call]
                 if share:

@@ -16,6 +16,8 @@ from residual_steer._checks import check_number
 from residual_steer._undisturbed import apart, as_before
 from residual_steer.errors import SteerError
 
+from .data_order import Share
+
 IGNORE = -100  # labels with this value count for nothing, as everywhere in transformers
 _SLACK = 0.02  # by which shares of classes, rounded to bf16, may miss their sum
 
@@ -170,7 +172,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], loss: Loss | None = None) 
     device = device_of(model)
     if device.type == "meta":
         raise SteerError("this model is on the meta device and has no values. Load its weights, then evaluate.")
-    return MeanLoss(model, loss, device).over((batch, True) for batch in loader)
+    return MeanLoss(model, loss, device).over(Share(loader))  # which begins to read it where generators come back
 
 
 class MeanLoss:

@@ -35,6 +35,7 @@ class Protector(Protocol):
 # `residual_steer.prefix_cache.PrefixCache`. The package that knows the models puts it here: this one does not.
 cache_makers: list[Callable[[nn.Module, Any, Callable[[Any], Tensor], FitOptions, Any], Any]] = []
 
+_NO_FOLDER = ("", "yes", "no", "on", "off")  # which YAML 1.1 takes for True and False
 _MAY_BE_NONE = {"clip", "precision", "eval_every", "checkpoint_every", "seed"}
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "weight_decay": partial(check_number, at_least=0),
@@ -106,7 +107,7 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None or name not in _MAY_BE_NONE:
                 object.__setattr__(self, name, check(name, value))
-        if not isinstance(self.cache_prefix, (bool, str, os.PathLike)) or self.cache_prefix == "":
+        if not isinstance(self.cache_prefix, (bool, str, os.PathLike)) or self.cache_prefix in _NO_FOLDER:
             raise SteerError(f"`cache_prefix` is True, False or a folder; received {self.cache_prefix!r}.")
         if self.protect is not None and (isinstance(self.protect, type) or not isinstance(self.protect, Protector)):
             raise SteerError(f"`protect` is a residual_steer.continual.NullSpace or None; received {self.protect!r}.")
