@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -15,6 +15,9 @@ from torch import nn
 from .errors import SteerError
 
 Choice = TypeVar("Choice")
+
+# Whether `torch.jit.trace` runs a model, which records every look at a size; itself, since every point asks.
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 def check_integer(
@@ -118,11 +121,6 @@ def release_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def is_tracing() -> bool:
-    """Return whether `torch.jit.trace` runs a model, in which sizes are tensors."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def is_exporting() -> bool:

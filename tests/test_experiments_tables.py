@@ -57,6 +57,10 @@ def test_a_row_for_every_method():
     assert good["rate"] == "0.01"
     assert good["step"] == pytest.approx(20.0)  # milliseconds
     assert good["loss"] == Measured.of([50.0, 70.0])
+    untimed = table_of(entry("good"), timed=False)
+    assert {"trainable", "loss"} < untimed.rows[0].keys()
+    assert "step" not in untimed.rows[0]
+    assert all(column.key != "step" for column in untimed.columns)
     assert table.rows[1]["loss"] == Measured(25.0, 0.0, 1)
     assert {column.key: column.unit for column in table.columns} == {
         "method": "", "trainable": "", "share": "%", "rate": "", "loss": "", "step": "ms"
